@@ -1,0 +1,1 @@
+"""The room where text goes in and arrays come out. It knows nothing of HTTP."""

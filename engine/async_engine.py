@@ -1,0 +1,416 @@
+"""AsyncEngine: the one object the server holds. Prompts in, vectors out, on one event loop.
+
+    prompts → tokenizer → Sequences → Scheduler → Batch → a worker thread → rows → the request's future
+
+Futures live here, one a request, and are resolved or rejected in one place (`_settle`), also when a worker dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+
+from carpool.engine.config import EngineConfig
+from carpool.engine.errors import (
+    DeadlineExceeded,
+    Draining,
+    EmptyInput,
+    EngineDead,
+    EngineError,
+    InferenceFailed,
+    InvalidInput,
+    NotReady,
+    Overloaded,
+    UnsupportedTask,
+)
+from carpool.engine.model_info import ModelInfo
+from carpool.engine.outputs import PoolingResult, Timings
+from carpool.engine.params import PoolingParams, Task, TokenizationParams
+from carpool.engine.scheduler import Scheduler
+from carpool.engine.sequence import Sequence
+from carpool.engine.stats import Observer, Unobserved
+from carpool.engine.worker import Runner, Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from carpool.engine.batch import Batch
+    from carpool.engine.tokenizer import Tokenizer
+    from carpool.engine.worker import Row
+
+State = Literal["starting", "ready", "draining", "dead", "stopped"]
+T = TypeVar("T")
+Prompts = list[str] | list[list[int]]
+
+_INLINE_CHARS = 4_000  # tokenised on the loop: under half a millisecond, less than a trip to a thread
+_INLINE_IDS = 20_000
+_HUNG_AFTER_S = 600.0  # no batch takes this long unless its thread hangs
+_WARM_UP_TOKENS = 512  # a worker
+_QUEUE_SECONDS = 60.0  # of measured throughput may wait, by default
+
+
+class Built(Protocol):
+    """The parts an engine is made of: see `engine/build.py`."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def runners(self) -> Seq[Runner]: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """One request that has been accepted and not yet answered."""
+
+    future: asyncio.Future[PoolingResult]
+    result: PoolingResult
+    remaining: int
+    arrival: float
+    timer: asyncio.TimerHandle | None = None
+    on_progress: Callable[[int], None] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """What the workers are doing."""
+
+    idle: list[Worker] = field(default_factory=list)
+    watchdogs: dict[Worker, asyncio.TimerHandle] = field(default_factory=dict)
+
+
+def _build(config: EngineConfig) -> Built:
+    from carpool.engine.build import build  # here, since it imports torch and transformers
+
+    return build(config)
+
+
+class AsyncEngine:
+    """Continuous batching over worker threads. All methods are called on the event loop that started it."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        observer: Observer | None = None,
+        build: Callable[[EngineConfig], Built] = _build,
+    ) -> None:
+        self.config = config
+        self.observer: Observer = observer or Unobserved()
+        self.state: State = "starting"
+        self.tokens_per_second = 0.0  # measured at warm-up, all workers together
+        self.max_queued_tokens = config.max_queued_tokens or 0  # resolved at warm-up
+        self._build = build
+        self._parts: Built | None = None
+        self._scheduler: Scheduler | None = None
+        self._workers: list[Worker] = []
+        self._flight = _Flight()
+        self._pending: dict[int, _Pending] = {}
+        self._next_request_id = 0
+        self._dispatch_due = False
+        self._dead = asyncio.Event()
+        self._all_answered = asyncio.Event()
+        self._all_answered.set()
+
+    # ── life ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def start(self) -> None:
+        """Load, check and warm up; raises ConfigError if the model cannot be served."""
+        loop = asyncio.get_running_loop()
+        parts = await loop.run_in_executor(None, self._build, self.config)
+        self._parts = parts
+        self._scheduler = Scheduler(parts.model.max_num_batched_tokens, parts.model.max_num_seqs)
+        for i, runner in enumerate(parts.runners):
+            worker = Worker(
+                runner,
+                done=lambda *result: loop.call_soon_threadsafe(self._done, *result),
+                died=lambda worker, error: loop.call_soon_threadsafe(self._worker_died, worker, error),
+                name=f"carpool-worker-{i}",
+            )
+            self._workers.append(worker)
+            self._flight.idle.append(worker)
+            worker.start()
+        await self._warm_up(parts)
+        if self.state == "starting":
+            self.state = "ready"
+
+    async def _warm_up(self, parts: Built) -> None:
+        """Run every worker once for its one-off costs and once to learn the throughput."""
+        length = min(parts.model.max_model_len, 128)
+        count = max(1, _WARM_UP_TOKENS // length) * len(self._workers)
+        prompts = [[i % parts.model.vocab_size] * length for i in range(count)]
+        for _ in range(2):
+            start = time.perf_counter()
+            await self._run(prompts, PoolingParams(), "embed", "", 0, None, None)
+            self.tokens_per_second = count * length / (time.perf_counter() - start)
+        if not self.max_queued_tokens:
+            self.max_queued_tokens = int(_QUEUE_SECONDS * self.tokens_per_second)
+
+    def drain(self) -> None:
+        """Refuse new work with Draining; accepted work goes on."""
+        if self.state in ("starting", "ready"):
+            self.state = "draining"
+
+    async def stop(self, timeout: float) -> bool:
+        """Drain, wait up to `timeout` s for accepted work, then end the workers. True if all of it was answered."""
+        self.drain()
+        try:
+            await asyncio.wait_for(self._all_answered.wait(), timeout)
+            finished = True
+        except TimeoutError:
+            finished = False
+            self._reject_all(Draining("The server stopped before this request could be finished."))
+        for worker in self._workers:
+            worker.stop()
+        give_up = time.monotonic() + 1.0  # a batch under way nobody waits for may be left behind
+        while any(worker.is_alive() for worker in self._workers) and time.monotonic() < give_up:
+            await asyncio.sleep(0.005)
+        if self.state != "dead":
+            self.state = "stopped"
+        for watchdog in self._flight.watchdogs.values():
+            watchdog.cancel()
+        return finished
+
+    async def died(self) -> None:
+        """Returns when the engine is dead: a worker is lost or hangs, and the process should exit."""
+        await self._dead.wait()
+
+    # ── questions ────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def model(self) -> ModelInfo:
+        """Raises NotReady while loading."""
+        return self._loaded().model
+
+    @property
+    def waiting_tokens(self) -> int:
+        return self._scheduler.waiting_tokens if self._scheduler else 0
+
+    @property
+    def waiting_sequences(self) -> int:
+        return self._scheduler.waiting_sequences if self._scheduler else 0
+
+    def _loaded(self) -> Built:
+        if self._parts is None:
+            raise NotReady("The model is still loading.", retry_after=5)
+        return self._parts
+
+    async def tokenize(self, texts: list[str], params: TokenizationParams) -> list[list[int]]:
+        """Ids of each text, whatever their number."""
+        encode = partial(self._loaded().tokenizer.encode, texts, params.add_special_tokens)
+        return await self._off_loop(encode, sum(map(len, texts)) > _INLINE_CHARS)
+
+    def tokens(self, token_ids: list[int]) -> list[str]:
+        """The vocabulary's entry for each id."""
+        return self._loaded().tokenizer.tokens(token_ids)
+
+    async def detokenize(self, token_ids: list[int]) -> str:
+        """Text of the ids, special tokens kept, unknown ids skipped."""
+        return await self._off_loop(partial(self._loaded().tokenizer.decode, token_ids), len(token_ids) > _INLINE_CHARS)
+
+    # ── the road of a request ────────────────────────────────────────────────────────────────────────────
+
+    async def pool(
+        self,
+        prompts: Prompts,
+        params: PoolingParams,
+        tokenization: TokenizationParams,
+        *,
+        task: Task = "embed",
+        client: str = "",
+        priority: int = 0,
+        timeout: float | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> PoolingResult:
+        """Run the model on every prompt; answers come in the prompts' order, all or none.
+
+        `client` is whose share of the engine it is charged to; lower `priority` runs first; after `timeout`
+        seconds DeadlineExceeded is raised. `on_progress(n)` is told of n more prompts done.
+        Raises the errors of `engine.errors`. Cancelling the awaiting task drops what still waits.
+        """
+        start = time.monotonic()
+        self._admit_state()
+        parts = self._loaded()
+        self._check(prompts, params, task)
+        prepare = partial(parts.tokenizer.prepare, prompts, tokenization)
+        token_ids = await self._off_loop(prepare, _is_long(prompts))
+        spent = time.monotonic() - start
+        if timeout is not None and spent >= timeout:
+            raise DeadlineExceeded("The request's deadline passed before it could run.")
+        self._admit_tokens(sum(map(len, token_ids)))
+        left = None if timeout is None else timeout - spent
+        result = await self._run(token_ids, params, task, client, priority, left, on_progress)
+        result.timings.tokenize = spent
+        return result
+
+    def _check(self, prompts: Prompts, params: PoolingParams, task: Task) -> None:
+        model = self._loaded().model
+        if task not in model.tasks:
+            raise UnsupportedTask(f"The model does not support the task {task}.", "task")
+        if not prompts:
+            raise EmptyInput("You must pass at least one prompt", "input")
+        if not self.config.token_id_input and not isinstance(prompts[0], str):
+            raise InvalidInput("This server takes text, not token ids (--no-token-id-input).", "input")
+        model.matryoshka.check(params.dimensions, self.config.model or model.root)
+
+    def _admit_state(self) -> None:
+        if self.state == "starting":
+            raise NotReady("The model is still loading.", retry_after=5)
+        if self.state == "dead":
+            raise EngineDead("The engine has failed and is about to restart.", retry_after=10)
+        if self.state != "ready":
+            raise Draining("The server is shutting down.", retry_after=10)
+
+    def _admit_tokens(self, tokens: int) -> None:
+        """Refuse what would wait too long. An empty queue takes anything: no size of request is refused for good."""
+        self._admit_state()
+        waiting = self.waiting_tokens
+        if waiting and waiting + tokens > self.max_queued_tokens:
+            wait = waiting / max(self.tokens_per_second, 1.0)
+            raise Overloaded(
+                f"The queue is full: {waiting} tokens wait and at most {self.max_queued_tokens} may.",
+                retry_after=max(1.0, wait / 2),
+            )
+
+    async def _run(
+        self,
+        token_ids: list[list[int]],
+        params: PoolingParams,
+        task: Task,
+        client: str,
+        priority: int,
+        timeout: float | None,
+        on_progress: Callable[[int], None] | None,
+    ) -> PoolingResult:
+        assert self._scheduler is not None
+        loop = asyncio.get_running_loop()
+        now = time.monotonic()
+        request_id = self._next_request_id
+        self._next_request_id += 1
+        empty: list[Row | None] = [None] * len(token_ids)
+        pending = _Pending(
+            future=loop.create_future(),
+            result=PoolingResult(empty, token_ids, Timings()),  # type: ignore[arg-type]
+            remaining=len(token_ids),
+            arrival=now,
+            on_progress=on_progress,
+        )
+        deadline = None
+        if timeout is not None:
+            deadline = now + timeout
+            pending.timer = loop.call_later(timeout, self._expire, request_id)
+        self._pending[request_id] = pending
+        self._all_answered.clear()
+        for index, ids in enumerate(token_ids):
+            self._scheduler.add(
+                Sequence(request_id, index, ids, params, task, now, deadline, priority, client)
+            )
+        self._dispatch_soon()
+        try:
+            return await pending.future
+        finally:
+            if request_id in self._pending:  # the caller was cancelled
+                self._settle(request_id, None)
+
+    # ── batches ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _dispatch_soon(self) -> None:
+        """Dispatch at the end of this turn of the loop: requests read in the same turn may ride together."""
+        if not self._dispatch_due:
+            self._dispatch_due = True
+            asyncio.get_running_loop().call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        """Give every idle worker a batch, as long as something waits."""
+        self._dispatch_due = False
+        assert self._scheduler is not None
+        loop = asyncio.get_running_loop()
+        idle = self._flight.idle
+        while idle and self.state != "dead":
+            now = time.monotonic()
+            batch = self._scheduler.schedule(now, len(idle))
+            for seq in self._scheduler.take_expired():
+                self._expire(seq.request_id)
+            if batch is None:
+                return
+            for seq in batch.sequences:
+                pending = self._pending[seq.request_id]
+                pending.result.timings.queue = now - pending.arrival
+            worker = idle.pop()
+            self._flight.watchdogs[worker] = loop.call_later(_HUNG_AFTER_S, self._hung, worker)
+            worker.submit(batch)
+
+    def _done(self, worker: Worker, batch: Batch, rows: list[Row], seconds: float) -> None:
+        self._flight.watchdogs.pop(worker).cancel()
+        self._flight.idle.append(worker)
+        self._dispatch()  # first, so that the worker is busy while results are handed out
+        self.observer.batch_done(batch.num_tokens, len(batch.sequences), seconds)
+        for seq, row in zip(batch.sequences, rows, strict=True):
+            pending = self._pending.get(seq.request_id)
+            if pending is None:  # its client left, or another of its sequences failed
+                continue
+            if isinstance(row, InferenceFailed):
+                self._settle(seq.request_id, row)
+                continue
+            pending.result.rows[seq.index] = row
+            pending.result.timings.forward = max(pending.result.timings.forward, seconds)
+            pending.remaining -= 1
+            if pending.on_progress:
+                pending.on_progress(1)
+            if not pending.remaining:
+                self._settle(seq.request_id, None)
+
+    def _settle(self, request_id: int, error: EngineError | None) -> None:
+        """The one place where a request ends: answered, failed, or (its future cancelled) forgotten."""
+        pending = self._pending.pop(request_id, None)
+        if pending is None:
+            return
+        if pending.timer is not None:
+            pending.timer.cancel()
+        if pending.remaining and self._scheduler is not None:
+            dropped = self._scheduler.abort(request_id)
+            if dropped:
+                self.observer.sequences_cancelled(dropped)
+        if not pending.future.done():
+            if error is not None:
+                pending.future.set_exception(error)
+            else:
+                pending.future.set_result(pending.result)
+        if not self._pending:
+            self._all_answered.set()
+
+    def _expire(self, request_id: int) -> None:
+        self._settle(request_id, DeadlineExceeded("The request's deadline passed before its answer was ready."))
+
+    # ── death ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _worker_died(self, worker: Worker, error: BaseException) -> None:
+        self._die(EngineDead(f"A worker died: {type(error).__name__}.", retry_after=10))
+
+    def _hung(self, worker: Worker) -> None:
+        self._die(EngineDead("A worker hangs.", retry_after=10))
+
+    def _die(self, error: EngineDead) -> None:
+        """A lost worker took its batch along; nothing that waits can be promised an answer."""
+        self.state = "dead"
+        self._reject_all(error)
+        self._dead.set()
+
+    def _reject_all(self, error: EngineError) -> None:
+        for request_id in list(self._pending):
+            self._settle(request_id, error)
+
+    async def _off_loop(self, call: Callable[[], T], long: bool) -> T:
+        """Run on the loop what is quick, in a thread what is not."""
+        return await asyncio.get_running_loop().run_in_executor(None, call) if long else call()
+
+
+def _is_long(prompts: Prompts) -> bool:
+    size = sum(map(len, prompts))
+    return size > (_INLINE_CHARS if isinstance(prompts[0], str) else _INLINE_IDS)

@@ -1,0 +1,87 @@
+"""The engine's closed family of errors. No HTTP inside: `server/errors.py` maps each leaf to a status.
+
+    EngineError
+    ├── InvalidInput            the caller's fault; the message is shown verbatim
+    │   ├── EmptyInput          no prompt, or a prompt of no tokens
+    │   ├── InputTooLong        more tokens than the model takes
+    │   ├── TokenOutOfVocabulary
+    │   ├── InvalidParameter    a value the model cannot honour (dimensions, truncation)
+    │   └── UnsupportedTask     the model has no such head
+    ├── Unavailable             nobody's fault now; try again later
+    │   ├── NotReady            still loading
+    │   ├── Draining            shutting down
+    │   ├── Overloaded          the queue is as long as it may be
+    │   └── EngineDead          a worker is lost; only a restart helps
+    ├── DeadlineExceeded        the request's own time ran out
+    └── InferenceFailed         the model broke on this input
+
+    ConfigError stands apart: it is raised before the engine lives, to whoever started it.
+"""
+
+
+class ConfigError(ValueError):
+    """The engine cannot be built as asked: one sentence that says what to change."""
+
+
+class EngineError(Exception):
+    """Base of all that can go wrong once the engine is up."""
+
+
+class InvalidInput(EngineError):
+    """The request cannot be served as it is. `param` names the field to blame, if one is."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class EmptyInput(InvalidInput):
+    """Nothing to run the model on."""
+
+
+class InputTooLong(InvalidInput):
+    """More tokens than the model, or the caller's own limit, allows."""
+
+
+class TokenOutOfVocabulary(InvalidInput):
+    """A token id the model has no embedding for."""
+
+
+class InvalidParameter(InvalidInput):
+    """A well-formed value that this model cannot honour."""
+
+
+class UnsupportedTask(InvalidInput):
+    """The model has no head for this task."""
+
+
+class Unavailable(EngineError):
+    """Not now. `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class NotReady(Unavailable):
+    """The model is still loading."""
+
+
+class Draining(Unavailable):
+    """The engine finishes what it has accepted and takes no more."""
+
+
+class Overloaded(Unavailable):
+    """Admission refused: too many tokens wait already."""
+
+
+class EngineDead(Unavailable):
+    """A worker died or hangs; the process is about to exit for its supervisor to restart."""
+
+
+class DeadlineExceeded(EngineError):
+    """The request's own deadline passed before its answer was ready."""
+
+
+class InferenceFailed(EngineError):
+    """The model raised, or produced a number that is not finite. The log has the details."""

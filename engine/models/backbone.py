@@ -1,0 +1,76 @@
+"""Backbone: a transformers model that runs packed rows. `forward(PackedBatch) -> hidden [T, H]` is the seam."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from carpool.engine.models.attention import layout
+from carpool.engine.packing import PackedBatch
+
+
+class Backbone:
+    """One replica: its own modules, configuration and buffers over weights that all replicas share."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        takes = inspect.signature(module.forward).parameters
+        anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        self._extra: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
+        self._takes_positions = anything or "position_ids" in takes
+        self._takes_types = "token_type_ids" in takes
+        self._pad_id = _position_pad_id(module)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """[T, H] in the model's dtype: the last layer's output, after the model's final norm."""
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids[None], **self._extra}
+        if self._takes_positions:
+            inputs["position_ids"] = self._positions(batch)[None]
+        if self._takes_types:
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        with layout(batch.runs):
+            hidden: Tensor = self.module(**inputs).last_hidden_state
+        return hidden[0]
+
+    def _positions(self, batch: PackedBatch) -> Tensor:
+        """int64 [T]. RoBERTa counts from its pad id + 1 and skips pad tokens, wherever they stand."""
+        if self._pad_id is None:
+            return batch.position_ids
+        real = (batch.input_ids != self._pad_id).long()
+        count = real.cumsum(0)
+        starts = batch.cu_seqlens[:-1].long()
+        before = (count - real)[starts]  # tokens counted before each sequence began
+        lengths = batch.cu_seqlens.diff().long()
+        return (count - torch.repeat_interleave(before, lengths)) * real + self._pad_id
+
+    def replica(self) -> Backbone:
+        """A second one for another thread: weights aliased, everything else copied."""
+        shared: dict[int, Any] = {id(weight): weight for weight in self.module.parameters()}
+        return Backbone(copy.deepcopy(self.module, shared))
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether its attention layers look only backwards by their class's nature."""
+        return any(getattr(module, "is_causal", False) for module in self.module.modules())
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that a table of learned positions has rows for; None where positions are computed."""
+        for module in self.module.modules():
+            table = getattr(module, "position_embeddings", None)
+            if isinstance(table, nn.Embedding):
+                return table.num_embeddings - (0 if self._pad_id is None else self._pad_id + 1)
+        return None
+
+
+def _position_pad_id(module: nn.Module) -> int | None:
+    """The pad id that offsets positions in the RoBERTa family; None elsewhere."""
+    for child in module.modules():
+        table = getattr(child, "position_embeddings", None)
+        if isinstance(table, nn.Embedding) and isinstance(getattr(child, "padding_idx", None), int):
+            return int(child.padding_idx)  # type: ignore[arg-type]
+    return None

@@ -1,0 +1,35 @@
+"""What comes back for one request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds a request spent in each stage; the slowest of its sequences counts."""
+
+    tokenize: float = 0.0
+    queue: float = 0.0
+    forward: float = 0.0
+
+
+@dataclass(slots=True)
+class PoolingResult:
+    """The answers to one request, in the order of its prompts.
+
+    `rows[i]` is float32: `[D]` for a pooled vector, `[tokens, D]` for a token task.
+    """
+
+    rows: list[NDArray[np.float32]]
+    prompt_token_ids: list[list[int]]
+    timings: Timings = field(default_factory=Timings)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.prompt_token_ids))

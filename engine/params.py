@@ -1,0 +1,87 @@
+"""What a caller may ask of one request: the task, how the text is cut, how the vectors are finished."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from carpool.engine.errors import InvalidParameter
+
+Task = Literal["embed", "token_embed"]
+Side = Literal["left", "right"]
+Padding = Literal["max_length", "do_not_pad"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingParams:
+    """How the pooled vector is finished.
+
+    `dimensions`: keep the first so many components (Matryoshka models only), before normalising.
+    `use_activation`: None is the model's own choice; for embeddings it means L2 normalisation.
+    `normalize`, `softmax` and `activation` are older names of `use_activation`.
+    """
+
+    dimensions: int | None = None
+    use_activation: bool | None = None
+    normalize: bool | None = None
+    softmax: bool | None = None
+    activation: bool | None = None
+
+    def __post_init__(self) -> None:
+        for alias in ("normalize", "softmax", "activation"):
+            value = getattr(self, alias)
+            if value is not None and self.use_activation is None:
+                object.__setattr__(self, "use_activation", value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizationParams:
+    """How a prompt becomes token ids.
+
+    `truncate_prompt_tokens`: None refuses what is too long, -1 cuts at the model's maximum, k at k tokens.
+    `truncation_side`: None keeps the special tokens and cuts on the tokenizer's own side; "right" keeps the
+    first k of the whole sequence and "left" the last k, special tokens not spared.
+    `padding`: "max_length" appends the pad token, as content, up to the model's maximum (SigLIP needs it).
+    """
+
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Side | None = None
+    add_special_tokens: bool = True
+    padding: Padding | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Matryoshka:
+    """Which output widths an embedding model can be cut to, and the refusals of all others.
+
+    `size` is the native width E, `flexible` allows every width 1…E, `allowed` only those listed.
+    """
+
+    size: int
+    flexible: bool = False
+    allowed: tuple[int, ...] = ()
+
+    @property
+    def supported(self) -> bool:
+        return self.flexible or bool(self.allowed)
+
+    def check(self, dimensions: int | None, model: str) -> None:
+        """Raise InvalidParameter unless `dimensions` can be served; `model` is the name shown to the caller."""
+        if dimensions is None or dimensions == self.size:
+            return
+        if not self.supported:
+            raise InvalidParameter(
+                f'Model "{model}" does not support matryoshka representation, '
+                "changing output dimensions will lead to poor results."
+            )
+        if dimensions < 1:
+            raise InvalidParameter("Dimensions must be greater than 0", "dimensions")
+        if dimensions > self.size:
+            raise InvalidParameter(
+                f'Model "{model}" only supports dimensions in the range [1, {self.size}], got {dimensions}.',
+                "dimensions",
+            )
+        if self.allowed and dimensions not in self.allowed:
+            raise InvalidParameter(
+                f'Model "{model}" only supports {list(self.allowed)} matryoshka dimensions, '
+                "use other output dimensions will lead to poor results.",
+                "dimensions",
+            )

@@ -1,0 +1,224 @@
+"""Scheduler: which sequences ride next. A pure card game: no tensors, no clock, no I/O; time is an argument.
+
+* Work-conserving: whenever something waits, `schedule` deals a batch. There is no timer.
+* Fair: priority first; then the client that was served the fewest tokens; then that client's request that was
+  served the fewest; then order of arrival. A request of 2,048 texts cannot starve a request of one.
+* Length-aware: of the next few in fair order, those near the first one's length ride along with it, but none is
+  overtaken for longer than `max_overtaken_s`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections import deque
+from itertools import count
+
+from carpool.engine.batch import Batch
+from carpool.engine.sequence import Sequence
+
+_MAX_CANDIDATES = 256  # waiting sequences that one deal looks at: bounds what a deal costs
+
+
+class _Flow:
+    """A queue that gives each of its children the same number of tokens; a leaf deals sequences in order.
+
+    `served` is the flow's virtual time: tokens dealt from it so far. The least served child goes first, and one
+    that joins starts level with the least served of those that wait, so none can save up turns or owe them
+    (start-time fair queueing, Goyal et al., 1996).
+    """
+
+    __slots__ = ("_children", "num_waiting", "order", "parent", "served", "waiting")
+
+    def __init__(self, parent: _Flow | None, order: int) -> None:
+        self.parent = parent
+        self.order = order
+        self.served = 0
+        self.num_waiting = 0
+        self.waiting: deque[Sequence] = deque()
+        # A heap whose stale entries (the child was dealt from since, or has nothing left) are dropped when met.
+        self._children: list[tuple[int, int, _Flow]] = []
+
+    def least_served(self) -> _Flow | None:
+        """The child whose turn it is, or None if none waits."""
+        while self._children:
+            served, _, child = self._children[0]
+            if served == child.served and child.num_waiting:
+                return child
+            heapq.heappop(self._children)
+        return None
+
+    def join(self, child: _Flow) -> None:
+        """Start `child` level with the least served; called when it goes from nothing waiting to something."""
+        least = self.least_served()
+        if least is not None:
+            child.served = max(child.served, least.served)
+
+    def dealt(self, tokens: int, sequences: int) -> None:
+        """Record that sequences left this leaf (or, with negative numbers, came back), all the way up."""
+        flow: _Flow | None = self
+        while flow is not None:
+            flow.served += tokens
+            flow.num_waiting -= sequences
+            if flow.parent is not None and flow.num_waiting:
+                heapq.heappush(flow.parent._children, (flow.served, flow.order, flow))
+            flow = flow.parent
+
+
+class Scheduler:
+    """Deals batches of at most `max_num_batched_tokens` tokens and `max_num_seqs` sequences.
+
+    `window_tokens` is how far ahead in fair order a deal looks for sequences of similar length (default: four
+    batches). When several workers are idle a short queue is dealt in equal shares, none below `min_share_tokens`.
+    """
+
+    def __init__(
+        self,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        *,
+        max_overtaken_s: float = 0.25,
+        window_tokens: int | None = None,
+        min_share_tokens: int = 128,
+    ) -> None:
+        self._max_tokens = max_num_batched_tokens
+        self._max_seqs = max_num_seqs
+        self._max_overtaken_s = max_overtaken_s
+        self._window_tokens = 4 * max_num_batched_tokens if window_tokens is None else window_tokens
+        self._min_share_tokens = min_share_tokens
+        self._arrivals = count()
+        self._priorities: list[int] = []  # sorted; those with a class below
+        self._classes: dict[int, _Flow] = {}
+        self._clients: dict[tuple[int, str], _Flow] = {}
+        self._requests: dict[int, _Flow] = {}
+        self._expired: list[Sequence] = []
+        self.waiting_tokens = 0
+        self.waiting_sequences = 0
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence; it must fit a batch by itself. The sequences of a request share its priority."""
+        if not 0 < seq.num_tokens <= self._max_tokens:
+            raise ValueError(f"{seq.num_tokens} tokens do not fit a batch of {self._max_tokens}")
+        request = self._requests.get(seq.request_id) or self._open(seq)
+        request.waiting.append(seq)
+        request.dealt(0, -1)
+        self.waiting_tokens += seq.num_tokens
+        self.waiting_sequences += 1
+
+    def abort(self, request_id: int) -> int:
+        """Drop what still waits of a request; returns how many sequences that were."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return 0
+        dropped = len(request.waiting)
+        self.waiting_tokens -= sum(seq.num_tokens for seq in request.waiting)
+        self.waiting_sequences -= dropped
+        request.waiting.clear()
+        request.dealt(0, dropped)
+        self._forget_idle()
+        return dropped
+
+    def schedule(self, now: float, idle_workers: int = 1) -> Batch | None:
+        """Deal the next batch, or None if nothing waits. What has expired never rides: see `take_expired`."""
+        budget = self._share(idle_workers)
+        candidates = self._pick(max(budget, self._window_tokens), now)
+        if not candidates:
+            self._forget_idle()
+            return None
+        chosen = self._choose(candidates, budget, now)
+        last = max(i for i, seq in enumerate(candidates) if seq in chosen)
+        for i in range(len(candidates) - 1, -1, -1):
+            seq = candidates[i]
+            if seq not in chosen:
+                self._put_back(seq)
+                if i < last and seq.overtaken_at is None:
+                    seq.overtaken_at = now
+        for seq in candidates:
+            request = self._requests.get(seq.request_id)
+            if request is not None and not request.num_waiting:
+                del self._requests[seq.request_id]
+        self._forget_idle()
+        return Batch.of(list(chosen))
+
+    def take_expired(self) -> list[Sequence]:
+        """The sequences that were dropped because their deadline had passed, each exactly once."""
+        expired, self._expired = self._expired, []
+        return expired
+
+    def _share(self, idle_workers: int) -> int:
+        """Tokens one batch may hold so that every idle worker gets its part of a short queue."""
+        share = -(-self.waiting_tokens // max(1, idle_workers))
+        return min(self._max_tokens, max(share, self._min_share_tokens))
+
+    def _choose(self, candidates: list[Sequence], budget: int, now: float) -> dict[Sequence, None]:
+        """The first in fair order; then, priority by priority, the overdue and those nearest to it in length."""
+        first = candidates[0]
+
+        def rank(seq: Sequence) -> tuple[int, bool, int]:
+            if seq.overtaken_at is not None and now - seq.overtaken_at >= self._max_overtaken_s:
+                return seq.priority, False, 0
+            return seq.priority, True, abs(seq.num_tokens - first.num_tokens)
+
+        total = first.num_tokens
+        chosen = {first: None}  # a dict as an ordered set: sequences hash by identity
+        for seq in sorted(candidates[1:], key=rank):  # stable: equal ranks stay in fair order
+            if len(chosen) == self._max_seqs:
+                break
+            if total + seq.num_tokens <= budget:
+                total += seq.num_tokens
+                chosen[seq] = None
+        return chosen
+
+    def _pick(self, tokens: int, now: float) -> list[Sequence]:
+        """Take sequences in fair order until `tokens` are passed; the expired are set aside."""
+        picked: list[Sequence] = []
+        total = 0
+        for priority in self._priorities:
+            level = self._classes[priority]
+            while level.num_waiting and total < tokens and len(picked) < _MAX_CANDIDATES:
+                flow: _Flow | None = level
+                while flow is not None and not flow.waiting:
+                    flow = flow.least_served()
+                assert flow is not None, "a class that counts waiting sequences has a request that holds one"
+                seq = flow.waiting.popleft()
+                self.waiting_tokens -= seq.num_tokens
+                self.waiting_sequences -= 1
+                if seq.deadline is not None and seq.deadline <= now:
+                    flow.dealt(0, 1)
+                    self._expired.append(seq)
+                    continue
+                flow.dealt(seq.num_tokens, 1)
+                picked.append(seq)
+                total += seq.num_tokens
+        return picked
+
+    def _put_back(self, seq: Sequence) -> None:
+        """Undo a pick. In reverse order of picking, every queue is as it was."""
+        request = self._requests[seq.request_id]
+        request.waiting.appendleft(seq)
+        request.dealt(-seq.num_tokens, -1)
+        self.waiting_tokens += seq.num_tokens
+        self.waiting_sequences += 1
+
+    def _open(self, seq: Sequence) -> _Flow:
+        """Make the request's flow, below its client's, below its priority's."""
+        level = self._classes.get(seq.priority)
+        if level is None:
+            level = self._classes[seq.priority] = _Flow(None, next(self._arrivals))
+            insort(self._priorities, seq.priority)
+        client = self._clients.get((seq.priority, seq.client))
+        if client is None:
+            client = self._clients[seq.priority, seq.client] = _Flow(level, next(self._arrivals))
+        if not client.num_waiting:
+            level.join(client)
+        request = self._requests[seq.request_id] = _Flow(client, next(self._arrivals))
+        client.join(request)
+        return request
+
+    def _forget_idle(self) -> None:
+        """Once nothing waits, nobody's past counts: start afresh (and hold no memory of clients long gone)."""
+        if not self.waiting_sequences:
+            self._requests.clear()
+            self._clients.clear()
+            self._classes.clear()
+            self._priorities.clear()

@@ -1,0 +1,29 @@
+"""Sequence: one row of work, from admission to its output."""
+
+from dataclasses import dataclass
+
+from carpool.engine.params import PoolingParams, Task
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The token ids of one prompt and what the scheduler needs to know about them.
+
+    Times are seconds on the caller's monotonic clock. `request_id` groups the sequences of one call and is
+    unique among live requests; `index` is the place in that call.
+    """
+
+    request_id: int
+    index: int
+    token_ids: list[int]
+    params: PoolingParams
+    task: Task = "embed"
+    arrival: float = 0.0
+    deadline: float | None = None
+    priority: int = 0  # lower runs first
+    client: str = ""  # whose share it is charged to
+    overtaken_at: float | None = None  # set by the scheduler: when a later one first rode ahead of it
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
