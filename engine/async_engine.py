@@ -212,7 +212,9 @@ class AsyncEngine:
 
     async def detokenize(self, token_ids: list[int]) -> str:
         """Text of the ids, special tokens kept, unknown ids skipped."""
-        return await self._off_loop(partial(self._loaded().tokenizer.decode, token_ids), len(token_ids) > _INLINE_CHARS)
+        return await self._off_loop(
+            partial(self._loaded().tokenizer.decode, token_ids), len(token_ids) > _INLINE_CHARS
+        )
 
     # ── the road of a request ────────────────────────────────────────────────────────────────────────────
 
@@ -386,7 +388,9 @@ class AsyncEngine:
             self._all_answered.set()
 
     def _expire(self, request_id: int) -> None:
-        self._settle(request_id, DeadlineExceeded("The request's deadline passed before its answer was ready."))
+        self._settle(
+            request_id, DeadlineExceeded("The request's deadline passed before its answer was ready.")
+        )
 
     # ── death ────────────────────────────────────────────────────────────────────────────────────────────
 

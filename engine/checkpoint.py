@@ -167,11 +167,17 @@ def _pooling_modes(config: Mapping[str, Any], folder: Path) -> tuple[PoolingMode
     if named is not None:
         names = [named] if isinstance(named, str) else list(named)
     else:
-        names = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on]
+        names = [
+            key.removeprefix("pooling_mode_")
+            for key, on in config.items()
+            if key.startswith("pooling_mode_") and on
+        ]
     names = [name.removesuffix("_token").removesuffix("_tokens") for name in names]
     unknown = [name for name in names if name not in _ST_MODES]
     if unknown or not names:
-        raise ConfigError(f"{folder.name}/config.json names no pooling mode that carpool knows: {unknown or 'none is set'}.")
+        raise ConfigError(
+            f"{folder.name}/config.json names no pooling mode that carpool knows: {unknown or 'none is set'}."
+        )
     if named is None:  # booleans have no order of their own
         names.sort(key=list(_ST_MODES).index)
     return tuple(_ST_MODES[name] for name in names)
@@ -181,7 +187,9 @@ def _dense(folder: Path) -> Dense:
     config = _read_json(folder / "config.json")
     for key in ("module_input_name", "module_output_name"):
         if config.get(key) not in (None, "sentence_embedding"):
-            raise ConfigError(f"{folder.name} works on {config[key]!r}; carpool serves Dense layers on sentence embeddings.")
+            raise ConfigError(
+                f"{folder.name} works on {config[key]!r}; carpool serves Dense layers on sentence embeddings."
+            )
     return Dense(
         folder=folder,
         in_features=int(config["in_features"]),
@@ -193,7 +201,7 @@ def _dense(folder: Path) -> Dense:
 
 def _sentence_bert_config(folder: Path) -> Mapping[str, Any]:
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"):
-        config = _read_json(folder / f"sentence_{name}_config.json", optional=True)
+        config: Mapping[str, Any] = _read_json(folder / f"sentence_{name}_config.json", optional=True)
         if config:
             return config
     return {}
@@ -248,7 +256,9 @@ def _read_json(path: Path, *, optional: bool = False, kind: type = dict) -> Any:
     except FileNotFoundError:
         if optional:
             return kind()
-        raise ConfigError(f"{path.parent} has no {path.name}, so it is not a model folder carpool can read.") from None
+        raise ConfigError(
+            f"{path.parent} has no {path.name}, so it is not a model folder carpool can read."
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, kind):

@@ -59,7 +59,9 @@ class PoolerConfig:
 
     pooling_type: PoolingType | None = option(None, "Which rows make a text's vector: CLS, LAST or MEAN.")
     seq_pooling_type: PoolingType | None = option(None, "Newer name of pooling_type.")
-    use_activation: bool | None = option(None, "Default of the request field: whether embeddings are normalised.")
+    use_activation: bool | None = option(
+        None, "Default of the request field: whether embeddings are normalised."
+    )
     normalize: bool | None = option(None, "Older name of use_activation.")
     dimensions: int | None = option(None, "Default of the request field: cut every embedding to this width.")
 
@@ -80,26 +82,46 @@ class PoolerConfig:
 class EngineConfig:
     """What to load and how to run it. "auto" and None are resolved against the checkpoint and the machine."""
 
-    model: str = option("", "A checkpoint folder or a Hugging Face name; without it the bundled all-MiniLM-L6-v2.")
+    model: str = option(
+        "", "A checkpoint folder or a Hugging Face name; without it the bundled all-MiniLM-L6-v2."
+    )
     tokenizer: str | None = option(None, "Folder or name of the tokenizer, where it is not the model's.")
     revision: str | None = option(None, "Branch, tag or commit of a model taken from the Hugging Face hub.")
-    runner: Literal["auto", "pooling"] = option("auto", "Kept for the reference's scripts: all models are pooled here.")
-    convert: Literal["auto", "embed", "none"] = option("auto", "How to adapt a model that is not a pooling model.")
+    runner: Literal["auto", "pooling"] = option(
+        "auto", "Kept for the reference's scripts: all models are pooled here."
+    )
+    convert: Literal["auto", "embed", "none"] = option(
+        "auto", "How to adapt a model that is not a pooling model."
+    )
     pooler_config: PoolerConfig = option(PoolerConfig(), "Pooler overrides, as JSON or dotted flags.")
     hf_overrides: Mapping[str, Any] = option({}, "Keys merged over the checkpoint's config.json, as JSON.")
     trust_remote_code: bool = option(False, "Run Python code that a checkpoint brings along.")
-    dtype: DType = option("auto", "Type of weights and activations; auto is the checkpoint's if the device has it.")
-    max_model_len: int | None = option(None, "Most tokens a prompt may have; by default what the model was made for.")
+    dtype: DType = option(
+        "auto", "Type of weights and activations; auto is the checkpoint's if the device has it."
+    )
+    max_model_len: int | None = option(
+        None, "Most tokens a prompt may have; by default what the model was made for."
+    )
     max_num_seqs: int = option(256, "Most prompts in one batch.")
-    max_num_batched_tokens: int | None = option(None, "Most tokens in one batch; by default 2048, or one prompt's worth.")
+    max_num_batched_tokens: int | None = option(
+        None, "Most tokens in one batch; by default 2048, or one prompt's worth."
+    )
     device: Device = option("auto", "Where the model runs.")
     cpu_workers: int | None = option(None, "Threads that each run batches on a CPU; by default one a core.")
-    max_queued_tokens: int | None = option(None, "Waiting tokens above which requests get 503; by default 60 s of work.")
+    max_queued_tokens: int | None = option(
+        None, "Waiting tokens above which requests get 503; by default 60 s of work."
+    )
     surgery: bool = option(True, "Swap modules of the model for fused ones that compute the same.")
     token_id_input: bool = option(True, "Accept token ids as input; --no-token-id-input refuses them.")
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "cpu_workers", "max_queued_tokens"):
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "cpu_workers",
+            "max_queued_tokens",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")

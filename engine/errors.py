@@ -1,21 +1,21 @@
 """The engine's closed family of errors. No HTTP inside: `server/errors.py` maps each leaf to a status.
 
-    EngineError
-    ├── InvalidInput            the caller's fault; the message is shown verbatim
-    │   ├── EmptyInput          no prompt, or a prompt of no tokens
-    │   ├── InputTooLong        more tokens than the model takes
-    │   ├── TokenOutOfVocabulary
-    │   ├── InvalidParameter    a value the model cannot honour (dimensions, truncation)
-    │   └── UnsupportedTask     the model has no such head
-    ├── Unavailable             nobody's fault now; try again later
-    │   ├── NotReady            still loading
-    │   ├── Draining            shutting down
-    │   ├── Overloaded          the queue is as long as it may be
-    │   └── EngineDead          a worker is lost; only a restart helps
-    ├── DeadlineExceeded        the request's own time ran out
-    └── InferenceFailed         the model broke on this input
+EngineError
+├── InvalidInput            the caller's fault; the message is shown verbatim
+│   ├── EmptyInput          no prompt, or a prompt of no tokens
+│   ├── InputTooLong        more tokens than the model takes
+│   ├── TokenOutOfVocabulary
+│   ├── InvalidParameter    a value the model cannot honour (dimensions, truncation)
+│   └── UnsupportedTask     the model has no such head
+├── Unavailable             nobody's fault now; try again later
+│   ├── NotReady            still loading
+│   ├── Draining            shutting down
+│   ├── Overloaded          the queue is as long as it may be
+│   └── EngineDead          a worker is lost; only a restart helps
+├── DeadlineExceeded        the request's own time ran out
+└── InferenceFailed         the model broke on this input
 
-    ConfigError stands apart: it is raised before the engine lives, to whoever started it.
+ConfigError stands apart: it is raised before the engine lives, to whoever started it.
 """
 
 

@@ -1,8 +1,8 @@
 """LLM: the engine for scripts and notebooks. Same engine as the server's, same numbers, no HTTP.
 
-    from carpool import LLM
-    (output,) = LLM("path/to/model").embed("Hello, my name is")
-    output.outputs.embedding
+from carpool import LLM
+(output,) = LLM("path/to/model").embed("Hello, my name is")
+output.outputs.embedding
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -89,7 +89,9 @@ class LLM:
         """One vector a prompt."""
         answers = self._pool(prompts, pooling_params, "embed", use_tqdm, truncate_prompt_tokens)
         return [
-            RequestOutput(answer.request_id, EmbeddingOutput(answer.outputs.data.tolist()), answer.prompt_token_ids)
+            RequestOutput(
+                answer.request_id, EmbeddingOutput(answer.outputs.data.tolist()), answer.prompt_token_ids
+            )
             for answer in answers
         ]
 
@@ -164,7 +166,9 @@ def _config(model: str, options: Mapping[str, Any]) -> EngineConfig:
     for name in given:
         if name not in known:
             near = get_close_matches(name, known, 1)
-            raise ConfigError(f"LLM() has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+            raise ConfigError(
+                f"LLM() has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+            )
     if isinstance(given.get("pooler_config"), Mapping):
         given["pooler_config"] = PoolerConfig(**given["pooler_config"])
     if given.get("pooler_config", ...) is None:
@@ -175,7 +179,7 @@ def _config(model: str, options: Mapping[str, Any]) -> EngineConfig:
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[str | list[int]]:
     """One prompt or many, each text, token ids, or a dict of either, as a list of texts and ids."""
     single = isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int))
-    many: Seq[Any] = [prompts] if single else prompts
+    many = cast("Seq[Prompt]", [prompts] if single else prompts)
     return [_unwrap(prompt) for prompt in many]
 
 

@@ -21,4 +21,3 @@ class Unobserved:
 
     def sequences_cancelled(self, count: int) -> None:
         """Nobody asked."""
-

@@ -12,9 +12,15 @@ from typing import Any
 
 import tokenizers
 
-from carpool.engine.errors import ConfigError, EmptyInput, InputTooLong, InvalidInput, InvalidParameter, TokenOutOfVocabulary
+from carpool.engine.errors import (
+    ConfigError,
+    EmptyInput,
+    InputTooLong,
+    InvalidInput,
+    InvalidParameter,
+    TokenOutOfVocabulary,
+)
 from carpool.engine.params import Side, TokenizationParams
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,7 @@ class Tokenizer:
             raise ConfigError(f"The tokenizer in {path} has no fast version; save one with tokenizer.json.")
         return cls(
             tokenizers.Tokenizer.from_str(backend.to_str()),
-            truncation_side=fast.truncation_side,
+            truncation_side="left" if fast.truncation_side == "left" else "right",
             pad_id=fast.pad_token_id or 0,
             **limits,
         )
@@ -131,7 +137,9 @@ class Tokenizer:
         batch = self.encode(heads, params.add_special_tokens)
         short = [i for i, ids in enumerate(batch) if len(ids) < enough and len(heads[i]) < len(texts[i])]
         if short:
-            for i, ids in zip(short, self.encode([texts[i] for i in short], params.add_special_tokens), strict=True):
+            for i, ids in zip(
+                short, self.encode([texts[i] for i in short], params.add_special_tokens), strict=True
+            ):
                 batch[i] = ids
         return batch
 
@@ -165,7 +173,9 @@ class Tokenizer:
             raise EmptyInput("You must pass at least one prompt", "input")
         for i, ids in enumerate(batch):
             if not ids:
-                raise EmptyInput("The prompt has no tokens: send a text or ids that are not empty.", _name(i, batch))
+                raise EmptyInput(
+                    "The prompt has no tokens: send a text or ids that are not empty.", _name(i, batch)
+                )
             if len(ids) > self._max_model_len:
                 raise InputTooLong(
                     f"This model's maximum context length is {self._max_model_len} tokens. However, your input has "
@@ -178,7 +188,9 @@ class Tokenizer:
     def decode(self, token_ids: list[int]) -> str:
         """Text of the ids, special tokens kept; ids that no entry has are skipped."""
         known = self._backend.get_vocab_size(with_added_tokens=True)
-        return self._backend.decode([token for token in token_ids if token < known], skip_special_tokens=False)
+        return self._backend.decode(
+            [token for token in token_ids if token < known], skip_special_tokens=False
+        )
 
     def tokens(self, token_ids: list[int]) -> list[str]:
         """The vocabulary's entry for each id; empty where there is none."""

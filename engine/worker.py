@@ -37,8 +37,8 @@ class Worker:
     def __init__(
         self,
         runner: Runner,
-        done: Callable[[Worker, Batch, list[Row], float], None],
-        died: Callable[[Worker, BaseException], None],
+        done: Callable[[Worker, Batch, list[Row], float], object],
+        died: Callable[[Worker, BaseException], object],
         name: str,
     ) -> None:
         self._runner = runner

@@ -41,7 +41,8 @@ def varlen_attention(
         start = rows.stop
         # [count, N, length, D]
         q, k, v = (
-            x[rows].float().view(count, length, x.shape[1], x.shape[2]).transpose(1, 2) for x in (query, key, value)
+            x[rows].float().view(count, length, x.shape[1], x.shape[2]).transpose(1, 2)
+            for x in (query, key, value)
         )
         if heads != kv_heads:
             k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
@@ -50,7 +51,9 @@ def varlen_attention(
     return out.to(query.dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
     """q, k, v [count, N, L, D] float32; mask [L, L] is True where a query (row) sees a key (column)."""
     if softcap is None and (mask is not None or q.shape[2] > _SHORT):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

@@ -34,8 +34,9 @@ def load_backbone(
     trust_remote_code: bool,
 ) -> Backbone:
     """Load the checkpoint's backbone, every weight accounted for, with packed attention in place."""
-    transformers_logging.set_verbosity_error()  # our own checks speak, in one sentence
-    transformers_logging.disable_progress_bar()
+    # Our own checks speak, in one sentence.
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = _config(checkpoint, trust_remote_code)
     try:
         model, info = AutoModel.from_pretrained(
@@ -69,9 +70,12 @@ def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedConfig
     """The model's configuration with the user's overrides; never asks on standard input."""
     try:
         config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
-        return type(config).from_dict(dict(checkpoint.config))
+        merged: PreTrainedConfig = type(config).from_dict(dict(checkpoint.config))
+        return merged
     except Exception as error:
-        raise ConfigError(f"The config.json in {checkpoint.path} is not one carpool can serve: {_first_line(error)}") from error
+        raise ConfigError(
+            f"The config.json in {checkpoint.path} is not one carpool can serve: {_first_line(error)}"
+        ) from error
 
 
 def _without_pooler(config: PreTrainedConfig) -> dict[str, Any]:
@@ -88,7 +92,9 @@ def _refuse_batch_dependent_rope(config: PreTrainedConfig, max_model_len: int) -
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     kind = rope.get("rope_type") if isinstance(rope, dict) else None
-    original = rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", 0)
+    original = (
+        rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", 0) or 0
+    )
     if kind in ("dynamic", "longrope") and max_model_len > original:
         raise ConfigError(
             f"This model's {kind} rotary embedding depends on the longest prompt of a batch beyond {original} tokens; "

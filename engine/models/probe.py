@@ -16,7 +16,9 @@ from carpool.engine.packing import pack_ids
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
-def check_isolation(backbone: Backbone, *, vocab_size: int, max_model_len: int, window: int | None = None) -> None:
+def check_isolation(
+    backbone: Backbone, *, vocab_size: int, max_model_len: int, window: int | None = None
+) -> None:
     """Raise ConfigError unless random sequences, packed, come out as each does alone.
 
     Lengths straddle the sliding `window`, so that a window that reaches into a neighbour shows.
@@ -31,12 +33,14 @@ def check_isolation(backbone: Backbone, *, vocab_size: int, max_model_len: int, 
     try:
         with torch.inference_mode():
             packed_batch = pack_ids(sequences, device)
-            packed = backbone.forward(packed_batch).split(lengths)
+            packed = torch.split(backbone.forward(packed_batch), lengths)
             alone = [backbone.forward(pack_ids([ids], device)) for ids in sequences]
     except UnknownAttentionArgument as error:
         raise ConfigError(f"{name} cannot be served: {error}.") from error
     for together, single in zip(packed, alone, strict=True):
-        difference = float((together.float() - single.float()).norm() / single.float().norm().clamp_min(1e-12))
+        difference = float(
+            (together.float() - single.float()).norm() / single.float().norm().clamp_min(1e-12)
+        )
         if not difference <= _TOLERANCE.get(single.dtype, 1e-3):
             raise ConfigError(
                 f"{name} cannot be served packed: texts of one batch change each other's results "

@@ -9,12 +9,18 @@ them on every call otherwise), and a GELU that directly follows one is computed 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 # oneDNN's name for each GELU, by the function that it must agree with.
-_GELUS = {"none": lambda x: F.gelu(x), "tanh": lambda x: F.gelu(x, approximate="tanh")}
+_GELUS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": F.gelu,
+    "tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class PackedLinear(nn.Module):
@@ -38,7 +44,7 @@ class PackedLinear(nn.Module):
 def operate(model: nn.Module) -> dict[str, int]:
     """Swap what can be swapped, in place; returns how many of each kind were."""
     device = next(model.parameters()).device
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return {}
     with torch.inference_mode(False), torch.no_grad():
         fused = sum(_fuse_gelu(module) for module in list(model.modules()))
@@ -94,7 +100,11 @@ def _gelu_variant(module: nn.Module) -> str | None:
         y = module(x)
     except Exception:
         return None
-    matches = [name for name, gelu in _GELUS.items() if isinstance(y, Tensor) and torch.allclose(y, gelu(x), atol=1e-6)]
+    matches = [
+        name
+        for name, gelu in _GELUS.items()
+        if isinstance(y, Tensor) and torch.allclose(y, gelu(x), atol=1e-6)
+    ]
     return matches[0] if matches else None
 
 

@@ -12,13 +12,19 @@ from carpool.engine.errors import ConfigError
 
 def load_dense(spec: Dense, device: torch.device) -> nn.Sequential:
     """The layer and its activation, in float32."""
-    linear = nn.Linear(spec.in_features, spec.out_features, bias=spec.bias, dtype=torch.float32, device=device)
+    linear = nn.Linear(
+        spec.in_features, spec.out_features, bias=spec.bias, dtype=torch.float32, device=device
+    )
     tensors = _tensors(spec)
     for name in ("weight", "bias") if spec.bias else ("weight",):
-        found = next((tensors[key] for key in (f"linear.{name}", f"dense.{name}", name) if key in tensors), None)
+        found = next(
+            (tensors[key] for key in (f"linear.{name}", f"dense.{name}", name) if key in tensors), None
+        )
         parameter = getattr(linear, name)
         if found is None or found.shape != parameter.shape:
-            raise ConfigError(f"{spec.folder.name} has no {name} of shape {tuple(parameter.shape)} for its Dense layer.")
+            raise ConfigError(
+                f"{spec.folder.name} has no {name} of shape {tuple(parameter.shape)} for its Dense layer."
+            )
         parameter.data.copy_(found)
     return nn.Sequential(linear, activation(spec.activation)).requires_grad_(False).eval()
 

@@ -21,13 +21,17 @@ from carpool.kernels.reference import cut_and_normalize
 class Pooler:
     """`modes` are concatenated; `dense` follows; then Matryoshka cut and normalisation by each one's params."""
 
-    def __init__(self, modes: Seq[PoolingMode], dense: Seq[nn.Module], normalize: bool, dimensions: int | None) -> None:
+    def __init__(
+        self, modes: Seq[PoolingMode], dense: Seq[nn.Module], normalize: bool, dimensions: int | None
+    ) -> None:
         self._methods = [METHODS[mode] for mode in modes]
         self._dense = nn.Sequential(*dense)
         self._normalize = normalize
         self._dimensions = dimensions
 
-    def __call__(self, hidden: Tensor, cu_seqlens: Tensor, sequences: Seq[Sequence]) -> list[NDArray[np.float32]]:
+    def __call__(
+        self, hidden: Tensor, cu_seqlens: Tensor, sequences: Seq[Sequence]
+    ) -> list[NDArray[np.float32]]:
         """hidden [T, H], cu_seqlens [B+1] → for each sequence float32 [D], or [tokens, D] for a token task."""
         results: list[NDArray[np.float32] | None] = [None] * len(sequences)
         whole = [i for i, seq in enumerate(sequences) if seq.task == "embed"]
