@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from carpool.engine.config import EngineConfig
 from carpool.engine.errors import (
@@ -23,28 +23,33 @@ from carpool.engine.errors import (
     EngineError,
     InferenceFailed,
     InvalidInput,
+    InvalidParameter,
     NotReady,
     Overloaded,
     UnsupportedTask,
 )
 from carpool.engine.model_info import ModelInfo
-from carpool.engine.outputs import PoolingResult, Timings
+from carpool.engine.outputs import PoolingResult, ScoreResult, Timings
 from carpool.engine.params import PoolingParams, Task, TokenizationParams
 from carpool.engine.scheduler import Scheduler
+from carpool.engine.scoring import Plan, plan
 from carpool.engine.sequence import Sequence
+from carpool.engine.slicing import merge_rows, slice_ids
 from carpool.engine.stats import Observer, Unobserved
+from carpool.engine.prepared import Prepared
 from carpool.engine.worker import Runner, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from carpool.engine.batch import Batch
+    from carpool.engine.chat import ChatTemplate, Message
     from carpool.engine.tokenizer import Tokenizer
     from carpool.engine.worker import Row
 
 State = Literal["starting", "ready", "draining", "dead", "stopped"]
 T = TypeVar("T")
-Prompts = list[str] | list[list[int]]
+Prompts = list[str] | list[list[int]] | list[tuple[str, str]]
 
 _INLINE_CHARS = 4_000  # tokenised on the loop: under half a millisecond, less than a trip to a thread
 _INLINE_IDS = 20_000
@@ -61,6 +66,9 @@ class Built(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def chat(self) -> ChatTemplate: ...
 
     @property
     def runners(self) -> Seq[Runner]: ...
@@ -147,7 +155,8 @@ class AsyncEngine:
         prompts = [[i % parts.model.vocab_size] * length for i in range(count)]
         for _ in range(2):
             start = time.perf_counter()
-            await self._run(prompts, PoolingParams(), "embed", "", 0, None, None)
+            warm = Prepared(prompts)
+            await self._run(warm, PoolingParams(), parts.model.default_task, "", 0, None, None)
             self.tokens_per_second = count * length / (time.perf_counter() - start)
         if not self.max_queued_tokens:
             self.max_queued_tokens = int(_QUEUE_SECONDS * self.tokens_per_second)
@@ -240,16 +249,97 @@ class AsyncEngine:
         self._admit_state()
         parts = self._loaded()
         self._check(prompts, params, task)
-        prepare = partial(parts.tokenizer.prepare, prompts, tokenization)
-        token_ids = await self._off_loop(prepare, _is_long(prompts))
+        longest = parts.model.max_embed_len if task == "embed" else -1
+        prepare = partial(parts.tokenizer.prepare, prompts, tokenization, longest)
+        prepared = await self._off_loop(prepare, _is_long(prompts))
+        whole = prepared.token_ids
+        sliced = longest != -1 and any(len(ids) > parts.model.max_model_len for ids in whole)
+        if sliced:
+            slices, counts = slice_ids(whole, parts.model.max_model_len)
+            prepared = Prepared(slices)
         spent = time.monotonic() - start
         if timeout is not None and spent >= timeout:
             raise DeadlineExceeded("The request's deadline passed before it could run.")
-        self._admit_tokens(sum(map(len, token_ids)))
+        self._admit_tokens(prepared.num_tokens)
         left = None if timeout is None else timeout - spent
-        result = await self._run(token_ids, params, task, client, priority, left, on_progress)
+        result = await self._run(prepared, params, task, client, priority, left, on_progress)
         result.timings.tokenize = spent
+        if sliced:
+            lengths = list(map(len, prepared.token_ids))
+            result.rows = merge_rows(result.rows, lengths, counts)
+            result.prompt_token_ids = whole
         return result
+
+    async def score(
+        self,
+        queries: list[str],
+        documents: list[str],
+        params: PoolingParams,
+        tokenization: TokenizationParams,
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        client: str = "",
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> ScoreResult:
+        """A score for each query with its document, 1:1, 1:N or N:N, in the way the model is made for.
+
+        Raises as `pool` does.
+        """
+        start = time.monotonic()
+        self._admit_state()
+        parts = self._loaded()
+        shape = partial(self._plan, parts, queries, documents, tokenization, template_kwargs)
+        planned = await self._off_loop(shape, _is_long(queries) or _is_long(documents))
+        left = None if timeout is None else max(0.0, timeout - (time.monotonic() - start))
+        result = await self.pool(
+            planned.prompts,
+            params,
+            replace(tokenization, add_special_tokens=True),
+            task=planned.task,
+            client=client,
+            priority=priority,
+            timeout=left,
+        )
+        scores = await self._off_loop(partial(planned.scores, result.rows), planned.task == "token_embed")
+        return ScoreResult(scores, result.prompt_tokens, result.timings)
+
+    def _plan(
+        self,
+        parts: Built,
+        queries: list[str],
+        documents: list[str],
+        tokenization: TokenizationParams,
+        template_kwargs: Mapping[str, Any] | None,
+    ) -> Plan:
+        longest = parts.model.max_model_len
+        for name in ("max_tokens_per_query", "max_tokens_per_doc"):
+            limit = getattr(tokenization, name)
+            if limit < 0:
+                raise InvalidParameter(f"{name} must be a non-negative integer", name)
+            if limit >= longest:
+                raise InvalidParameter(f"{name} ({limit}) must be less than max_model_len ({longest}).", name)
+        if tokenization.max_tokens_per_query:
+            queries = parts.tokenizer.shorten(queries, tokenization.max_tokens_per_query)
+        if tokenization.max_tokens_per_doc:
+            documents = parts.tokenizer.shorten(documents, tokenization.max_tokens_per_doc)
+        return plan(parts.model, queries, documents, parts.chat, template_kwargs)
+
+    def render(
+        self,
+        messages: Seq[Message],
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A conversation as the text that the model's chat template makes of it."""
+        return self._loaded().chat.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            kwargs=kwargs,
+        )
 
     def _check(self, prompts: Prompts, params: PoolingParams, task: Task) -> None:
         model = self._loaded().model
@@ -257,9 +347,10 @@ class AsyncEngine:
             raise UnsupportedTask(f"The model does not support the task {task}.", "task")
         if not prompts:
             raise EmptyInput("You must pass at least one prompt", "input")
-        if not self.config.token_id_input and not isinstance(prompts[0], str):
+        if not self.config.token_id_input and isinstance(prompts[0], list):
             raise InvalidInput("This server takes text, not token ids (--no-token-id-input).", "input")
-        model.matryoshka.check(params.dimensions, self.config.model or model.root)
+        if "embed" in model.tasks:
+            model.matryoshka.check(params.dimensions, self.config.model or model.root)
 
     def _admit_state(self) -> None:
         if self.state == "starting":
@@ -282,7 +373,7 @@ class AsyncEngine:
 
     async def _run(
         self,
-        token_ids: list[list[int]],
+        prepared: Prepared,
         params: PoolingParams,
         task: Task,
         client: str,
@@ -293,6 +384,8 @@ class AsyncEngine:
         assert self._scheduler is not None
         loop = asyncio.get_running_loop()
         now = time.monotonic()
+        token_ids = prepared.token_ids
+        starts = prepared.type_starts or [None] * len(token_ids)
         request_id = self._next_request_id
         self._next_request_id += 1
         empty: list[Row | None] = [None] * len(token_ids)
@@ -309,9 +402,9 @@ class AsyncEngine:
             pending.timer = loop.call_later(timeout, self._expire, request_id)
         self._pending[request_id] = pending
         self._all_answered.clear()
-        for index, ids in enumerate(token_ids):
+        for index, (ids, start) in enumerate(zip(token_ids, starts, strict=True)):
             self._scheduler.add(
-                Sequence(request_id, index, ids, params, task, now, deadline, priority, client)
+                Sequence(request_id, index, ids, params, start, task, now, deadline, priority, client)
             )
         self._dispatch_soon()
         try:
@@ -416,5 +509,8 @@ class AsyncEngine:
 
 
 def _is_long(prompts: Prompts) -> bool:
-    size = sum(map(len, prompts))
-    return size > (_INLINE_CHARS if isinstance(prompts[0], str) else _INLINE_IDS)
+    if not prompts:
+        return False
+    if isinstance(prompts[0], tuple):
+        return sum(len(side) for pair in prompts for side in pair) > _INLINE_CHARS  # type: ignore[misc,arg-type]
+    return sum(map(len, prompts)) > (_INLINE_CHARS if isinstance(prompts[0], str) else _INLINE_IDS)

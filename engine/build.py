@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from carpool.engine.checkpoint import Checkpoint
+from carpool.engine.architecture import Architecture, activation_of, labels_of
+from carpool.engine.chat import ChatTemplate
+from carpool.engine.checkpoint import Checkpoint, PoolingMode
 from carpool.engine.config import EngineConfig
 from carpool.engine.device import resolve_device, resolve_dtype
 from carpool.engine.errors import ConfigError
 from carpool.engine.hub import BUNDLED_NAME, locate
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.models.backbone import Backbone
-from carpool.engine.models.loader import load_backbone
+from carpool.engine.models.loader import Loaded, Loader
 from carpool.engine.models.probe import check_isolation
 from carpool.engine.models.surgery import operate
-from carpool.engine.poolers.dense import load_dense
-from carpool.engine.poolers.pooler import Pooler
+from carpool.engine.params import Task
+from carpool.engine.poolers.classify import ClassifyHead, ClassifyPool, TokenClassifyPool, activation_named
+from carpool.engine.poolers.dense import activation, load_dense
+from carpool.engine.poolers.embed import EmbedHead, EmbedPool, TokenEmbedPool
+from carpool.engine.poolers.methods import METHODS
+from carpool.engine.poolers.pooler import Pool, Pooler
 from carpool.engine.runner import ModelRunner
 from carpool.engine.tokenizer import Tokenizer
 
@@ -31,6 +38,7 @@ class Parts:
 
     model: ModelInfo
     tokenizer: Tokenizer
+    chat: ChatTemplate
     runners: list[ModelRunner]
 
 
@@ -38,47 +46,53 @@ def build(config: EngineConfig) -> Parts:
     """Load and check the model. Raises ConfigError with one sentence if it cannot be served as asked."""
     folder = locate(config.model, config.revision)
     checkpoint = Checkpoint.read(folder, config.hf_overrides, config.pooler_config)
+    architecture = Architecture.of(checkpoint.architectures, config.convert)
     device = resolve_device(config.device)
     dtype, notice = resolve_dtype(config.dtype, checkpoint.stored_dtype, device)
     max_model_len = _max_model_len(config, checkpoint)
+    words = locate(config.tokenizer) if config.tokenizer else folder
     tokenizer = Tokenizer.load(
-        locate(config.tokenizer) if config.tokenizer else folder,
+        words,
         trust_remote_code=config.trust_remote_code,
         max_model_len=max_model_len,
         vocab_size=checkpoint.vocab_size,
         lowercase=checkpoint.lowercase,
     )
-    backbone = load_backbone(
-        checkpoint,
-        dtype=dtype,
-        device=device,
-        max_model_len=max_model_len,
-        trust_remote_code=config.trust_remote_code,
+    scorer_words = _scorer_words(checkpoint)
+    loader = Loader(
+        dtype=dtype, device=device, max_model_len=max_model_len, trust_remote_code=config.trust_remote_code
     )
+    loaded = loader.load(checkpoint, architecture, tokenizer.ids_of(scorer_words) if scorer_words else None)
+    backbone = loaded.backbone
     swapped = operate(backbone.module) if config.surgery else {}
-    check_isolation(
-        backbone,
-        vocab_size=checkpoint.vocab_size,
-        max_model_len=max_model_len,
-        window=checkpoint.text_config.get("sliding_window"),
-    )
-    checkpoint.matryoshka.check(config.pooler_config.dimensions, config.model or BUNDLED_NAME)
-    modes = checkpoint.pooling or (("last",) if backbone.is_causal else ("cls",))
-    dense = [load_dense(spec, device) for spec in checkpoint.dense]
-    pooler = Pooler(modes, dense, checkpoint.normalize, config.pooler_config.dimensions)
-    runner = ModelRunner(backbone, pooler, device)
+    window = checkpoint.text_config.get("sliding_window")
+    check_isolation(backbone, vocab_size=checkpoint.vocab_size, max_model_len=max_model_len, window=window)
+    mode = _default_mode(checkpoint, backbone)
+    num_labels = _num_labels(loaded)
+    if architecture.kind == "embed":
+        pools = _embed_pools(checkpoint, config, mode, device)
+    else:
+        pools = _classify_pools(checkpoint, config, architecture, loaded, mode, num_labels)
+    runner = ModelRunner(backbone, Pooler(pools), device)
     workers = _workers(config, device)
+    template = config.chat_template
     return Parts(
         ModelInfo(
             root=config.model or str(folder),
             architectures=checkpoint.architectures,
-            tasks=frozenset({"embed", "token_embed"}),
+            tasks=frozenset(pools),
+            default_task=_default_task(config, architecture),
             max_model_len=max_model_len,
+            max_embed_len=_max_embed_len(config, max_model_len),
             vocab_size=checkpoint.vocab_size,
             embedding_size=checkpoint.matryoshka.size,
             matryoshka=checkpoint.matryoshka,
-            pooling="+".join(modes),
+            labels=labels_of(checkpoint.config, num_labels),
+            prompts=checkpoint.config.get("task_instructions") or checkpoint.prompts,
+            pooling="+".join(checkpoint.pooling or (mode,)),
             normalize=checkpoint.normalize,
+            pairs="concatenated" if _concatenates(checkpoint, architecture, backbone) else "separated",
+            score_template=bool(template),
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             workers=workers,
@@ -90,8 +104,93 @@ def build(config: EngineConfig) -> Parts:
             notices=(notice,) if notice else (),
         ),
         tokenizer,
+        ChatTemplate.load(words, template, trust_remote_code=config.trust_remote_code),
         [runner, *(runner.replica() for _ in range(workers - 1))],
     )
+
+
+# ── pools ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _embed_pools(
+    checkpoint: Checkpoint, config: EngineConfig, mode: PoolingMode, device: torch.device
+) -> Mapping[Task, Pool]:
+    checkpoint.matryoshka.check(config.pooler_config.dimensions, config.model or BUNDLED_NAME)
+    dense = [load_dense(spec, device) for spec in checkpoint.dense]
+    head = EmbedHead(dense, checkpoint.normalize, config.pooler_config.dimensions)
+    return {"embed": EmbedPool(checkpoint.pooling or (mode,), head), "token_embed": TokenEmbedPool(head)}
+
+
+def _classify_pools(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    architecture: Architecture,
+    loaded: Loaded,
+    mode: PoolingMode,
+    num_labels: int,
+) -> Mapping[Task, Pool]:
+    assert loaded.head is not None
+    pooler = config.pooler_config
+    named = activation_of(checkpoint.config, num_labels)
+    is_reward = architecture.kind == "reward"
+    head = ClassifyHead(
+        loaded.head,
+        activation(named) if "." in named else activation_named(named),
+        by_default=not is_reward if pooler.activates is None else pooler.activates,
+        logit_mean=pooler.mean,
+        logit_sigma=pooler.logit_sigma or 1.0,
+    )
+    steps = architecture.kind == "process_reward" if pooler.steps is None else pooler.steps
+    tokens = TokenClassifyPool(
+        head, pooler.step_tag_id if steps else None, pooler.returned_token_ids if steps else None
+    )
+    pools: dict[Task, Pool] = {"token_classify": tokens}
+    if "classify" in architecture.tasks:
+        pools = {"classify": ClassifyPool(METHODS[(checkpoint.pooling or (mode,))[0]], head), **pools}
+    return pools
+
+
+def _default_mode(checkpoint: Checkpoint, backbone: Backbone) -> PoolingMode:
+    """Of the class: what its classifier was made for, else the last token if it looks backwards, else the first."""
+    if checkpoint.config.get("classifier_pooling") == "mean":
+        return "mean"
+    return "last" if backbone.is_causal else "cls"
+
+
+def _num_labels(loaded: Loaded) -> int:
+    """The width of the head, found by asking it."""
+    if loaded.head is None:
+        return 0
+    hidden = loaded.backbone.hidden_size
+    weight = next(loaded.head.parameters())
+    with torch.inference_mode():
+        return int(loaded.head(torch.zeros(1, hidden, device=weight.device)).shape[-1])
+
+
+def _default_task(config: EngineConfig, architecture: Architecture) -> Task:
+    asked = config.pooler_config.task
+    if asked is not None and asked not in architecture.tasks:
+        raise ConfigError(f"Unsupported task: {asked!r}; this model supports {', '.join(architecture.tasks)}.")
+    return asked or architecture.tasks[0]
+
+
+# ── score prompts ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _scorer_words(checkpoint: Checkpoint) -> list[str] | None:
+    """The words whose rows of the language model's head make the scorer, if the configuration names any."""
+    words = checkpoint.config.get("classifier_from_token")
+    return [str(word) for word in words] if words else None
+
+
+def _concatenates(checkpoint: Checkpoint, architecture: Architecture, backbone: Backbone) -> bool:
+    """Whether a scored pair is one text, q + d, and not two texts with the tokenizer's separators."""
+    config = checkpoint.config
+    flag = config.get("use_sep_token", config.get("use_pad_token"))
+    return not flag if flag is not None else architecture.kind == "classify" and backbone.is_causal
+
+
+# ── limits ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _max_model_len(config: EngineConfig, checkpoint: Checkpoint) -> int:
@@ -101,6 +200,13 @@ def _max_model_len(config: EngineConfig, checkpoint: Checkpoint) -> int:
             f"--max-model-len {asked} is more than the {checkpoint.longest} tokens that this model has positions for."
         )
     return asked or checkpoint.max_model_len
+
+
+def _max_embed_len(config: EngineConfig, max_model_len: int) -> int | None:
+    """Longest text to embed; None where slices are averaged and nobody set a bound."""
+    if not config.pooler_config.enable_chunked_processing:
+        return max_model_len
+    return config.pooler_config.max_embed_len
 
 
 def _max_num_batched_tokens(config: EngineConfig, max_model_len: int) -> int:

@@ -91,13 +91,13 @@ class Checkpoint:
     @classmethod
     def read(cls, path: Path, overrides: Mapping[str, Any], pooler: PoolerConfig) -> Checkpoint:
         """Read the folder `path`. Raises ConfigError with one sentence on what is missing or cannot be."""
-        config = _merge(_read_json(path / "config.json"), overrides)
         st = _SentenceTransformers.read(path)
+        config = _merge(_merge(st.cross_encoder, _read_json(path / "config.json")), overrides)
         pooling = (_USER_MODES[pooler.pooling],) if pooler.pooling else st.pooling
         width = st.dense[-1].out_features if st.dense else _hidden_size(config) * max(1, len(pooling))
         longest = _longest(path, config)
         allowed = tuple(sorted(int(d) for d in config.get("matryoshka_dimensions") or ()))
-        normalize = st.normalize if pooler.activation is None else pooler.activation
+        normalize = st.normalize if pooler.activates is None else pooler.activates
         checkpoint = cls(
             path=path,
             config=config,
@@ -125,6 +125,7 @@ class _SentenceTransformers:
     max_seq_length: int | None = None
     lowercase: bool = False
     prompts: Mapping[str, str] = field(default_factory=dict)
+    cross_encoder: Mapping[str, Any] = field(default_factory=dict)  # as older releases wrote it into config.json
 
     @classmethod
     def read(cls, path: Path) -> _SentenceTransformers:
@@ -145,7 +146,7 @@ class _SentenceTransformers:
                 pooling = _pooling_modes(_read_json(folder / "config.json"), folder)
             elif kind == "Dense":
                 dense.append(_dense(folder))
-            elif kind not in ("Normalize", "Dropout"):
+            elif kind not in ("Normalize", "Dropout") and side.get("model_type") != "CrossEncoder":
                 raise ConfigError(
                     f"modules.json names a {kind} module, which carpool cannot serve; "
                     "it serves Transformer, Pooling, Dense and Normalize."
@@ -157,6 +158,9 @@ class _SentenceTransformers:
             dense=tuple(dense),
             max_seq_length=int(bert["max_seq_length"]) if bert.get("max_seq_length") else None,
             lowercase=bool(bert.get("do_lower_case", False)),
+            cross_encoder={"sentence_transformers": {"activation_fn": side["activation_fn"]}}
+            if side.get("activation_fn")
+            else {},
             prompts={str(k): str(v) for k, v in (side.get("prompts") or {}).items()},
         )
 

@@ -11,10 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from carpool.engine.errors import ConfigError
+from carpool.engine.params import Task
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "float", "bfloat16", "float16", "half"]
-PoolingType = Literal["CLS", "LAST", "MEAN"]
+SeqPoolingType = Literal["CLS", "LAST", "MEAN"]
+TokPoolingType = Literal["ALL", "STEP"]
+PoolingType = Literal["CLS", "LAST", "MEAN", "ALL", "STEP"]
+Convert = Literal["auto", "none", "embed", "classify", "reward"]
 
 # Options of the reference that decide nothing here: taken from scripts and command lines, with one notice.
 IGNORED_OPTIONS = frozenset(
@@ -57,25 +61,54 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 class PoolerConfig:
     """Overrides of how hidden states become results; None leaves the choice to the model's own files."""
 
-    pooling_type: PoolingType | None = option(None, "Which rows make a text's vector: CLS, LAST or MEAN.")
-    seq_pooling_type: PoolingType | None = option(None, "Newer name of pooling_type.")
-    use_activation: bool | None = option(
-        None, "Default of the request field: whether embeddings are normalised."
-    )
+    task: Task | None = option(None, "What /pooling does when it is not told; token_embed makes /score late interaction.")
+    pooling_type: PoolingType | None = option(None, "CLS, LAST, MEAN: which rows make a text's result. ALL, STEP: a token's.")
+    seq_pooling_type: SeqPoolingType | None = option(None, "Newer name of pooling_type for whole texts.")
+    tok_pooling_type: TokPoolingType | None = option(None, "Newer name of pooling_type for tokens.")
+    use_activation: bool | None = option(None, "Default of the request field: normalise, softmax or sigmoid.")
     normalize: bool | None = option(None, "Older name of use_activation.")
+    softmax: bool | None = option(None, "Older name of use_activation.")
+    activation: bool | None = option(None, "Older name of use_activation.")
     dimensions: int | None = option(None, "Default of the request field: cut every embedding to this width.")
+    enable_chunked_processing: bool = option(False, "Embed texts longer than the model takes in slices, and average.")
+    max_embed_len: int | None = option(None, "Longest text that chunked processing takes; unlimited by default.")
+    logit_mean: float | None = option(None, "Subtracted from every logit.")
+    logit_bias: float | None = option(None, "Older name of logit_mean.")
+    logit_sigma: float | None = option(None, "Every logit is divided by this, after logit_mean.")
+    step_tag_id: int | None = option(None, "STEP: the token whose rows are returned.")
+    returned_token_ids: tuple[int, ...] | None = option(None, "STEP: the columns of the logits that are kept.")
 
     def __post_init__(self) -> None:
-        if self.pooling_type and self.seq_pooling_type:
-            raise ConfigError("Set pooling_type or seq_pooling_type in the pooler config, not both.")
+        for narrow in ("seq_pooling_type", "tok_pooling_type"):
+            if self.pooling_type and getattr(self, narrow):
+                raise ConfigError(f"Cannot set both pooling_type and {narrow} in the pooler config.")
+        if self.logit_sigma == 0:
+            raise ConfigError("logit_sigma cannot be 0 (division by zero).")
+        if self.returned_token_ids is not None:
+            object.__setattr__(self, "returned_token_ids", tuple(self.returned_token_ids))
 
     @property
-    def pooling(self) -> PoolingType | None:
-        return self.pooling_type or self.seq_pooling_type
+    def pooling(self) -> SeqPoolingType | None:
+        """Which rows make a text's result, under either name."""
+        if self.pooling_type in ("ALL", "STEP"):
+            return None
+        return self.seq_pooling_type or self.pooling_type
 
     @property
-    def activation(self) -> bool | None:
-        return self.use_activation if self.use_activation is not None else self.normalize
+    def steps(self) -> bool | None:
+        """Whether token results are those of step tags only; None leaves it to the model."""
+        named = self.tok_pooling_type or (self.pooling_type if self.pooling_type in ("ALL", "STEP") else None)
+        return None if named is None else named == "STEP"
+
+    @property
+    def activates(self) -> bool | None:
+        """use_activation, under any of its names."""
+        names = (self.use_activation, self.normalize, self.softmax, self.activation)
+        return next((value for value in names if value is not None), None)
+
+    @property
+    def mean(self) -> float:
+        return self.logit_mean if self.logit_mean is not None else self.logit_bias or 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +128,7 @@ class EngineConfig:
     )
     pooler_config: PoolerConfig = option(PoolerConfig(), "Pooler overrides, as JSON or dotted flags.")
     hf_overrides: Mapping[str, Any] = option({}, "Keys merged over the checkpoint's config.json, as JSON.")
+    chat_template: str | None = option(None, "Jinja template, or a file of one, for chat messages and for score prompts.")
     trust_remote_code: bool = option(False, "Run Python code that a checkpoint brings along.")
     dtype: DType = option(
         "auto", "Type of weights and activations; auto is the checkpoint's if the device has it."

@@ -33,3 +33,12 @@ class PoolingResult:
     @property
     def prompt_tokens(self) -> int:
         return sum(map(len, self.prompt_token_ids))
+
+
+@dataclass(slots=True)
+class ScoreResult:
+    """One score a pair, in order. A query that meets many documents by itself is counted once."""
+
+    scores: list[float]
+    prompt_tokens: int
+    timings: Timings

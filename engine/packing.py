@@ -21,6 +21,7 @@ class PackedBatch:
     position_ids: Tensor
     cu_seqlens: Tensor
     runs: tuple[tuple[int, int], ...]
+    token_type_ids: Tensor | None = None  # None is type 0 throughout
 
     @property
     def max_seqlen(self) -> int:
@@ -33,19 +34,28 @@ class PackedBatch:
 
 def pack(batch: Batch, device: torch.device) -> PackedBatch:
     """Lay the batch's sequences end to end, in its order."""
-    return pack_ids([seq.token_ids for seq in batch.sequences], device)
+    starts = [seq.type_start for seq in batch.sequences]
+    return pack_ids([seq.token_ids for seq in batch.sequences], device, starts)
 
 
-def pack_ids(token_ids: list[list[int]], device: torch.device) -> PackedBatch:
-    """Lay lists of ids end to end, in the order given."""
+def pack_ids(
+    token_ids: list[list[int]], device: torch.device, type_starts: list[int | None] | None = None
+) -> PackedBatch:
+    """Lay lists of ids end to end, in the order given. From `type_starts[i]` on, tokens of i are of type 1."""
     lengths = [len(ids) for ids in token_ids]
     ids = torch.tensor(list(chain.from_iterable(token_ids)), dtype=torch.int64)
     cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     torch.cumsum(torch.tensor(lengths), 0, out=cu_seqlens[1:])
     starts = torch.repeat_interleave(cu_seqlens[:-1].long(), torch.tensor(lengths))
+    types = None
+    if type_starts is not None and any(start is not None for start in type_starts):
+        split = [length if start is None else start for start, length in zip(type_starts, lengths, strict=True)]
+        types = (torch.arange(len(ids)) - starts >= torch.repeat_interleave(torch.tensor(split), torch.tensor(lengths)))
+        types = types.long().to(device)
     return PackedBatch(
         input_ids=ids.to(device),
         position_ids=(torch.arange(len(ids)) - starts).to(device),
         cu_seqlens=cu_seqlens.to(device),
         runs=tuple((length, len(list(same))) for length, same in groupby(lengths)),
+        token_type_ids=types,
     )

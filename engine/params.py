@@ -5,7 +5,7 @@ from typing import Literal
 
 from carpool.engine.errors import InvalidParameter
 
-Task = Literal["embed", "token_embed"]
+Task = Literal["embed", "token_embed", "classify", "token_classify"]
 Side = Literal["left", "right"]
 Padding = Literal["max_length", "do_not_pad"]
 
@@ -39,6 +39,8 @@ class TokenizationParams:
     `truncate_prompt_tokens`: None refuses what is too long, -1 cuts at the model's maximum, k at k tokens.
     `truncation_side`: None keeps the special tokens and cuts on the tokenizer's own side; "right" keeps the
     first k of the whole sequence and "left" the last k, special tokens not spared.
+    `max_tokens_per_query`, `max_tokens_per_doc`: of a scored pair, cut each side to so many tokens of its own; 0 is
+    off.
     `padding`: "max_length" appends the pad token, as content, up to the model's maximum (SigLIP needs it).
     """
 
@@ -46,6 +48,8 @@ class TokenizationParams:
     truncation_side: Side | None = None
     add_special_tokens: bool = True
     padding: Padding | None = None
+    max_tokens_per_query: int = 0
+    max_tokens_per_doc: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ class Sequence:
     index: int
     token_ids: list[int]
     params: PoolingParams
+    type_start: int | None = None  # of a pair: where its second text, of token type 1, begins
     task: Task = "embed"
     arrival: float = 0.0
     deadline: float | None = None

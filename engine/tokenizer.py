@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tokenizers
 
@@ -21,14 +21,22 @@ from carpool.engine.errors import (
     TokenOutOfVocabulary,
 )
 from carpool.engine.params import Side, TokenizationParams
+from carpool.engine.prepared import Prepared
+
+
+Pair = tuple[str, str]
+Prompts = list[str] | list[list[int]] | list[Pair]
 
 
 @dataclass(frozen=True, slots=True)
 class Affixes:
-    """The special tokens that the tokenizer puts around every single text."""
+    """The special tokens that the tokenizer puts around a text, or around and between a pair of texts."""
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
+    middle: tuple[int, ...] = ()
+
+
 
 
 class Tokenizer:
@@ -54,6 +62,7 @@ class Tokenizer:
         self._side: Side = truncation_side
         self._pad_id = pad_id
         self._affixes = _find_affixes(backend)
+        self._pair_affixes, self._type_offset = _find_pair_affixes(backend)
         # No token stands for more characters than the longest entry does.
         self._longest_token = max((len(token) for token in backend.get_vocab()), default=1)
 
@@ -82,53 +91,123 @@ class Tokenizer:
         """Ids of each text, in full."""
         if self._lowercase:
             texts = [text.lower() for text in texts]
-        try:
-            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-        except (TypeError, UnicodeEncodeError):
-            # A lone surrogate is a Python str but not text: no UTF-8 stands for it.
-            bad = next(i for i, text in enumerate(texts) if not _is_text(text))
-            raise InvalidInput("input holds a lone surrogate, which is not text.", f"input[{bad}]") from None
+        self._check_texts(texts)
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
-    def prepare(self, prompts: list[str] | list[list[int]], params: TokenizationParams) -> list[list[int]]:
+    def _check_texts(self, texts: list[str]) -> None:
+        """A lone surrogate is a Python str but not text: no UTF-8 stands for it."""
+        for i, text in enumerate(texts):
+            if not text.isascii() and not _is_text(text):
+                raise InvalidInput("input holds a lone surrogate, which is not text.", f"input[{i}]")
+
+    def prepare(self, prompts: Prompts, params: TokenizationParams, max_len: int | None = -1) -> Prepared:
         """Ids that are fit to run: cut, padded and checked as `params` and the model ask.
 
+        `max_len`: the longest a prompt may be; -1 is what the model takes, None is no bound (it will be sliced).
         Raises the InvalidInput family; `param` is `input`, or `input[i]` when there are several prompts.
         """
-        limit = self._limit(params.truncate_prompt_tokens)
-        if prompts and isinstance(prompts[0], str):
-            batch = self._encode_for(prompts, params, limit)  # type: ignore[arg-type]
+        longest = self._max_model_len if max_len == -1 else max_len
+        limit = self._limit(params.truncate_prompt_tokens, longest)
+        type_starts: list[int | None] | None = None
+        if prompts and isinstance(prompts[0], tuple):
+            batch, type_starts = self._encode_pairs(cast("list[Pair]", prompts), params, limit)
+        elif prompts and isinstance(prompts[0], str):
+            batch = self._encode_for(cast("list[str]", prompts), params, limit, longest)
             if limit is not None:
                 batch = [self._truncate_text(ids, limit, params) for ids in batch]
         else:
-            batch = prompts  # type: ignore[assignment]
+            batch = cast("list[list[int]]", prompts)
             if limit is not None:
                 batch = [_cut(ids, limit, params.truncation_side or "right") for ids in batch]
             self._check_vocabulary(batch)
-        self._check_lengths(batch)
+        self._check_lengths(batch, longest)
         if params.padding == "max_length":
             batch = [ids + [self._pad_id] * (self._max_model_len - len(ids)) for ids in batch]
-        return batch
+        return Prepared(batch, type_starts)
 
-    def _limit(self, truncate: int | None) -> int | None:
+    def _encode_pairs(
+        self, pairs: list[Pair], params: TokenizationParams, limit: int | None
+    ) -> tuple[list[list[int]], list[int | None]]:
+        """Each pair as one prompt with the tokenizer's own separators, and where its type 1 begins.
+
+        Each side is tokenised by itself, every distinct text once: a query is shared by all its documents.
+        """
+        distinct = list(dict.fromkeys(text for pair in pairs for text in pair))
+        ids = dict(zip(distinct, self.encode(distinct, add_special_tokens=False), strict=True))
+        batch: list[list[int]] = []
+        starts: list[int | None] = []
+        for query, document in pairs:
+            first, second = ids[query], ids[document]
+            around = self._pair_affixes if document else self._affixes  # as transformers has it: no text, no pair
+            specials = len(around.prefix) + len(around.middle) + len(around.suffix)
+            if limit is not None and params.truncation_side is None and specials <= limit:
+                first, second = self._truncate_pair(first, second, limit - specials)
+            whole = [*around.prefix, *first, *around.middle, *second, *around.suffix]
+            start = len(whole)
+            if self._type_offset is not None and document:
+                start = len(around.prefix) + len(first) + self._type_offset
+            if limit is not None and len(whole) > limit:
+                cut = len(whole) - limit
+                side = params.truncation_side or self._side
+                whole = _cut(whole, limit, side)
+                start = max(0, start - cut) if side == "left" else start
+            batch.append(whole)
+            starts.append(start if start < len(whole) else None)
+        return batch, starts
+
+    def _truncate_pair(self, first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
+        """Cut the longer side first, as the tokenizers library's longest_first does."""
+        if len(first) + len(second) <= room:
+            return first, second
+        short, long = sorted((len(first), len(second)))
+        long = short if short > room else max(short, room - short)
+        if short + long > room:
+            short, long = room // 2, room // 2 + room % 2
+        keep_first, keep_second = (long, short) if len(first) > len(second) else (short, long)
+        return _cut(first, keep_first, self._side), _cut(second, keep_second, self._side)
+
+    def shorten(self, texts: list[str], limit: int) -> list[str]:
+        """Each text cut, between characters, to at most `limit` tokens of its own (special ones not counted)."""
+        self._check_texts(texts)
+        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+        return [
+            text[: encoding.offsets[limit - 1][1]] if len(encoding.ids) > limit else text
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def ids_of(self, words: list[str]) -> list[int]:
+        """The id of each word, which must be one token."""
+        found = [self._backend.token_to_id(word) for word in words]
+        if None in found:
+            raise ConfigError(f"{words[found.index(None)]!r} is not one token of this model's vocabulary.")
+        return [token for token in found if token is not None]
+
+    def _limit(self, truncate: int | None, longest: int | None) -> int | None:
         if truncate is None:
             return None
-        if truncate > self._max_model_len:
+        if truncate == -1:
+            return longest
+        if truncate > (longest or self._max_model_len):
             raise InvalidParameter(
                 f"truncate_prompt_tokens value is greater than max_model_len ({truncate} > {self._max_model_len}). "
                 "Please request a smaller truncation size.",
                 "truncate_prompt_tokens",
             )
-        return self._max_model_len if truncate == -1 else truncate
+        return truncate
 
-    def _encode_for(self, texts: list[str], params: TokenizationParams, limit: int | None) -> list[list[int]]:
+    def _encode_for(
+        self, texts: list[str], params: TokenizationParams, limit: int | None, longest: int | None
+    ) -> list[list[int]]:
         """Ids of each text; of a hopelessly long one only as many as decide what happens to it.
 
         A text far beyond what the model takes would cost seconds. Its beginning decides: more tokens there than
         the limit are too many, or, cut on the right, all that is kept. Only when the beginning holds few tokens
         (blanks, long words that become one unknown token) is the rest looked at.
         """
-        enough = (limit or self._max_model_len) + 1
+        if longest is None:
+            return self.encode(texts, params.add_special_tokens)
+        enough = (limit or longest) + 1
         keeps_end = limit is not None and (params.truncation_side or self._side) == "left"
         most = (enough + 64) * self._longest_token
         if keeps_end or all(len(text) <= most for text in texts):
@@ -168,7 +247,7 @@ class Tokenizer:
                     _name(i, batch),
                 )
 
-    def _check_lengths(self, batch: list[list[int]]) -> None:
+    def _check_lengths(self, batch: list[list[int]], longest: int | None) -> None:
         if not batch:
             raise EmptyInput("You must pass at least one prompt", "input")
         for i, ids in enumerate(batch):
@@ -176,9 +255,9 @@ class Tokenizer:
                 raise EmptyInput(
                     "The prompt has no tokens: send a text or ids that are not empty.", _name(i, batch)
                 )
-            if len(ids) > self._max_model_len:
+            if longest is not None and len(ids) > longest:
                 raise InputTooLong(
-                    f"This model's maximum context length is {self._max_model_len} tokens. However, your input has "
+                    f"This model's maximum context length is {longest} tokens. However, your input has "
                     f"at least {len(ids)} tokens. Please reduce its length or set truncate_prompt_tokens to -1.",
                     _name(i, batch),
                 )
@@ -205,6 +284,17 @@ def _find_affixes(backend: tokenizers.Tokenizer) -> Affixes:
         if full[start : start + len(bare)] == bare:
             return Affixes(tuple(full[:start]), tuple(full[start + len(bare) :]))
     return Affixes((), ())
+
+
+def _find_pair_affixes(backend: tokenizers.Tokenizer) -> tuple[Affixes, int | None]:
+    """What stands around and between a pair, and where after the first text type 1 begins (None: nowhere)."""
+    bare = backend.encode("a", add_special_tokens=False).ids
+    full = backend.encode("a", "a", add_special_tokens=True)
+    ids, n = full.ids, len(bare)
+    starts = [i for i in range(len(ids) - n + 1) if ids[i : i + n] == bare]
+    first, second = starts[0], next(i for i in starts if i >= starts[0] + n)
+    affixes = Affixes(tuple(ids[:first]), tuple(ids[second + n :]), tuple(ids[first + n : second]))
+    return affixes, full.type_ids.index(1) - (first + n) if 1 in full.type_ids else None
 
 
 def _cut(ids: list[int], limit: int, side: Side) -> list[int]:

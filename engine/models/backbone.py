@@ -31,7 +31,8 @@ class Backbone:
         if self._takes_positions:
             inputs["position_ids"] = self._positions(batch)[None]
         if self._takes_types:
-            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+            types = batch.token_type_ids
+            inputs["token_type_ids"] = torch.zeros_like(batch.input_ids)[None] if types is None else types[None]
         with layout(batch.runs):
             hidden: Tensor = self.module(**inputs).last_hidden_state
         return hidden[0]
@@ -51,6 +52,12 @@ class Backbone:
         """A second one for another thread: weights aliased, everything else copied."""
         shared: dict[int, Any] = {id(weight): weight for weight in self.module.parameters()}
         return Backbone(copy.deepcopy(self.module, shared))
+
+    @property
+    def hidden_size(self) -> int:
+        """H: the width of what `forward` returns."""
+        text = self.module.config.get_text_config()  # type: ignore[union-attr,operator]
+        return int(text.hidden_size)
 
     @property
     def is_causal(self) -> bool:

@@ -1,0 +1,105 @@
+"""Classification heads: float32 rows [R, H] to logits [R, labels].
+
+A checkpoint's own head is replayed, whatever its class: the head is called on rows as if each were a text of one
+token, with the backbone swapped for a stub that hands the rows through. No architecture needs code of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+from carpool.engine.errors import ConfigError
+
+
+class ReplayedHead(nn.Module):
+    """The head of a transformers `*ForSequenceClassification` or `*ForTokenClassification`, in float32."""
+
+    def __init__(self, full: PreTrainedModel, *, per_token: bool) -> None:
+        """Takes `full` apart: afterwards it holds a stub where its backbone was."""
+        super().__init__()
+        backbone = getattr(full, full.base_model_prefix)
+        setattr(full, full.base_model_prefix, _Stub(backbone))
+        self._full = full.float()
+        self._per_token = per_token
+        pad = full.config.get_text_config().pad_token_id
+        self._token = 1 if pad == 0 else 0  # any id but the pad's: heads look for the last token that is not it
+
+    def forward(self, rows: Tensor) -> Tensor:
+        texts = rows[None] if self._per_token else rows[:, None]  # [1, R, H] or [R, 1, H]
+        ids = torch.full(texts.shape[:2], self._token, device=rows.device)
+        logits: Tensor = self._full(input_ids=ids, inputs_embeds=texts).logits
+        return logits[0] if self._per_token else logits
+
+
+class _Stub(nn.Module):
+    """Stands in for a backbone: hands its `inputs_embeds` through as the last hidden state."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        pooler = getattr(backbone, "pooler", None)
+        if isinstance(pooler, nn.Linear):  # Albert keeps the layer and its activation apart
+            pooler = nn.Sequential(_First(), pooler, getattr(backbone, "pooler_activation", nn.Tanh()))
+        self.pooler = pooler
+        if pooler is not None:
+            backbone.pooler = None
+
+    def forward(
+        self, input_ids: Tensor | None = None, *args: object, inputs_embeds: Tensor, **others: object
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=inputs_embeds,
+            pooler_output=None if self.pooler is None else self.pooler(inputs_embeds),
+        )
+
+
+class _First(nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden[:, 0]
+
+
+def head_from_weights(tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Reward heads as published: one linear layer `score` or `v_head`, or `score.0`, ReLU, `score.2`."""
+    for prefix in ("score", "v_head"):
+        if f"{prefix}.weight" in tensors:
+            return _linear(tensors, prefix)
+        numbered = sorted(int(key.split(".")[1]) for key in tensors if _is_layer_weight(key, prefix))
+        if numbered:
+            layers: list[nn.Module] = []
+            for number in numbered:
+                layers += [nn.ReLU()] * bool(layers) + [_linear(tensors, f"{prefix}.{number}")]
+            return nn.Sequential(*layers)
+    raise ConfigError("The checkpoint says it is a reward model and has neither a score nor a v_head weight.")
+
+
+def head_from_tokens(rows: Tensor, method: str) -> nn.Module:
+    """A one-row scorer out of rows of the language model's head, float32 [tokens, H].
+
+    "from_2_way_softmax": the second minus the first, so that a sigmoid gives the softmax over the two;
+    "no_post_processing": the one row as it is.
+    """
+    if method == "from_2_way_softmax" and len(rows) == 2:
+        weight = rows[1:] - rows[:1]
+    elif method == "no_post_processing" and len(rows) >= 1:
+        weight = rows
+    else:
+        raise ConfigError(f"classifier_from_token with {len(rows)} tokens does not go with method {method!r}.")
+    return _linear({"score.weight": weight}, "score")
+
+
+def _linear(tensors: Mapping[str, Tensor], prefix: str) -> nn.Linear:
+    weight, bias = tensors[f"{prefix}.weight"].float(), tensors.get(f"{prefix}.bias")
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
+    layer.weight.data.copy_(weight)
+    if bias is not None:
+        layer.bias.data.copy_(bias.float())
+    return layer.requires_grad_(False)
+
+
+def _is_layer_weight(key: str, prefix: str) -> bool:
+    parts = key.split(".")
+    return len(parts) == 3 and parts[0] == prefix and parts[1].isdigit() and parts[2] == "weight"

@@ -1,0 +1,15 @@
+"""Prepared: prompts as token ids, fit to run. Pure."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """`type_starts[i]` is where tokens of type 1 begin in prompt i (the second text of a pair); None if nowhere."""
+
+    token_ids: list[list[int]]
+    type_starts: list[int | None] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.token_ids))
