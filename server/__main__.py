@@ -1,0 +1,3 @@
+from carpool.server.cli import main
+
+main()

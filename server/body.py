@@ -1,0 +1,71 @@
+"""The request body: whole, decompressed, within the limit and decoded, or a refusal. No wait is endless."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TypeVar
+
+from aiohttp import web
+from msgspec import Struct
+
+from carpool.server.decoding import RequestDecoder
+from carpool.server.errors import BodyTooLarge, UnreadableBody
+from carpool.server.headers import require_json, require_known_encoding
+from carpool.server.keys import CONFIG
+
+T = TypeVar("T", bound=Struct)
+
+IDLE_SECONDS = 60.0  # a sender that is silent for so long has gone
+LARGE = 1 << 20  # bytes; decoding more on the event loop would hold up everybody
+
+
+async def expect_later(request: web.Request) -> None:
+    """`Expect: 100-continue` is answered when the body is read: after the key and the length were checked."""
+
+
+async def read_request(request: web.Request, decode: RequestDecoder[T]) -> T:
+    body = await read_json_body(request)
+    if len(body) < LARGE:
+        return decode(body)
+    return await asyncio.get_running_loop().run_in_executor(None, decode, body)
+
+
+async def read_json_body(request: web.Request) -> bytes:
+    require_json(request)
+    require_known_encoding(request)
+    limit = request.app[CONFIG].max_body_size
+    if (request.content_length or 0) > limit:
+        raise _too_large(limit)
+    try:
+        body = await _read(request, limit)
+    except TimeoutError:
+        raise UnreadableBody(
+            f"The rest of the body did not come within {IDLE_SECONDS:.0f} seconds."
+        ) from None
+    except (web.RequestPayloadError, ConnectionError) as error:
+        raise UnreadableBody("The body cannot be read: its coding or its framing is broken.") from error
+    if len(body) > limit:
+        raise _too_large(limit)
+    return body
+
+
+async def _read(request: web.Request, limit: int) -> bytes:
+    """May return up to a chunk more than `limit`, so that the caller sees it was passed."""
+    content = request.content
+    if content.is_eof():  # the usual case: a small body came in the packet of its headers
+        return content.read_nowait()
+    if request.headers.get("Expect", "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # aiohttp takes written bytes for the start of the answer
+    body = bytearray()
+    while len(body) <= limit:
+        async with asyncio.timeout(IDLE_SECONDS):
+            chunk = await content.readany()
+        if not chunk:
+            break
+        body += chunk
+    return bytes(body)
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The request body is larger than this server's limit of {limit} bytes.")

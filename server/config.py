@@ -1,0 +1,72 @@
+"""ServerConfig: all the process can be told, the engine's part inside. One frozen value, made once by `cli`.
+
+Each field carries its help text; flags, environment variables and YAML keys are made from the fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from carpool.engine.config import EngineConfig, option
+from carpool.engine.errors import ConfigError
+
+ErrorFormat = Literal["flat", "openai"]
+LogFormat = Literal["auto", "console", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+BUNDLED_MODEL_NAME = "all-MiniLM-L6-v2"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Where to listen, whom to let in, how to answer; and what the engine runs.
+
+    Option metadata read by `options.py`: `several` takes all words that follow the flag, `unit="bytes"`
+    reads 64MiB, `shown` replaces the default in the help text.
+    """
+
+    engine: EngineConfig = EngineConfig()
+    host: str = option("0.0.0.0", "Address to listen on; 0.0.0.0 is every IPv4 interface, :: IPv6 too.")
+    port: int = option(8000, "Port to listen on; 0 takes a free one and the log names it.")
+    uds: str | None = option(None, "Path of a Unix socket to listen on instead of host and port.")
+    ssl_certfile: str | None = option(None, "Certificate chain (PEM) to serve HTTPS with.")
+    ssl_keyfile: str | None = option(None, "Private key (PEM), if it is not in the certificate file.")
+    served_model_name: tuple[str, ...] = option(
+        (),
+        "Names that requests may use for the model; answers carry the first.",
+        several=True,
+        shown="MODEL as given, or all-MiniLM-L6-v2",
+    )
+    api_key: tuple[str, ...] = option((), "Key a client must send as a Bearer token; repeat it for several.")
+    error_format: ErrorFormat = option("flat", "Shape of error bodies: flat, or nested as OpenAI has them.")
+    max_body_size: int = option(64 << 20, "Largest request body, decompressed.", unit="bytes", shown="64MiB")
+    shutdown_timeout: float = option(30.0, "Seconds that accepted requests get to finish after SIGTERM.")
+    log_level: LogLevel = option("info", "Least severe messages to log.")
+    log_format: LogFormat = option("auto", "How log lines look; auto is console on a terminal, else json.")
+    allowed_origins: tuple[str, ...] = option(
+        (), "Web origin that browsers may call from; * is any; repeat it."
+    )
+    root_path: str = option("", "Path prefix under which a proxy publishes the server.")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port must be between 0 and 65535, got {self.port}.")
+        if self.max_body_size < 1:
+            raise ConfigError(f"--max-body-size must be at least 1 byte, got {self.max_body_size}.")
+        if not 0 <= self.shutdown_timeout < float("inf"):
+            raise ConfigError(f"--shutdown-timeout must be a number of seconds, got {self.shutdown_timeout}.")
+        if self.ssl_keyfile and not self.ssl_certfile:
+            raise ConfigError("--ssl-keyfile needs --ssl-certfile beside it.")
+        if "" in self.api_key:
+            raise ConfigError("--api-key must not be empty.")
+        if "" in self.served_model_name:
+            raise ConfigError("--served-model-name must not be empty.")
+        if self.root_path and (not self.root_path.startswith("/") or set(self.root_path) & set("{}?#")):
+            raise ConfigError(f"--root-path must be a path such as /embed, got {self.root_path}.")
+        object.__setattr__(self, "root_path", self.root_path.rstrip("/"))
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Every name the model answers to; the first is the one it reports."""
+        return self.served_model_name or (self.engine.model or BUNDLED_MODEL_NAME,)

@@ -1,0 +1,91 @@
+"""Vectors on their way out: float text, base64, or raw bytes. The only file of this room that knows arrays.
+
+For base64 and bytes a request's vectors are joined into one array and cast once. Large answers are written
+in another thread and a slice of rows at a time, so that 2,048 vectors do not hold up the event loop: within a
+slice orjson keeps Python to itself, between slices others run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from binascii import b2a_base64
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, TypeVar
+
+import ml_dtypes
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from carpool.server.errors import InvalidRequest
+from carpool.server.protocol import EmbedDType, Endianness, VectorPlace
+
+Rows = Sequence[NDArray[np.float32]]
+T = TypeVar("T")
+
+LARGE = 1 << 16  # numbers in an answer; fewer are written in a millisecond or two
+SLICE = 1 << 14  # numbers written in one go
+DTYPES: dict[EmbedDType, Any] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "fp8_e4m3": ml_dtypes.float8_e4m3fn,
+    "fp8_e5m2": ml_dtypes.float8_e5m2,
+}
+
+
+async def in_good_time(write: Callable[..., T], rows: Rows, *how: Any) -> T:
+    """`write(rows, *how)`, on the event loop if it is quick and beside it if not."""
+    if sum(row.size for row in rows) < LARGE:
+        return write(rows, *how)
+    return await asyncio.get_running_loop().run_in_executor(None, write, rows, *how)
+
+
+def float_items(rows: Rows) -> bytes:
+    """The `data` array of an answer; each number is the shortest text that parses to the same float32."""
+    return _json_array([np.ascontiguousarray(row) for row in rows], max(1, SLICE // (rows[0].size or 1)))
+
+
+def base64_items(rows: Rows, dtype: EmbedDType, endianness: Endianness) -> bytes:
+    """The `data` array of an answer, each vector as base64 of its numbers."""
+    buffer = memoryview(raw_vectors(rows, dtype, endianness))
+    texts = [b2a_base64(buffer[start:end], newline=False).decode() for start, end in _extents(rows, dtype)]
+    return _json_array(texts, len(texts))
+
+
+def _json_array(embeddings: Sequence[Any], step: int) -> bytes:
+    slices = []
+    for first in range(0, len(embeddings), step):
+        items = [
+            {"index": index, "object": "embedding", "embedding": embedding}
+            for index, embedding in enumerate(embeddings[first : first + step], first)
+        ]
+        slices.append(orjson.dumps(items, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1])
+    return b"[%b]" % b",".join(slices)
+
+
+def raw_vectors(rows: Rows, dtype: EmbedDType, endianness: Endianness) -> bytes:
+    """All vectors end to end, rounded to nearest even as torch rounds."""
+    numbers = np.concatenate([row.reshape(-1) for row in rows])
+    with np.errstate(over="ignore"):
+        cast = numbers.astype(DTYPES[dtype], copy=False)
+    if dtype != "float32" and not np.isfinite(cast).all():
+        raise InvalidRequest(f"A vector holds numbers too large for {dtype}; use float32.", "embed_dtype")
+    if endianness not in ("native", sys.byteorder) and cast.itemsize > 1:
+        cast = cast.view(f"u{cast.itemsize}").byteswap()
+    return cast.tobytes()
+
+
+def places(rows: Rows, dtype: EmbedDType, endianness: Endianness) -> list[VectorPlace]:
+    """Where each vector lies in `raw_vectors`."""
+    return [
+        VectorPlace(index, dtype, endianness, start, end, row.shape)
+        for index, (row, (start, end)) in enumerate(zip(rows, _extents(rows, dtype), strict=True))
+    ]
+
+
+def _extents(rows: Rows, dtype: EmbedDType) -> list[tuple[int, int]]:
+    width = np.dtype(DTYPES[dtype]).itemsize
+    return list(pairwise(accumulate((row.size * width for row in rows), initial=0)))

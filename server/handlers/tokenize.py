@@ -1,0 +1,33 @@
+"""Text to token ids and back, as the model's own tokenizer does it."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from carpool.engine.params import TokenizationParams
+from carpool.server.answer import json_answer
+from carpool.server.body import read_request
+from carpool.server.handlers.models import served_name
+from carpool.server.keys import ENGINE
+from carpool.server.protocol import (
+    DetokenizeResponse,
+    TokenizeResponse,
+    decode_detokenize_request,
+    decode_tokenize_request,
+)
+
+
+async def tokenize(request: web.Request) -> web.Response:
+    asked = await read_request(request, decode_tokenize_request)
+    served_name(request.app, asked.model)
+    engine = request.app[ENGINE]
+    params = TokenizationParams(add_special_tokens=asked.add_special_tokens is not False)
+    [token_ids] = await engine.tokenize([asked.text()], params)
+    texts = engine.tokens(token_ids) if asked.return_token_strs else None
+    return json_answer(TokenizeResponse(len(token_ids), engine.model.max_model_len, token_ids, texts))
+
+
+async def detokenize(request: web.Request) -> web.Response:
+    asked = await read_request(request, decode_detokenize_request)
+    served_name(request.app, asked.model)
+    return json_answer(DetokenizeResponse(await request.app[ENGINE].detokenize(asked.tokens)))

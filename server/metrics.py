@@ -1,0 +1,99 @@
+"""The Prometheus series, in a registry of their own; and the ear that the engine talks to while it runs."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+
+from carpool import __version__
+from carpool.engine.outputs import Timings
+
+if TYPE_CHECKING:
+    from carpool.engine.async_engine import AsyncEngine
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside every counter, which nothing reads
+
+STAGES = ("tokenize", "queue", "forward", "encode")
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+TOKENS = tuple(float(1 << power) for power in range(4, 19))
+SEQUENCES = tuple(float(1 << power) for power in range(11))
+
+
+class Metrics:
+    """Implements `engine.stats.Observer`. `endpoint` is always a route's path, never what a client typed."""
+
+    content_type = "text/plain; version=0.0.4; charset=utf-8"
+
+    def __init__(self, model_name: str, engine: AsyncEngine) -> None:
+        self._model = model_name
+        self._registry = registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=registry)
+
+        def counter(name: str, help: str, *labels: str) -> Counter:
+            return Counter(name, help, ("model_name", *labels), registry=registry)
+
+        def histogram(name: str, help: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(name, help, ("model_name", *labels), registry=registry, buckets=buckets)
+
+        def gauge(name: str, help: str, read: Callable[[], float]) -> None:
+            Gauge(name, help, ("model_name",), registry=registry).labels(model_name).set_function(read)
+
+        self._requests = counter("carpool_requests_total", "Requests.", "endpoint", "status")
+        self._request_seconds = histogram(
+            "carpool_request_seconds", "From a request's headers to its answer.", SECONDS, "endpoint"
+        )
+        stages = histogram("carpool_stage_seconds", "Seconds of a request in each stage.", SECONDS, "stage")
+        self._stages = {stage: stages.labels(model_name, stage) for stage in STAGES}
+        self._prompt_tokens = counter("carpool_prompt_tokens_total", "Prompt tokens answered.").labels(
+            model_name
+        )
+        self._cancelled = counter(
+            "carpool_cancelled_total", "Prompts dropped: their client left or their deadline passed."
+        ).labels(model_name)
+        self._batch_tokens = histogram("carpool_batch_tokens", "Tokens a batch.", TOKENS).labels(model_name)
+        self._batch_sequences = histogram("carpool_batch_sequences", "Prompts a batch.", SEQUENCES).labels(
+            model_name
+        )
+        gauge("carpool_queue_tokens", "Tokens that wait to be run.", lambda: engine.waiting_tokens)
+        gauge("carpool_queue_sequences", "Prompts that wait to be run.", lambda: engine.waiting_sequences)
+        Info("carpool_build", "What runs here.", ("model_name",), registry=registry).labels(model_name).info(
+            {"version": __version__, "python": platform.python_version()}
+        )
+
+    def request_done(self, endpoint: str, status: int, seconds: float) -> None:
+        self._requests.labels(self._model, endpoint, str(status)).inc()
+        self._request_seconds.labels(self._model, endpoint).observe(seconds)
+
+    def answered(self, prompt_tokens: int, timings: Timings, encode: float) -> None:
+        """The engine served a request, and its answer is written."""
+        self._prompt_tokens.inc(prompt_tokens)
+        for stage, seconds in zip(
+            STAGES, (timings.tokenize, timings.queue, timings.forward, encode), strict=True
+        ):
+            self._stages[stage].observe(seconds)
+
+    def batch_done(self, tokens: int, sequences: int, forward_seconds: float) -> None:
+        """A batch's seconds reach the series through the requests that rode in it."""
+        self._batch_tokens.observe(tokens)
+        self._batch_sequences.observe(sequences)
+
+    def sequences_cancelled(self, count: int) -> None:
+        self._cancelled.inc(count)
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)

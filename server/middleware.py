@@ -1,0 +1,111 @@
+"""The front door of all routes: id, key, time, count, log line; and every error turned into its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import structlog
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from carpool.engine.errors import Draining
+from carpool.server import cors
+from carpool.server.errors import Failure, Unauthorized, failure_of, render
+from carpool.server.headers import fresh_label, label
+from carpool.server.keys import CLIENT, CONFIG, ENGINE, KEY_DIGESTS, METRICS, REQUEST_ID, ROUTE_OF_HANDLER
+
+if TYPE_CHECKING:
+    from carpool.server.app import Route
+
+log = structlog.get_logger()
+
+ELSEWHERE = "other"  # endpoint of all paths we do not serve: metrics and logs repeat no client's words
+CLIENT_GONE = 499  # nobody receives it; a status for the books
+
+
+@web.middleware
+async def front_door(request: web.Request, handler: Handler) -> web.StreamResponse:
+    began = perf_counter()
+    app = request.app
+    route = app[ROUTE_OF_HANDLER].get(request.match_info.handler)
+    request[REQUEST_ID] = label(request.headers.get("X-Request-Id")) or fresh_label()
+    failure = None
+    try:
+        response = await _admit(request, handler, guarded=route is None or not route.open)
+    except asyncio.CancelledError:
+        _record(request, route, CLIENT_GONE, perf_counter() - began)
+        raise
+    except Exception as error:
+        failure = failure_of(error)
+        response = _refuse(app, error, failure, request[REQUEST_ID])
+    response.headers["X-Request-Id"] = request[REQUEST_ID]
+    if allowed := app[CONFIG].allowed_origins:
+        cors.mark(request, response, allowed)
+    _record(request, route, response.status, perf_counter() - began, failure)
+    return response
+
+
+async def _admit(request: web.Request, handler: Handler, guarded: bool) -> web.StreamResponse:
+    app = request.app
+    if cors.is_preflight(request):
+        return cors.answer_preflight(request, app[CONFIG].allowed_origins)
+    request[CLIENT] = request.remote or ""
+    if guarded:
+        if (digests := app[KEY_DIGESTS]) and request.method != "OPTIONS":
+            request[CLIENT] = _key_holder(request, digests)
+        if app[ENGINE].state == "draining":
+            raise Draining("The server is shutting down; try another instance.")
+    return await handler(request)
+
+
+def digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _key_holder(request: web.Request, digests: tuple[bytes, ...]) -> str:
+    """Which of the keys the request carries. All are compared, so that the time taken tells nothing."""
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    sent = digest(key.strip())
+    matches = [hmac.compare_digest(sent, known) for known in digests]
+    if scheme.lower() != "bearer" or True not in matches:
+        raise Unauthorized("A valid API key is required: send it as Authorization: Bearer KEY.")
+    return f"key {matches.index(True)}"
+
+
+def refuse_malformed(app: web.Application, error: BaseException) -> web.Response:
+    """The answer to what never became a request."""
+    request_id = fresh_label()
+    failure = failure_of(error)
+    response = _refuse(app, error, failure, request_id)
+    response.headers["X-Request-Id"] = request_id
+    response.force_close()
+    app[METRICS].request_done(ELSEWHERE, failure.status, 0.0)
+    log.info("malformed request", status=failure.status, reason=type(error).__name__, request_id=request_id)
+    return response
+
+
+def _refuse(app: web.Application, error: BaseException, failure: Failure, request_id: str) -> web.Response:
+    if failure.status == 500:
+        log.error("request failed", request_id=request_id, exc_info=error)
+    return render(failure, app[CONFIG].error_format)
+
+
+def _record(
+    request: web.Request, route: Route | None, status: int, seconds: float, failure: Failure | None = None
+) -> None:
+    endpoint = route.path if route else ELSEWHERE
+    request.app[METRICS].request_done(endpoint, status, seconds)
+    write = log.debug if route and route.open else log.info  # probes and scrapes come all day
+    write(
+        "request",
+        method=request.method,
+        endpoint=endpoint,
+        status=status,
+        milliseconds=round(1000 * seconds, 2),
+        request_id=request[REQUEST_ID],
+        **({"error": failure.type} if failure else {}),
+    )

@@ -1,0 +1,197 @@
+"""Where options come from: the command line, the environment, a YAML file. Each becomes one `Settings`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from carpool.engine.errors import ConfigError
+from carpool.server.options import OPTIONS, Option, flag_of, nearest, read_object
+from carpool.server.reference_flags import (
+    OLD_NAMES,
+    ONE_ONLY,
+    WITHOUT_MEANING,
+    refuse_generation,
+    require_one,
+    runner_and_convert,
+)
+
+ENVIRONMENT_PREFIX = "CARPOOL_"
+KUBERNETES = re.compile("CARPOOL_(SERVICE_(HOST|PORT)|PORT_[0-9]+_(TCP|UDP|SCTP))")
+CONFIG_FILE = Option("config", str, None, "YAML file of options, each named as its flag, with - or _.")
+KNOWN = {**OPTIONS, "config": CONFIG_FILE}
+
+
+@dataclass(slots=True)
+class Settings:
+    """Raw values by option name, as one source gives them, and what is to be said about them."""
+
+    kind: str  # "flag", "environment variable", "key in FILE": for messages
+    spell: Callable[[str], str]  # how this source writes an option's name
+    values: dict[str, Any] = field(default_factory=dict)
+    deprecated: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+    def put(self, written: str, raw: Any) -> None:
+        """Take in one value under the name it was written with."""
+        name, _, path = normal(written).partition(".")
+        if name in OLD_NAMES:
+            self.deprecated.append(f"{flag_of(name)} is deprecated; use {flag_of(OLD_NAMES[name])}.")
+            name = OLD_NAMES[name]
+        option = KNOWN.get(name)
+        if path and option and option.is_object:
+            self._put_at(name, path.split("."), raw)
+        elif option and not path:
+            self._put_option(option, raw)
+        elif not self._put_foreign(name, raw):
+            raise ConfigError(f"Unknown {self.kind} {self.spell(written)}; did you mean {self._guess(name)}?")
+
+    def _put_option(self, option: Option, raw: Any) -> None:
+        if option.is_object:
+            raw = self.values.get(option.name, {}) | read_object(option.flag, raw)
+        elif option.is_list:
+            raw = self.values.get(option.name, []) + _read_list(option, raw)
+        elif option.name in ("runner", "convert"):
+            refuse_generation(option.name, raw)
+        self.values[option.name] = raw
+
+    def _put_at(self, name: str, path: list[str], raw: Any) -> None:
+        """One key of an object: `--hf-overrides.is_matryoshka true`."""
+        place = self.values.setdefault(name, {})
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{self.spell(name)} has a value at {key} and cannot have keys below it.")
+        try:
+            place[path[-1]] = json.loads(raw)
+        except (TypeError, ValueError):
+            place[path[-1]] = raw  # a word without quotes, or YAML's own value
+
+    def _put_foreign(self, name: str, raw: Any) -> bool:
+        """A name that is not an option of ours but means something; False if it does not."""
+        positive = name.removeprefix("no_")
+        if name == "task":
+            self.deprecated.append("--task is deprecated; use --runner and --convert.")
+            self.values |= runner_and_convert(raw)
+        elif name in ONE_ONLY:
+            require_one(name, raw)
+            self.ignored.append(flag_of(ONE_ONLY[name]))
+        elif name in WITHOUT_MEANING or WITHOUT_MEANING.get(positive) is False:
+            self.ignored.append(flag_of(name))
+        elif positive != name and positive in OPTIONS and OPTIONS[positive].is_switch:
+            self.values[positive] = not OPTIONS[positive].read(raw)
+        else:
+            return False
+        return True
+
+    def _guess(self, name: str) -> str:
+        switches = (f"no_{option.name}" for option in OPTIONS.values() if option.is_switch)
+        return self.spell(nearest(name, [*KNOWN, *switches]))
+
+
+def normal(written: str) -> str:
+    """`max-model-len` → `max_model_len`; keys behind a dot stay as they are."""
+    name, dot, path = written.partition(".")
+    return name.replace("-", "_").lower() + dot + path
+
+
+def _read_list(option: Option, raw: Any) -> list[Any]:
+    """One value, several as a JSON list, or what YAML made of it."""
+    if isinstance(raw, str) and raw.startswith("["):
+        try:
+            raw = json.loads(raw)
+        except ValueError:
+            raise ConfigError(f"{option.flag} starts like a JSON list and is none.") from None
+    return raw if isinstance(raw, list) else [raw]
+
+
+def from_arguments(arguments: Iterable[str]) -> Settings:
+    settings = Settings("flag", flag_of)
+    words = deque(arguments)
+    while words:
+        word = words.popleft()
+        if not word.startswith("-"):
+            if "model" in settings.values:
+                raise ConfigError(f"Unexpected argument {word}: the model is given already.")
+            settings.put("model", word)
+            continue
+        name, given, value = word.lstrip("-").partition("=")
+        settings.put(name, value if given else _following(normal(name), word, words))
+    return settings
+
+
+def _following(name: str, word: str, words: deque[str]) -> Any:
+    """What belongs to the flag `word` of the words after it."""
+    option = KNOWN.get(name)
+    if option and option.several:
+        values = []
+        while words and not words[0].startswith("--"):
+            values.append(words.popleft())
+        if values:
+            return values
+    elif not _takes_value(name):
+        return True
+    elif words and not words[0].startswith("--"):
+        return words.popleft()
+    raise ConfigError(f"{word} needs a value.")
+
+
+def _takes_value(name: str) -> bool:
+    """Also False for names nobody knows, which `Settings.put` is about to refuse."""
+    option = KNOWN.get(name)
+    if option:
+        return not option.is_switch
+    head = name.partition(".")[0]
+    known_elsewhere = name == "task" or name in ONE_ONLY or head in KNOWN or head in OLD_NAMES
+    return known_elsewhere or WITHOUT_MEANING.get(name, False)
+
+
+def from_environment(environment: Mapping[str, str]) -> Settings:
+    settings = Settings("environment variable", lambda name: ENVIRONMENT_PREFIX + name.upper())
+    for variable, value in environment.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX) or _is_of_kubernetes(variable, value):
+            continue
+        name = normal(variable.removeprefix(ENVIRONMENT_PREFIX))
+        option = OPTIONS.get(name)
+        if option and option.is_list and not value.startswith("["):
+            settings.put(name, [item.strip() for item in value.split(",")])
+        else:
+            settings.put(name, value)
+    return settings
+
+
+def _is_of_kubernetes(variable: str, value: str) -> bool:
+    """A Service that is named carpool puts its address into every pod, in variables that look like ours."""
+    return KUBERNETES.match(variable) is not None or ("://" in value and variable == "CARPOOL_PORT")
+
+
+def from_yaml(path: str) -> Settings:
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Cannot read --config {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeError) as error:
+        raise ConfigError(f"--config {path} is not valid YAML.") from error
+    if not isinstance(document, dict | None):
+        raise ConfigError(f"--config {path} must hold keys and values.")
+    settings = Settings(f"key in {path}:", str)
+    for key, value in (document or {}).items():
+        if value is not None:
+            settings.put(str(key), value)
+    return settings
+
+
+def merged(sources: Iterable[Settings]) -> dict[str, Any]:
+    """Later sources win; objects are merged key by key."""
+    values: dict[str, Any] = {}
+    for settings in sources:
+        for name, raw in settings.values.items():
+            values[name] = values.get(name, {}) | raw if isinstance(raw, dict) else raw
+    return values

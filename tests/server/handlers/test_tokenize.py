@@ -1,0 +1,56 @@
+"""/tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from serving import Served, assert_error
+
+
+async def test_a_prompt_becomes_ids(served: Served) -> None:
+    answer = await served.post("/tokenize", {"prompt": "ab"})
+    assert answer.json == {"count": 4, "max_model_len": 256, "tokens": [101, 97, 98, 102], "token_strs": None}
+
+
+async def test_special_tokens_can_be_left_out_and_texts_asked_for(served: Served) -> None:
+    asked = {"prompt": "ab", "add_special_tokens": False, "return_token_strs": True}
+    assert (await served.post("/tokenize", asked)).json["token_strs"] == ["a", "b"]
+
+
+async def test_there_is_no_length_limit(served: Served) -> None:
+    assert (await served.post("/tokenize", {"prompt": "a" * 5000})).json["count"] == 5002
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "messages"),
+    ],
+)
+async def test_what_is_no_prompt_is_refused(served: Served, body: Any, param: str) -> None:
+    assert_error(await served.post("/tokenize", body), 400, "BadRequestError", param)
+
+
+async def test_ids_become_text(served: Served) -> None:
+    assert (await served.post("/detokenize", {"tokens": [97, "98", 99.0]})).json == {"prompt": "abc"}
+    assert (await served.post("/detokenize", {"tokens": []})).json == {"prompt": ""}
+    assert (await served.post("/detokenize", {"tokens": [99999999]})).json == {"prompt": ""}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "param"), [([-1], "tokens[0]"), (["a"], "tokens[0]"), (5, "tokens"), (None, "tokens")]
+)
+async def test_what_are_no_ids_is_refused(served: Served, tokens: Any, param: str) -> None:
+    assert_error(await served.post("/detokenize", {"tokens": tokens}), 400, "BadRequestError", param)
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [97]})]
+)
+async def test_both_know_the_models_name(served: Served, path: str, field: dict[str, Any]) -> None:
+    assert_error(await served.post(path, {"model": "nope", **field}), 404, "NotFoundError", "model")

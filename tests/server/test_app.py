@@ -1,0 +1,62 @@
+"""The table of routes: every path in all its spellings, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from carpool.server.app import ROUTES
+from carpool.server.config import ServerConfig
+from serving import EMBEDDINGS, Served, assert_error, serving
+
+
+def test_each_route_has_a_handler_of_its_own() -> None:
+    """Else the middleware could not tell them apart."""
+    assert len({route.handler for route in ROUTES}) == len(ROUTES)
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.path)
+async def test_every_path_has_its_spellings(route: object) -> None:
+    path = route.path.replace("{model}", "all-MiniLM-L6-v2")  # type: ignore[attr-defined]
+    async with serving(ServerConfig(root_path="/proxy/")) as server:
+        for spelling in (path, path + "/", "/proxy" + path, "/proxy" + path + "/"):
+            for method in route.methods:  # type: ignore[attr-defined]
+                assert (await server.ask(method, spelling, json={})).status in (200, 400)
+
+
+async def test_get_implies_head(served: Served) -> None:
+    for route in ROUTES:
+        if "GET" in route.methods:
+            answer = await served.ask("HEAD", route.path.replace("{model}", "all-MiniLM-L6-v2"))
+            assert (answer.status, answer.body) == (200, b"")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("GET", EMBEDDINGS, "POST"),
+        ("PUT", EMBEDDINGS, "POST"),
+        ("DELETE", EMBEDDINGS + "/", "POST"),
+        ("POST", "/health", "GET,HEAD"),
+        ("POST", "/v1/models", "GET,HEAD"),
+        ("PATCH", "/ping", "GET,HEAD,POST"),
+    ],
+)
+async def test_other_methods_are_405(served: Served, method: str, path: str, allow: str) -> None:
+    answer = await served.ask(method, path, json={})
+    assert_error(answer, 405, "MethodNotAllowedError")
+    assert answer.headers["Allow"] == allow
+
+
+@pytest.mark.parametrize(
+    "path", ["/nope", "/", "/v1/nope", "//v1/embeddings", "/v1", "/V1/models", "/%00", "/v1/%zz"]
+)
+async def test_other_paths_are_404(served: Served, path: str) -> None:
+    answer = await served.raw(f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+    assert_error(answer, 404, "NotFoundError")
+
+
+async def test_asterisk_and_absolute_targets_have_an_answer(served: Served) -> None:
+    answer = await served.raw(b"OPTIONS * HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    assert_error(answer, 404, "NotFoundError")
+    answer = await served.raw(b"GET http://a/health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    assert answer.status == 200

@@ -1,0 +1,117 @@
+"""The body: decompressed, within the limit, and never waited for without an end."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import zlib
+
+import pytest
+
+from carpool.server import body
+from carpool.server.config import ServerConfig
+from serving import EMBEDDINGS, Served, assert_error, serving
+
+HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\n"
+JSON = b'{"input": "hi"}'
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "application/json",
+        "Application/JSON",
+        "application/json; charset=utf-8",
+        "application/json;charset=latin-1",
+    ],
+)
+async def test_json_media_types_pass(served: Served, content_type: str) -> None:
+    assert (await served.post(EMBEDDINGS, JSON, headers={"Content-Type": content_type})).status == 200
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["text/plain", "text/json", "application/vnd.api+json", "application/x-www-form-urlencoded", ""],
+)
+async def test_other_media_types_are_415(served: Served, content_type: str) -> None:
+    answer = await served.post(EMBEDDINGS, JSON, headers={"Content-Type": content_type})
+    assert_error(answer, 415, "UnsupportedMediaTypeError")
+
+
+async def test_an_absent_media_type_passes(served: Served) -> None:
+    answer = await served.raw(HEAD + b"Connection: close\r\nContent-Length: 15\r\n\r\n" + JSON)
+    assert answer.status == 200
+
+
+@pytest.mark.parametrize(("coding", "compress"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+async def test_compressed_bodies_are_read(served: Served, coding: str, compress: object) -> None:
+    data = compress(JSON)  # type: ignore[operator]
+    assert (await served.post(EMBEDDINGS, data, headers={"Content-Encoding": coding})).status == 200
+
+
+async def test_a_declared_length_over_the_limit_is_refused_unread() -> None:
+    async with serving(ServerConfig(max_body_size=100)) as server:
+        answer = await server.raw(HEAD + b"Content-Length: 101\r\nExpect: 100-continue\r\n\r\n")
+        message = assert_error(answer, 413, "PayloadTooLargeError")
+        assert "100 bytes" in message
+        assert answer.headers["Connection"] == "close"
+
+
+async def test_a_chunked_body_over_the_limit_is_refused() -> None:
+    async def chunks() -> object:
+        for _ in range(100):
+            yield b" " * 1000
+
+    async with serving(ServerConfig(max_body_size=5000)) as server:
+        answer = await server.ask(
+            "POST", EMBEDDINGS, data=chunks(), headers={"Content-Type": "application/json"}
+        )
+        assert_error(answer, 413, "PayloadTooLargeError")
+
+
+async def test_a_compressed_body_counts_at_its_full_size() -> None:
+    async with serving(ServerConfig(max_body_size=1 << 20)) as server:
+        bomb = gzip.compress(b" " * (64 << 20))
+        answer = await server.post(EMBEDDINGS, bomb, headers={"Content-Encoding": "gzip"})
+        assert_error(answer, 413, "PayloadTooLargeError")
+
+
+async def test_a_body_at_the_limit_passes() -> None:
+    async with serving(ServerConfig(max_body_size=len(JSON))) as server:
+        assert (await server.post(EMBEDDINGS, JSON)).status == 200
+        assert (await server.post(EMBEDDINGS, JSON + b" ")).status == 413
+
+
+async def test_a_large_body_is_decoded_beside_the_loop(served: Served) -> None:
+    texts = ["x" * 100] * 12_000
+    assert len(json.dumps(texts)) > body.LARGE
+    answer = await served.embed(input=texts)
+    assert len(answer.json["data"]) == len(texts)
+
+
+async def test_expect_continue_is_answered_once_the_body_is_wanted(served: Served) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+    writer.write(HEAD + b"Expect: 100-continue\r\nContent-Length: 15\r\n\r\n")
+    assert await reader.readline() == b"HTTP/1.1 100 Continue\r\n"
+    writer.write(JSON)
+    await reader.readline()
+    assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+    writer.close()
+
+
+async def test_a_body_that_stops_coming_is_given_up(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "IDLE_SECONDS", 0.05)
+    answer = await served.raw(HEAD + b"Content-Length: 15\r\n\r\n{", wait=0.2)
+    assert "did not come" in assert_error(answer, 400, "BadRequestError")
+
+
+async def test_a_client_that_leaves_midway_leaves_nothing_behind(served: Served) -> None:
+    tasks = len(asyncio.all_tasks())
+    _, writer = await asyncio.open_connection("127.0.0.1", served.port)
+    writer.write(HEAD + b"Content-Length: 15\r\n\r\n{")
+    await asyncio.sleep(0.05)
+    writer.close()
+    await asyncio.sleep(0.05)
+    assert len(asyncio.all_tasks()) == tasks
+    assert served.engine.calls == []

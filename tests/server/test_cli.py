@@ -1,0 +1,116 @@
+"""The `carpool` command from argv to exit status."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+import carpool
+from carpool.engine.errors import ConfigError
+from carpool.server import cli, logs
+from carpool.server.options import OPTIONS
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "set_up", lambda level, format: None)
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"], {}) == 0
+    assert capsys.readouterr().out == f"carpool {carpool.__version__}\n"
+
+
+def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["serve", "--help"], {}) == 0
+    text = capsys.readouterr().out
+    for option in OPTIONS.values():
+        assert option.flag in text
+        assert option.help in text
+    assert "--no-token-id-input" in text
+    assert "the command line wins over the environment, and that over the file" in text
+
+
+def test_without_a_command_the_usage_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([], {}) == 0
+    assert "usage: carpool serve" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        (["sreve"], {}, "Unknown command sreve; did you mean serve?"),
+        (["serve", "--prot", "1"], {}, "Unknown flag --prot; did you mean --port?"),
+        (["serve"], {"CARPOOL_PROT": "1"}, "Unknown environment variable CARPOOL_PROT"),
+        (["serve", "--port", "x"], {}, "--port must be an integer, got x."),
+        (["serve", "--max-num-seqs", "0"], {}, "--max-num-seqs must be at least 1, got 0."),
+        (["serve", "--pooler-config.poling_type", "CLS"], {}, "did you mean pooling_type?"),
+    ],
+)
+def test_a_mistake_is_status_2_and_one_line(
+    arguments: list[str], environment: dict[str, str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(arguments, environment) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_line_beats_environment_beats_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("port: 1\nhost: file\nlog_level: debug\nroot-path: /file\n")
+    environment = {"CARPOOL_HOST": "environment", "CARPOOL_PORT": "2", "CARPOOL_CONFIG": str(path)}
+    config, _ = cli.read_config(["--port", "3"], environment)
+    assert (config.port, config.host, config.log_level, config.root_path) == (
+        3,
+        "environment",
+        "debug",
+        "/file",
+    )
+    other = tmp_path / "other.yaml"
+    other.write_text("root-path: /other")
+    config, _ = cli.read_config(["--config", str(other)], environment)
+    assert (config.root_path, config.log_level) == ("/other", "info")
+
+
+@pytest.mark.parametrize(("asked_to_stop", "status"), [(True, 0), (False, 1)])
+def test_the_status_says_how_it_ended(
+    monkeypatch: pytest.MonkeyPatch, asked_to_stop: bool, status: int
+) -> None:
+    monkeypatch.setattr(cli, "_run", lambda config: asked_to_stop)
+    assert cli.run(["serve"], {}) == status
+
+
+def test_a_model_that_cannot_be_served_is_status_1_and_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: Any) -> bool:
+        raise ConfigError("There is no model at /nowhere.")
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert cli.run(["serve", "/nowhere"], {}) == 1
+    assert capsys.readouterr().err == "carpool: There is no model at /nowhere.\n"
+
+
+def test_one_notice_lists_all_that_was_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_run", lambda config: True)
+    with capture_logs() as lines:
+        cli.run(["serve", "--enforce-eager", "--swap-space", "4", "--task", "embed"], {"CARPOOL_SEED": "1"})
+    events = [(line["event"], line.get("options")) for line in lines]
+    assert events == [
+        ("--task is deprecated; use --runner and --convert.", None),
+        ("options without meaning here were ignored", "--enforce-eager, --seed, --swap-space"),
+    ]
+
+
+def test_the_command_runs_without_loading_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; from carpool.server.cli import run; run(['serve', '--help'], {})"
+    source = Path(carpool.__file__).resolve().parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONSAFEPATH": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)

@@ -1,0 +1,48 @@
+"""ServerConfig refuses what cannot be served, in one sentence each."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+
+from carpool.engine.config import EngineConfig
+from carpool.engine.errors import ConfigError
+from carpool.server.config import ServerConfig
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"port": 70000}, "--port"),
+        ({"port": -1}, "--port"),
+        ({"max_body_size": 0}, "--max-body-size"),
+        ({"shutdown_timeout": -1.0}, "--shutdown-timeout"),
+        ({"shutdown_timeout": float("nan")}, "--shutdown-timeout"),
+        ({"ssl_keyfile": "key.pem"}, "--ssl-certfile"),
+        ({"api_key": ("good", "")}, "--api-key"),
+        ({"served_model_name": ("",)}, "--served-model-name"),
+        ({"root_path": "embed"}, "--root-path"),
+        ({"root_path": "/{x}"}, "--root-path"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{words}.*\.$"):
+        ServerConfig(**fields)
+
+
+def test_the_names_of_the_model() -> None:
+    assert ServerConfig().model_names == ("all-MiniLM-L6-v2",)
+    assert ServerConfig(engine=EngineConfig(model="org/name")).model_names == ("org/name",)
+    assert ServerConfig(engine=EngineConfig(model="x"), served_model_name=("a", "b")).model_names == (
+        "a",
+        "b",
+    )
+
+
+def test_it_is_frozen_and_its_prefix_has_no_slash_at_the_end() -> None:
+    config = ServerConfig(root_path="/embed/")
+    assert config.root_path == "/embed"
+    with pytest.raises(FrozenInstanceError):
+        config.port = 1  # type: ignore[misc]

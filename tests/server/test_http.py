@@ -1,0 +1,116 @@
+"""What is not HTTP is answered in the one shape, and the connection closed. Nothing hangs."""
+
+from __future__ import annotations
+
+import gzip
+
+import pytest
+
+from carpool.server.config import ServerConfig
+from serving import EMBEDDINGS, Served, assert_error, serving
+
+BODY = b'{"input": "hi"}'
+HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"garbage\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /a b HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nno colon\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: \x01\r\n\r\n",
+        HEAD + b"Content-Length: many\r\n\r\n" + BODY,
+        HEAD + b"Content-Length: -1\r\n\r\n" + BODY,
+        HEAD + b"Content-Length: 15\r\nTransfer-Encoding: chunked\r\n\r\n" + BODY,
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    ],
+)
+async def test_malformed_http_is_a_400_in_the_shape(served: Served, packet: bytes) -> None:
+    answer = await served.raw(packet)  # returns once the server has hung up
+    assert assert_error(answer, 400, "BadRequestError") == "The request is not valid HTTP."
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 9000 + b"\r\n\r\n",
+    ],
+)
+async def test_oversize_lines_are_named(served: Served, packet: bytes) -> None:
+    message = assert_error(await served.raw(packet), 400, "BadRequestError")
+    assert message == "The request line or one of the headers is too long."
+
+
+async def test_too_many_headers_are_refused(served: Served) -> None:
+    headers = b"".join(b"X-%d: a\r\n" % i for i in range(500))
+    assert_error(
+        await served.raw(b"GET / HTTP/1.1\r\nHost: a\r\n" + headers + b"\r\n"), 400, "BadRequestError"
+    )
+
+
+async def test_malformed_http_obeys_the_error_format() -> None:
+    async with serving(ServerConfig(error_format="openai")) as server:
+        answer = await server.raw(b"garbage\r\n\r\n")
+        assert answer.json["error"]["type"] == "BadRequestError"
+
+
+async def test_malformed_http_is_counted(served: Served) -> None:
+    await served.raw(b"garbage\r\n\r\n")
+    series = (await served.get("/metrics")).body.decode()
+    assert 'carpool_requests_total{endpoint="other",model_name="all-MiniLM-L6-v2",status="400"} 1.0' in series
+
+
+@pytest.mark.parametrize(
+    "packets",
+    [
+        [HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"zz\r\n"],
+        [HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"5\r\n{" + b'"inp', b"too long for five\r\n"],
+        [HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"],
+        [HEAD + b"Content-Encoding: gzip\r\nContent-Length: 15\r\n\r\n", BODY],
+        [HEAD + b"Content-Encoding: gzip\r\nContent-Length: 15\r\n\r\n" + BODY],
+        [HEAD + b"Content-Encoding: deflate\r\nContent-Length: 15\r\n\r\n" + BODY],
+        [
+            HEAD
+            + b"Connection: close\r\nContent-Encoding: gzip\r\nContent-Length: 20\r\n\r\n"
+            + gzip.compress(BODY)[:20]
+        ],
+        [HEAD + b"Content-Encoding: rot13\r\nContent-Length: 15\r\n\r\n" + BODY],
+    ],
+)
+async def test_broken_bodies_are_a_400_and_a_hang_up(
+    served: Served, packets: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert_error(await served.raw(*packets), 400, "BadRequestError")
+    assert served.engine.calls == []
+    assert not caplog.records  # no tracebacks of aiohttp's: it is the client's fault
+
+
+async def test_requests_behind_a_malformed_one_are_not_served(served: Served) -> None:
+    good = HEAD + b"Content-Length: 15\r\n\r\n" + BODY
+    answer = await served.raw(b"garbage\r\n\r\n" + good)
+    assert_error(answer, 400, "BadRequestError")
+    assert served.engine.calls == []
+
+
+async def test_a_request_before_a_malformed_one_is_served(served: Served) -> None:
+    answer = await served.raw(HEAD + b"Content-Length: 15\r\n\r\n" + BODY, b"garbage\r\n\r\n")
+    assert answer.status == 200
+
+
+async def test_a_strange_expectation_is_ignored_on_a_route(served: Served) -> None:
+    answer = await served.raw(HEAD + b"Expect: tea\r\nConnection: close\r\nContent-Length: 15\r\n\r\n" + BODY)
+    assert answer.status == 200
+
+
+async def test_a_strange_expectation_elsewhere_is_answered_in_the_shape(served: Served) -> None:
+    answer = await served.raw(b"GET /nope HTTP/1.1\r\nHost: a\r\nExpect: tea\r\nConnection: close\r\n\r\n")
+    assert_error(answer, 400, "BadRequestError")
+
+
+async def test_the_server_goes_on_after_all_of_it(served: Served) -> None:
+    await served.raw(b"garbage\r\n\r\n")
+    assert (await served.post(EMBEDDINGS, {"input": "hi"})).status == 200

@@ -1,0 +1,207 @@
+"""A server's life from the first socket to the last answer, with real signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import ClientSession, UnixConnector
+from structlog.testing import capture_logs
+
+from carpool.engine.errors import ConfigError
+from carpool.server import lifespan
+from carpool.server.config import ServerConfig
+from fakes import FakeEngine
+from serving import EMBEDDINGS, Served, assert_error
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def local(**options: Any) -> ServerConfig:
+    return ServerConfig(host="127.0.0.1", port=free_port(), **options)
+
+
+@asynccontextmanager
+async def alive(config: ServerConfig, engine: FakeEngine) -> AsyncIterator[tuple[Served, asyncio.Task[bool]]]:
+    """`serve` running as it does in production; stopped by SIGTERM unless it has ended."""
+    life = asyncio.create_task(lifespan.serve(config, engine))  # type: ignore[arg-type]
+    async with ClientSession() as session:
+        served = Served(engine, config.port, session)
+        while not life.done():
+            try:
+                await served.get("/health/live")
+                break
+            except OSError:
+                await asyncio.sleep(0.01)
+        yield served, life
+    if not life.done():
+        os.kill(os.getpid(), signal.SIGTERM)
+        await life
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_it_listens_before_it_has_loaded() -> None:
+    engine = FakeEngine(state="starting")
+    engine.loaded.clear()
+    async with alive(local(), engine) as (served, _):
+        assert (await served.get("/health/live")).status == 200
+        assert (await served.get("/health/ready")).status == 503
+        assert_error(await served.embed(input="a"), 503, "ServiceUnavailableError")
+        engine.loaded.set()
+        await until(lambda: engine.state == "ready")
+        assert (await served.get("/health/ready")).status == 200
+        assert (await served.embed(input="a")).status == 200
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+async def test_accepted_work_is_finished_and_new_work_refused(which: signal.Signals) -> None:
+    engine = FakeEngine()
+    async with alive(local(), engine) as (served, life):
+        await until(lambda: engine.state == "ready")
+        engine.gate.clear()
+        accepted = [asyncio.create_task(served.embed(input=f"text {i}")) for i in range(5)]
+        await until(lambda: engine.waiting_sequences == 5)
+        os.kill(os.getpid(), which)
+        await until(lambda: engine.state == "draining")
+        assert (await served.get("/health/ready")).status == 503
+        assert (await served.get("/health")).status == 200
+        refused = await served.embed(input="late")
+        assert_error(refused, 503, "ServiceUnavailableError")
+        assert refused.headers["Connection"] == "close"
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert not life.done()
+        engine.gate.set()
+        assert [(await one).status for one in accepted] == [200] * 5
+        assert await life is True
+
+
+async def test_work_that_takes_too_long_is_left_and_said_so() -> None:
+    engine = FakeEngine()
+    async with alive(local(shutdown_timeout=0.1), engine) as (served, life):
+        engine.gate.clear()
+        stuck = asyncio.create_task(served.embed(input="a"))
+        await until(lambda: engine.waiting_sequences == 1)
+        with capture_logs() as lines:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(0.3)
+            engine.gate.set()
+            assert await life is True
+        assert "stopped with work unfinished" in [line["event"] for line in lines]
+        await stuck
+
+
+async def test_the_death_of_the_engine_ends_the_server() -> None:
+    engine = FakeEngine()
+    async with alive(local(), engine) as (_, life):
+        engine.dead.set()
+        assert await life is False
+
+
+async def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
+    engine = FakeEngine(state="starting")
+    engine.error = ConfigError("There is no model at /nowhere.")
+    with pytest.raises(ConfigError, match="no model"):
+        await lifespan.serve(local(), engine)  # type: ignore[arg-type]
+
+
+async def test_a_signal_while_loading_does_not_wait_for_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Exited(Exception):
+        pass
+
+    def exit(status: int) -> None:
+        assert status == 0
+        raise Exited
+
+    monkeypatch.setattr(os, "_exit", exit)
+    engine = FakeEngine(state="starting")
+    engine.loaded.clear()
+    async with alive(local(), engine) as (_, life):
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Exited):
+            await life
+
+
+async def test_a_port_in_use_is_one_sentence() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        config = ServerConfig(host="127.0.0.1", port=taken.getsockname()[1])
+        with pytest.raises(ConfigError, match=rf"^Cannot listen on 127.0.0.1 port {config.port}: .*in use"):
+            await lifespan.serve(config, FakeEngine())  # type: ignore[arg-type]
+
+
+async def test_a_certificate_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+    for content in (None, "not a certificate"):
+        path = tmp_path / "cert.pem"
+        if content:
+            path.write_text(content)
+        with pytest.raises(ConfigError, match=r"^Cannot use the certificate .*\.$"):
+            await lifespan.serve(local(ssl_certfile=str(path)), FakeEngine())  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+async def test_https_is_served_with_a_certificate(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=a -keyout {key}"
+    subprocess.run([*command.split(), "-out", certificate], check=True, capture_output=True)
+    config = local(ssl_certfile=str(certificate), ssl_keyfile=str(key))
+    engine = FakeEngine()
+    life = asyncio.create_task(lifespan.serve(config, engine))  # type: ignore[arg-type]
+    await until(lambda: engine.state == "ready")
+    await asyncio.sleep(0.05)
+    trusted = ssl.create_default_context(cafile=str(certificate))
+    trusted.check_hostname = False
+    async with (
+        ClientSession() as session,
+        session.get(f"https://127.0.0.1:{config.port}/health", ssl=trusted) as response,
+    ):
+        assert response.status == 200
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await life is True
+
+
+async def test_a_unix_socket_serves_too(tmp_path: Path) -> None:
+    path = str(tmp_path / "carpool.sock")
+    engine = FakeEngine()
+    life = asyncio.create_task(lifespan.serve(ServerConfig(uds=path), engine))  # type: ignore[arg-type]
+    await until(lambda: os.path.exists(path))
+    async with (
+        ClientSession(connector=UnixConnector(path)) as session,
+        session.post(f"http://carpool{EMBEDDINGS}", json={"input": "a"}) as response,
+    ):
+        assert response.status == 200
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await life is True
+
+
+async def test_ready_is_one_line_with_the_facts() -> None:
+    engine = FakeEngine()
+    config = local()
+    with capture_logs() as lines:
+        async with alive(config, engine):
+            await until(lambda: any(line["event"] == "ready" for line in lines))
+    [ready] = [line for line in lines if line["event"] == "ready"]
+    assert ready["url"] == f"http://127.0.0.1:{config.port}"
+    assert ready["model"] == "all-MiniLM-L6-v2"
+    assert (ready["dtype"], ready["workers"]) == ("float32", 1)
+    assert ready["seconds"] >= 0

@@ -1,0 +1,70 @@
+"""The series of the contract, with the right values and no client's words in a label."""
+
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from serving import Served
+
+NAMES = {
+    "carpool_requests",
+    "carpool_request_seconds",
+    "carpool_prompt_tokens",
+    "carpool_queue_tokens",
+    "carpool_queue_sequences",
+    "carpool_batch_tokens",
+    "carpool_batch_sequences",
+    "carpool_stage_seconds",
+    "carpool_cancelled",
+    "carpool_build_info",
+}
+
+
+async def scrape(served: Served) -> dict[str, float]:
+    text = (await served.get("/metrics")).body.decode()
+    return {
+        sample.name
+        + str(sorted(value for key, value in sample.labels.items() if key != "model_name")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+async def test_names_are_the_contracts(served: Served) -> None:
+    text = (await served.get("/metrics")).body.decode()
+    families = [f for f in text_string_to_metric_families(text) if f.name.startswith("carpool_")]
+    assert {family.name for family in families} == NAMES
+    for family in families:
+        for sample in family.samples:
+            assert sample.labels["model_name"] == "all-MiniLM-L6-v2"
+
+
+async def test_a_request_is_counted_with_its_tokens_and_stages(served: Served) -> None:
+    await served.embed(input=["hi", "you"])
+    await served.embed(input=[])
+    await served.get("/some/users/words")
+    series = await scrape(served)
+    assert series["carpool_requests_total['/v1/embeddings', '200']"] == 1
+    assert series["carpool_requests_total['/v1/embeddings', '400']"] == 1
+    assert series["carpool_requests_total['404', 'other']"] == 1
+    assert series["carpool_request_seconds_count['/v1/embeddings']"] == 2
+    assert series["carpool_prompt_tokens_total[]"] == 9
+    assert series["carpool_batch_tokens_sum[]"] == 9
+    assert series["carpool_batch_sequences_sum[]"] == 2
+    assert series["carpool_stage_seconds_sum['tokenize']"] == 0.001
+    assert series["carpool_stage_seconds_sum['queue']"] == 0.002
+    assert series["carpool_stage_seconds_sum['forward']"] == 0.003
+    assert series["carpool_stage_seconds_count['encode']"] == 1
+
+
+async def test_gauges_read_the_engine(served: Served) -> None:
+    served.engine.waiting_tokens, served.engine.waiting_sequences = 70, 3
+    series = await scrape(served)
+    assert (series["carpool_queue_tokens[]"], series["carpool_queue_sequences[]"]) == (70, 3)
+    assert series["carpool_cancelled_total[]"] == 0
+    served.engine.waiting_tokens = served.engine.waiting_sequences = 0
+
+
+async def test_a_model_of_any_name_is_a_route_not_a_label(served: Served) -> None:
+    await served.get("/v1/models/whatever-a-user-types")
+    assert (await scrape(served))["carpool_requests_total['/v1/models/{model}', '404']"] == 1

@@ -1,0 +1,61 @@
+"""A command line written for the reference starts here, or says in one sentence why it does not."""
+
+from __future__ import annotations
+
+import pytest
+
+from carpool.engine.errors import ConfigError
+from carpool.server.options import OPTIONS
+from carpool.server.reference_flags import ONE_ONLY, WITHOUT_MEANING
+from carpool.server.sources import from_arguments
+
+
+def test_a_typical_command_passes_with_its_flags_listed() -> None:
+    command = (
+        "m --runner pooling --enforce-eager --gpu-memory-utilization 0.9 --swap-space 4 --disable-log-requests "
+        "--tensor-parallel-size 1 -pp 1 --no-enable-prefix-caching --enable-chunked-prefill --max-log-len=10 "
+        "--seed 0 --load-format auto --uvicorn-log-level info --disable-uvicorn-access-log --port 1"
+    )
+    settings = from_arguments(command.split())
+    assert settings.values == {"model": "m", "runner": "pooling", "port": "1"}
+    assert len(settings.ignored) == 13
+
+
+def test_the_table_and_the_options_do_not_overlap() -> None:
+    assert not (set(WITHOUT_MEANING) | set(ONE_ONLY)) & set(OPTIONS)
+
+
+@pytest.mark.parametrize("flag", ["--tensor-parallel-size", "-tp", "--pipeline-parallel-size"])
+def test_more_than_one_device_is_refused(flag: str) -> None:
+    with pytest.raises(ConfigError, match=r"parallel-size must be 1, got 2"):
+        from_arguments([flag, "2"])
+
+
+@pytest.mark.parametrize("task", ["embed", "embedding"])
+def test_the_older_task_flag_is_translated(task: str) -> None:
+    settings = from_arguments(["--task", task])
+    assert settings.values == {"runner": "pooling", "convert": "embed"}
+    assert settings.deprecated == ["--task is deprecated; use --runner and --convert."]
+
+
+def test_the_older_pooler_flag_is_translated() -> None:
+    settings = from_arguments(["--override-pooler-config", '{"normalize": false}'])
+    assert settings.values == {"pooler_config": {"normalize": False}}
+    assert settings.deprecated == ["--override-pooler-config is deprecated; use --pooler-config."]
+    assert from_arguments(["--override-pooler-config.normalize", "false"]).values == settings.values
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("--task generate", "--task generate: carpool serves pooling models only and generates no text."),
+        ("--runner generate", "--runner generate: carpool serves pooling models only and generates no text."),
+        ("--task classify", "--task classify is not served by this version: it serves embeddings."),
+        ("--task dance", "--task must be one of auto, embed, embedding, got dance."),
+        ("--task", "--task needs a value."),
+    ],
+)
+def test_what_is_not_served_is_said(line: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_arguments(line.split())
+    assert str(caught.value) == sentence
