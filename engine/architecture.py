@@ -6,7 +6,8 @@
     *ForProcessRewardModel                                       one a step tag
     *ForTextEncoding, *EmbeddingModel, *Model, *ForCausalLM, …   embed
 
-The longest suffix that fits wins, and `--convert` overrules it.
+The most specific suffix wins, and `--convert` overrules it. A *ForCausalLM that is asked for certain words at step
+tags (STEP with returned_token_ids) is a judge: its language model's own logits of those words are the result.
 """
 
 from __future__ import annotations
@@ -20,31 +21,36 @@ from carpool.engine.config import Convert
 from carpool.engine.errors import ConfigError
 from carpool.engine.params import Task
 
-Kind = Literal["embed", "classify", "token_classify", "reward", "process_reward"]
+Kind = Literal["embed", "classify", "token_classify", "reward", "process_reward", "judge"]
 Activation = Literal["identity", "sigmoid", "softmax"]
 
-_SUFFIXES: tuple[tuple[str, Kind], ...] = (
+_SUFFIXES: tuple[tuple[str, Kind], ...] = (  # the first that fits
+    (r"ForTokenClassification", "token_classify"),
     (r"For\w+Classification", "classify"),
     (r"ClassificationModel", "classify"),
-    (r"ForTokenClassification", "token_classify"),
+    (r"ForProcessRewardModel", "process_reward"),
     (r"ForRewardModel(?:ing)?", "reward"),
     (r"RewardModel", "reward"),
-    (r"ForProcessRewardModel", "process_reward"),
     (r"ForTextEncoding", "embed"),
-    (r"EmbeddingModel", "embed"),
-    (r"Model", "embed"),
+    (r"Model", "embed"),  # EmbeddingModel, LMHeadModel, ChatModel …
     (r"ForCausalLM", "embed"),
     (r"ForMaskedLM", "embed"),
     (r"ForPreTraining", "embed"),
-    (r"LMHeadModel", "embed"),
     (r"ForConditionalGeneration", "embed"),
 )
+# What a conversion has nothing to do for: the model's class computes it already.
+_FITS: Mapping[Kind, tuple[Kind, ...]] = {
+    "embed": ("embed",),
+    "classify": ("classify", "token_classify"),
+    "reward": ("reward", "process_reward"),
+}
 _TASKS: Mapping[Kind, tuple[Task, ...]] = {
     "embed": ("embed", "token_embed"),
     "classify": ("classify", "token_classify"),
     "token_classify": ("token_classify",),
     "reward": ("token_classify",),
     "process_reward": ("token_classify",),
+    "judge": ("token_classify",),
 }
 
 
@@ -56,26 +62,62 @@ class Architecture:
     tasks: tuple[Task, ...]
 
     @classmethod
-    def of(cls, architectures: tuple[str, ...], convert: Convert) -> Architecture:
-        """By class name, unless `convert` says what to make of the model."""
-        kind = _kind(architectures, convert)
+    def of(cls, architectures: tuple[str, ...], convert: Convert, step_words: bool = False) -> Architecture:
+        """By class name, unless `convert` says what to make of the model.
+
+        `step_words`: the pooler configuration asks for STEP and names returned_token_ids.
+        """
+        kind = _kind(architectures, convert, step_words)
         return cls(kind, _TASKS[kind])
 
 
-def _kind(architectures: tuple[str, ...], convert: Convert) -> Kind:
-    if convert not in ("auto", "none"):
-        return convert
-    for name in architectures:
-        fitting = [(len(found.group()), kind) for suffix, kind in _SUFFIXES if (found := re.search(suffix + "$", name))]
-        # `For\w+Classification` may swallow more than its own words: the narrower pattern of equal reach comes later.
-        if fitting:
-            longest = max(length for length, _ in fitting)
-            return [kind for length, kind in fitting if length == longest][-1]
-    if not architectures:
-        return "embed"
-    raise ConfigError(
-        f"{', '.join(architectures)} does not say what the model is for: name it with --convert embed, classify or reward."
+def _kind(architectures: tuple[str, ...], convert: Convert, step_words: bool) -> Kind:
+    if (
+        step_words
+        and convert in ("auto", "reward")
+        and any(name.endswith("ForCausalLM") for name in architectures)
+    ):
+        return "judge"
+    own = next(
+        (kind for name in architectures for suffix, kind in _SUFFIXES if re.search(suffix + "$", name)), None
     )
+    if convert != "auto" and convert != "none":
+        return own if own in _FITS[convert] else convert
+    if own is not None or not architectures:
+        return own or "embed"
+    raise ConfigError(
+        f"{', '.join(architectures)} does not say what the model is for: "
+        "name it with --convert embed, classify or reward."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """A head made of the language model's: the rows of `words`, put together by `method`."""
+
+    words: tuple[str, ...]
+    method: Literal["from_2_way_softmax", "no_post_processing"]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Scorer | None:
+        """As `classifier_from_token` and `method` have it, if they are there. Raises ConfigError if they do not fit."""
+        words = tuple(map(str, config.get("classifier_from_token") or ()))
+        method: Any = (
+            "from_2_way_softmax" if config.get("is_original_qwen3_reranker") else config.get("method")
+        )
+        if method not in ("from_2_way_softmax", "no_post_processing"):
+            if not words:
+                return None
+            raise ConfigError(
+                'classifier_from_token needs "method": "from_2_way_softmax" or "no_post_processing" beside it '
+                f"(or is_original_qwen3_reranker), got {method!r}."
+            )
+        if not words or (method == "from_2_way_softmax" and len(words) != 2):
+            raise ConfigError(
+                f"method {method!r} needs {'two words' if method == 'from_2_way_softmax' else 'a word'} in "
+                f"classifier_from_token, got {list(words)}."
+            )
+        return cls(words, method)
 
 
 def activation_of(config: Mapping[str, Any], num_labels: int) -> Activation | str:
@@ -104,6 +146,6 @@ def activation_of(config: Mapping[str, Any], num_labels: int) -> Activation | st
 
 
 def labels_of(config: Mapping[str, Any], num_labels: int) -> tuple[str | None, ...]:
-    """The label of each class, None where config.json names none."""
-    named = config.get("id2label") or {}
+    """The label of each class: LABEL_0, LABEL_1, … where config.json names none, None where it names only others."""
+    named = config.get("id2label") or {i: f"LABEL_{i}" for i in range(num_labels)}
     return tuple(named.get(str(i), named.get(i)) for i in range(num_labels))

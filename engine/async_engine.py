@@ -83,7 +83,7 @@ class _Pending:
     remaining: int
     arrival: float
     timer: asyncio.TimerHandle | None = None
-    on_progress: Callable[[int], None] | None = None
+    on_progress: Callable[[int], object] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -237,7 +237,7 @@ class AsyncEngine:
         client: str = "",
         priority: int = 0,
         timeout: float | None = None,
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: Callable[[int], object] | None = None,
     ) -> PoolingResult:
         """Run the model on every prompt; answers come in the prompts' order, all or none.
 
@@ -277,32 +277,40 @@ class AsyncEngine:
         params: PoolingParams,
         tokenization: TokenizationParams,
         *,
+        template: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         client: str = "",
         priority: int = 0,
         timeout: float | None = None,
+        on_progress: Callable[[int], object] | None = None,
     ) -> ScoreResult:
         """A score for each query with its document, 1:1, 1:N or N:N, in the way the model is made for.
 
-        Raises as `pool` does.
+        `template` renders the pairs in place of --chat-template; `template_kwargs` are for either. Raises as `pool`
+        does; what is wrong with one text has `queries[i]` or `documents[i]` as its `param`.
         """
         start = time.monotonic()
         self._admit_state()
         parts = self._loaded()
-        shape = partial(self._plan, parts, queries, documents, tokenization, template_kwargs)
+        shape = partial(self._plan, parts, queries, documents, tokenization, template, template_kwargs)
         planned = await self._off_loop(shape, _is_long(queries) or _is_long(documents))
         left = None if timeout is None else max(0.0, timeout - (time.monotonic() - start))
-        result = await self.pool(
-            planned.prompts,
-            params,
-            replace(tokenization, add_special_tokens=True),
-            task=planned.task,
-            client=client,
-            priority=priority,
-            timeout=left,
-        )
+        try:
+            result = await self.pool(
+                planned.prompts,
+                params,
+                replace(tokenization, add_special_tokens=True),
+                task=planned.task,
+                client=client,
+                priority=priority,
+                timeout=left,
+                on_progress=on_progress,
+            )
+        except InvalidInput as error:
+            raise planned.blame(error) from None
         scores = await self._off_loop(partial(planned.scores, result.rows), planned.task == "token_embed")
-        return ScoreResult(scores, result.prompt_tokens, result.timings)
+        ids = planned.token_ids(result.prompt_token_ids)
+        return ScoreResult(scores, result.prompt_tokens, result.timings, ids)
 
     def _plan(
         self,
@@ -310,6 +318,7 @@ class AsyncEngine:
         queries: list[str],
         documents: list[str],
         tokenization: TokenizationParams,
+        template: str | None,
         template_kwargs: Mapping[str, Any] | None,
     ) -> Plan:
         longest = parts.model.max_model_len
@@ -323,7 +332,8 @@ class AsyncEngine:
             queries = parts.tokenizer.shorten(queries, tokenization.max_tokens_per_query)
         if tokenization.max_tokens_per_doc:
             documents = parts.tokenizer.shorten(documents, tokenization.max_tokens_per_doc)
-        return plan(parts.model, queries, documents, parts.chat, template_kwargs)
+        chat = parts.chat.replaced(template) if template else parts.chat
+        return plan(parts.model, queries, documents, chat, template_kwargs)
 
     def render(
         self,
@@ -379,7 +389,7 @@ class AsyncEngine:
         client: str,
         priority: int,
         timeout: float | None,
-        on_progress: Callable[[int], None] | None,
+        on_progress: Callable[[int], object] | None,
     ) -> PoolingResult:
         assert self._scheduler is not None
         loop = asyncio.get_running_loop()
@@ -512,5 +522,5 @@ def _is_long(prompts: Prompts) -> bool:
     if not prompts:
         return False
     if isinstance(prompts[0], tuple):
-        return sum(len(side) for pair in prompts for side in pair) > _INLINE_CHARS  # type: ignore[misc,arg-type]
+        return sum(len(side) for pair in prompts for side in pair) > _INLINE_CHARS
     return sum(map(len, prompts)) > (_INLINE_CHARS if isinstance(prompts[0], str) else _INLINE_IDS)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from carpool.engine.architecture import Architecture, activation_of, labels_of
+from carpool.engine.architecture import Architecture, Scorer, activation_of, labels_of
 from carpool.engine.chat import ChatTemplate
 from carpool.engine.checkpoint import Checkpoint, PoolingMode
 from carpool.engine.config import EngineConfig
@@ -29,6 +30,7 @@ from carpool.engine.poolers.pooler import Pool, Pooler
 from carpool.engine.runner import ModelRunner
 from carpool.engine.tokenizer import Tokenizer
 
+_QWEN_STEP_TAG = 151651  # <extra_0>, which the one published family of process reward models ends its steps with
 _DEFAULT_BATCH_TOKENS = 2048  # the best micro-batch on the CPUs measured: docs/log.md
 
 
@@ -46,7 +48,13 @@ def build(config: EngineConfig) -> Parts:
     """Load and check the model. Raises ConfigError with one sentence if it cannot be served as asked."""
     folder = locate(config.model, config.revision)
     checkpoint = Checkpoint.read(folder, config.hf_overrides, config.pooler_config)
-    architecture = Architecture.of(checkpoint.architectures, config.convert)
+    pooler = config.pooler_config
+    scorer = Scorer.of(checkpoint.config)
+    architecture = Architecture.of(
+        checkpoint.architectures,
+        "classify" if scorer and config.convert == "auto" else config.convert,
+        step_words=bool(pooler.steps and pooler.returned_token_ids),
+    )
     device = resolve_device(config.device)
     dtype, notice = resolve_dtype(config.dtype, checkpoint.stored_dtype, device)
     max_model_len = _max_model_len(config, checkpoint)
@@ -57,31 +65,33 @@ def build(config: EngineConfig) -> Parts:
         max_model_len=max_model_len,
         vocab_size=checkpoint.vocab_size,
         lowercase=checkpoint.lowercase,
+        token_types=int(checkpoint.text_config.get("type_vocab_size") or 2) > 1,
     )
-    scorer_words = _scorer_words(checkpoint)
+    token_ids = tokenizer.ids_of(scorer.words) if scorer else pooler.returned_token_ids or ()
     loader = Loader(
         dtype=dtype, device=device, max_model_len=max_model_len, trust_remote_code=config.trust_remote_code
     )
-    loaded = loader.load(checkpoint, architecture, tokenizer.ids_of(scorer_words) if scorer_words else None)
+    loaded = loader.load(checkpoint, architecture, scorer, token_ids)
     backbone = loaded.backbone
     swapped = operate(backbone.module) if config.surgery else {}
     window = checkpoint.text_config.get("sliding_window")
     check_isolation(backbone, vocab_size=checkpoint.vocab_size, max_model_len=max_model_len, window=window)
-    mode = _default_mode(checkpoint, backbone)
+    modes = _modes(checkpoint, loaded)
     num_labels = _num_labels(loaded)
     if architecture.kind == "embed":
-        pools = _embed_pools(checkpoint, config, mode, device)
+        pools = _embed_pools(checkpoint, config, modes, backbone.hidden_size, device)
     else:
-        pools = _classify_pools(checkpoint, config, architecture, loaded, mode, num_labels)
+        pools = _classify_pools(checkpoint, config, architecture, loaded, modes[0])
     runner = ModelRunner(backbone, Pooler(pools), device)
     workers = _workers(config, device)
     template = config.chat_template
+    chat = ChatTemplate.load(words, template, trust_remote_code=config.trust_remote_code)
     return Parts(
         ModelInfo(
             root=config.model or str(folder),
             architectures=checkpoint.architectures,
             tasks=frozenset(pools),
-            default_task=_default_task(config, architecture),
+            default_task=_default_task(config, pools),
             max_model_len=max_model_len,
             max_embed_len=_max_embed_len(config, max_model_len),
             vocab_size=checkpoint.vocab_size,
@@ -89,9 +99,10 @@ def build(config: EngineConfig) -> Parts:
             matryoshka=checkpoint.matryoshka,
             labels=labels_of(checkpoint.config, num_labels),
             prompts=checkpoint.config.get("task_instructions") or checkpoint.prompts,
-            pooling="+".join(checkpoint.pooling or (mode,)),
+            pooling="+".join(modes),
             normalize=checkpoint.normalize,
-            pairs="concatenated" if _concatenates(checkpoint, architecture, backbone) else "separated",
+            pairs="concatenated" if _concatenates(checkpoint, loaded) else "separated",
+            chat_template=chat.present,
             score_template=bool(template),
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
@@ -104,7 +115,7 @@ def build(config: EngineConfig) -> Parts:
             notices=(notice,) if notice else (),
         ),
         tokenizer,
-        ChatTemplate.load(words, template, trust_remote_code=config.trust_remote_code),
+        chat,
         [runner, *(runner.replica() for _ in range(workers - 1))],
     )
 
@@ -113,12 +124,15 @@ def build(config: EngineConfig) -> Parts:
 
 
 def _embed_pools(
-    checkpoint: Checkpoint, config: EngineConfig, mode: PoolingMode, device: torch.device
-) -> Mapping[Task, Pool]:
+    checkpoint: Checkpoint, config: EngineConfig, modes: tuple[PoolingMode, ...], hidden_size: int, device: torch.device
+) -> dict[Task, Pool]:
     checkpoint.matryoshka.check(config.pooler_config.dimensions, config.model or BUNDLED_NAME)
     dense = [load_dense(spec, device) for spec in checkpoint.dense]
     head = EmbedHead(dense, checkpoint.normalize, config.pooler_config.dimensions)
-    return {"embed": EmbedPool(checkpoint.pooling or (mode,), head), "token_embed": TokenEmbedPool(head)}
+    pools: dict[Task, Pool] = {"embed": EmbedPool(modes, head)}
+    if not checkpoint.dense or checkpoint.dense[0].in_features == hidden_size:
+        pools["token_embed"] = TokenEmbedPool(head)  # a head made for several modes at once takes no single row
+    return pools
 
 
 def _classify_pools(
@@ -127,34 +141,34 @@ def _classify_pools(
     architecture: Architecture,
     loaded: Loaded,
     mode: PoolingMode,
-    num_labels: int,
-) -> Mapping[Task, Pool]:
-    assert loaded.head is not None
-    pooler = config.pooler_config
-    named = activation_of(checkpoint.config, num_labels)
-    is_reward = architecture.kind == "reward"
+) -> dict[Task, Pool]:
+    pooler, kind = config.pooler_config, architecture.kind
+    named = activation_of(checkpoint.config, _num_labels(loaded) or loaded.backbone.hidden_size)
     head = ClassifyHead(
-        loaded.head,
+        loaded.head or nn.Identity(),
         activation(named) if "." in named else activation_named(named),
-        by_default=not is_reward if pooler.activates is None else pooler.activates,
+        by_default=pooler.activates if pooler.activates is not None else kind != "reward",
         logit_mean=pooler.mean,
         logit_sigma=pooler.logit_sigma or 1.0,
     )
-    steps = architecture.kind == "process_reward" if pooler.steps is None else pooler.steps
-    tokens = TokenClassifyPool(
-        head, pooler.step_tag_id if steps else None, pooler.returned_token_ids if steps else None
-    )
-    pools: dict[Task, Pool] = {"token_classify": tokens}
-    if "classify" in architecture.tasks:
-        pools = {"classify": ClassifyPool(METHODS[(checkpoint.pooling or (mode,))[0]], head), **pools}
-    return pools
+    tokens = TokenClassifyPool(head)
+    if pooler.steps if pooler.steps is not None else kind == "process_reward":
+        default_tag = _QWEN_STEP_TAG if kind == "process_reward" else None
+        tag = default_tag if pooler.step_tag_id is None else pooler.step_tag_id
+        tokens = TokenClassifyPool(head, tag, None if kind == "judge" else pooler.returned_token_ids)
+    if "classify" not in architecture.tasks:
+        return {"token_classify": tokens}
+    return {"classify": ClassifyPool(METHODS[mode], head, loaded.late), "token_classify": tokens}
 
 
-def _default_mode(checkpoint: Checkpoint, backbone: Backbone) -> PoolingMode:
-    """Of the class: what its classifier was made for, else the last token if it looks backwards, else the first."""
-    if checkpoint.config.get("classifier_pooling") == "mean":
-        return "mean"
-    return "last" if backbone.is_causal else "cls"
+def _modes(checkpoint: Checkpoint, loaded: Loaded) -> tuple[PoolingMode, ...]:
+    """The user's or the files' pooling, else the class's: the last token if it looks backwards, else the first.
+
+    A classifier that names its own in config.json has it in any case: its head was trained on nothing else.
+    """
+    if loaded.pooling and "classifier_pooling" in checkpoint.config:
+        return (loaded.pooling,)
+    return checkpoint.pooling or (loaded.pooling or ("last" if loaded.backbone.is_causal else "cls"),)
 
 
 def _num_labels(loaded: Loaded) -> int:
@@ -167,27 +181,23 @@ def _num_labels(loaded: Loaded) -> int:
         return int(loaded.head(torch.zeros(1, hidden, device=weight.device)).shape[-1])
 
 
-def _default_task(config: EngineConfig, architecture: Architecture) -> Task:
+def _default_task(config: EngineConfig, pools: Mapping[Task, Pool]) -> Task:
     asked = config.pooler_config.task
-    if asked is not None and asked not in architecture.tasks:
-        raise ConfigError(f"Unsupported task: {asked!r}; this model supports {', '.join(architecture.tasks)}.")
-    return asked or architecture.tasks[0]
+    if asked is None:
+        return next(iter(pools))
+    if asked not in pools:
+        raise ConfigError(f"Unsupported task: {asked!r}; this model supports {', '.join(pools)}.")
+    return asked
 
 
 # ── score prompts ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _scorer_words(checkpoint: Checkpoint) -> list[str] | None:
-    """The words whose rows of the language model's head make the scorer, if the configuration names any."""
-    words = checkpoint.config.get("classifier_from_token")
-    return [str(word) for word in words] if words else None
-
-
-def _concatenates(checkpoint: Checkpoint, architecture: Architecture, backbone: Backbone) -> bool:
+def _concatenates(checkpoint: Checkpoint, loaded: Loaded) -> bool:
     """Whether a scored pair is one text, q + d, and not two texts with the tokenizer's separators."""
     config = checkpoint.config
     flag = config.get("use_sep_token", config.get("use_pad_token"))
-    return not flag if flag is not None else architecture.kind == "classify" and backbone.is_causal
+    return not flag if flag is not None else loaded.pooling == "last"
 
 
 # ── limits ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -22,9 +22,11 @@ class ChatTemplate:
         """`tokenizer`: a transformers one. `given`: the template is the user's own (--chat-template)."""
         self._tokenizer = tokenizer
         self._template = template
-        self._given = given
+        self.given = given
         # Some templates walk a message's parts themselves; all others want its text.
-        self._wants_parts = bool(template and re.search(r"for \w+ in (message|m)(\.content|\[.content.\])", template))
+        self._wants_parts = bool(
+            template and re.search(r"for \w+ in (message|m)(\.content|\[.content.\])", template)
+        )
 
     @classmethod
     def load(cls, path: Path, template: str | None, *, trust_remote_code: bool) -> ChatTemplate:
@@ -34,6 +36,15 @@ class ChatTemplate:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         own = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
         return cls(tokenizer, _read(template) if template else own, bool(template))
+
+    def replaced(self, template: str) -> ChatTemplate:
+        """The same with a Jinja template (never a file's name) that comes with one call."""
+        return ChatTemplate(self._tokenizer, template, True)
+
+    @property
+    def present(self) -> bool:
+        """Whether conversations can be rendered."""
+        return self._template is not None
 
     def render(
         self,
@@ -46,7 +57,8 @@ class ChatTemplate:
         """One conversation as text. Raises InvalidInput if there is no template or it does not fit."""
         if self._template is None:
             raise InvalidInput(
-                "This model has no chat template: send `input`, or start the server with --chat-template.", "messages"
+                "This model has no chat template: send `input`, or start the server with --chat-template.",
+                "messages",
             )
         if add_generation_prompt and continue_final_message:
             raise InvalidInput(
@@ -65,7 +77,7 @@ class ChatTemplate:
 
     def render_pair(self, query: str, document: str, kwargs: Mapping[str, Any] | None) -> str:
         """A query and a document to be scored, as the user's template asks a model to judge them."""
-        assert self._given, "the tokenizer's own chat template is not meant for scoring"
+        assert self.given, "the tokenizer's own chat template is not meant for scoring"
         messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]
         return self._apply(messages, _allowed(kwargs))
 
@@ -75,7 +87,9 @@ class ChatTemplate:
                 list(messages), chat_template=self._template, tokenize=False, **options, **kwargs
             )
         except Exception as error:  # a template raises what it likes, mostly jinja2.TemplateError
-            raise InvalidInput(f"The chat template does not take these messages: {error}", "messages") from error
+            raise InvalidInput(
+                f"The chat template does not take these messages: {error}", "messages"
+            ) from error
         return text
 
     def _shape(self, message: Message, index: int) -> Message:
@@ -83,13 +97,14 @@ class ChatTemplate:
         content = message.get("content")
         if isinstance(content, str):
             return message
-        texts = [_text_of(part, f"messages[{index}].content[{i}]") for i, part in enumerate(content or ())]
+        texts = [text_of(part, f"messages[{index}].content[{i}]") for i, part in enumerate(content or ())]
         if self._wants_parts:
             return {**message, "content": [{"type": "text", "text": text} for text in texts]}
         return {**message, "content": "\n".join(texts)}
 
 
-def _text_of(part: Any, param: str) -> str:
+def text_of(part: Any, param: str) -> str:
+    """The text of one content part. Raises InvalidInput for every other kind."""
     if isinstance(part, str):
         return part
     if isinstance(part, Mapping) and part.get("type", "text") in ("text", "input_text"):

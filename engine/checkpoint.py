@@ -91,8 +91,8 @@ class Checkpoint:
     @classmethod
     def read(cls, path: Path, overrides: Mapping[str, Any], pooler: PoolerConfig) -> Checkpoint:
         """Read the folder `path`. Raises ConfigError with one sentence on what is missing or cannot be."""
-        st = _SentenceTransformers.read(path)
-        config = _merge(_merge(st.cross_encoder, _read_json(path / "config.json")), overrides)
+        st = _SentenceTransformers.read(path, has_scorer=bool(overrides.get("classifier_from_token")))
+        config = _merge(_merge(_read_json(path / "config.json"), st.cross_encoder), overrides)
         pooling = (_USER_MODES[pooler.pooling],) if pooler.pooling else st.pooling
         width = st.dense[-1].out_features if st.dense else _hidden_size(config) * max(1, len(pooling))
         longest = _longest(path, config)
@@ -128,7 +128,7 @@ class _SentenceTransformers:
     cross_encoder: Mapping[str, Any] = field(default_factory=dict)  # as older releases wrote it into config.json
 
     @classmethod
-    def read(cls, path: Path) -> _SentenceTransformers:
+    def read(cls, path: Path, *, has_scorer: bool = False) -> _SentenceTransformers:
         side = _read_json(path / "config_sentence_transformers.json", optional=True)
         modules = _read_json(path / "modules.json", optional=True, kind=list)
         transformer = path
@@ -146,7 +146,14 @@ class _SentenceTransformers:
                 pooling = _pooling_modes(_read_json(folder / "config.json"), folder)
             elif kind == "Dense":
                 dense.append(_dense(folder))
-            elif kind not in ("Normalize", "Dropout") and side.get("model_type") != "CrossEncoder":
+            elif kind == "LogitScore":
+                if not has_scorer:
+                    raise ConfigError(
+                        "modules.json scores by words of a language model (LogitScore): name them with --hf-overrides "
+                        """'{"classifier_from_token": ["no", "yes"], "method": "from_2_way_softmax"}' """
+                        "and the prompt that asks for them with --chat-template."
+                    )
+            elif kind not in ("Normalize", "Dropout"):
                 raise ConfigError(
                     f"modules.json names a {kind} module, which carpool cannot serve; "
                     "it serves Transformer, Pooling, Dense and Normalize."

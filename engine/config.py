@@ -20,33 +20,15 @@ TokPoolingType = Literal["ALL", "STEP"]
 PoolingType = Literal["CLS", "LAST", "MEAN", "ALL", "STEP"]
 Convert = Literal["auto", "none", "embed", "classify", "reward"]
 
-# Options of the reference that decide nothing here: taken from scripts and command lines, with one notice.
-IGNORED_OPTIONS = frozenset(
-    {
-        "enforce_eager",
-        "gpu_memory_utilization",
-        "swap_space",
-        "seed",
-        "load_format",
-        "disable_log_stats",
-        "disable_log_requests",
-        "enable_log_requests",
-        "max_log_len",
-        "enable_chunked_prefill",
-        "enable_prefix_caching",
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
-        "max_logprobs",
-        "block_size",
-        "kv_cache_dtype",
-        "cpu_offload_gb",
-        "model_impl",
-        "config_format",
-        "tokenizer_mode",
-        "async_scheduling",
-        "scheduling_policy",
-    }
-)
+# What the reference's older `task` asks for. A model that is to score is taken for what its class says it is.
+CONVERT_OF_TASK: Mapping[str, Convert] = {
+    "auto": "auto",
+    "embed": "embed",
+    "embedding": "embed",
+    "classify": "classify",
+    "score": "auto",
+    "reward": "reward",
+}
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -90,9 +72,8 @@ class PoolerConfig:
     @property
     def pooling(self) -> SeqPoolingType | None:
         """Which rows make a text's result, under either name."""
-        if self.pooling_type in ("ALL", "STEP"):
-            return None
-        return self.seq_pooling_type or self.pooling_type
+        named = None if self.pooling_type == "ALL" or self.pooling_type == "STEP" else self.pooling_type
+        return self.seq_pooling_type or named
 
     @property
     def steps(self) -> bool | None:
@@ -123,9 +104,7 @@ class EngineConfig:
     runner: Literal["auto", "pooling"] = option(
         "auto", "Kept for the reference's scripts: all models are pooled here."
     )
-    convert: Literal["auto", "embed", "none"] = option(
-        "auto", "How to adapt a model that is not a pooling model."
-    )
+    convert: Convert = option("auto", "What to make of a model whose class is for something else.")
     pooler_config: PoolerConfig = option(PoolerConfig(), "Pooler overrides, as JSON or dotted flags.")
     hf_overrides: Mapping[str, Any] = option({}, "Keys merged over the checkpoint's config.json, as JSON.")
     chat_template: str | None = option(None, "Jinja template, or a file of one, for chat messages and for score prompts.")

@@ -8,8 +8,9 @@ output.outputs.embedding
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Generic, TypeVar, cast
@@ -19,17 +20,36 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from carpool.engine.async_engine import AsyncEngine
-from carpool.engine.config import IGNORED_OPTIONS, EngineConfig, PoolerConfig
-from carpool.engine.errors import ConfigError
+from carpool.engine.chat import text_of
+from carpool.engine.config import CONVERT_OF_TASK, EngineConfig, PoolerConfig
+from carpool.engine.errors import ConfigError, InvalidParameter, UnsupportedTask
 from carpool.engine.loop_thread import LoopThread
+from carpool.engine.model_info import ModelInfo
 from carpool.engine.outputs import PoolingResult
 from carpool.engine.params import PoolingParams, Task, TokenizationParams
+from carpool.engine.reference_options import ONE_ONLY, WITHOUT_MEANING, require_one
 
 Prompt = str | list[int] | Mapping[str, Any]
+Params = PoolingParams | Seq[PoolingParams] | None
+ScoreInput = str | Mapping[str, Any]
+Progress = bool | Callable[..., Any]  # shown or not, or what to show it with instead of tqdm
 O = TypeVar("O")  # noqa: E741
 
-# What `pooling_task` may say, older names included, and what it means here.
-_TASKS: Mapping[str, Task] = {"embed": "embed", "token_embed": "token_embed", "encode": "token_embed"}
+# What `pooling_task` may say: the first of these that the model does.
+_TASKS: Mapping[str, tuple[Task, ...]] = {
+    "embed": ("embed",),
+    "classify": ("classify",),
+    "token_embed": ("token_embed",),
+    "token_classify": ("token_classify",),
+    "encode": ("token_embed", "token_classify"),  # the older name of both
+    "reward": ("token_classify",),
+    "score": ("classify",),  # until it got a method of its own
+}
+_API = {
+    "embed": ("Embedding", "embed"),
+    "classify": ("Classification", "classify"),
+    "reward": ("Reward", "reward"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +73,36 @@ class EmbeddingOutput:
         return f"EmbeddingOutput(hidden_size={self.hidden_size})"
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class ClassificationOutput:
+    """`probs`: one number a class."""
+
+    probs: list[float]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.probs)
+
+    def __repr__(self) -> str:
+        return f"ClassificationOutput(num_classes={self.num_classes})"
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringOutput:
+    """`score`: how well the two texts go together."""
+
+    score: float
+
+
 @dataclass(frozen=True, slots=True)
 class RequestOutput(Generic[O]):
-    """The answer to one prompt."""
+    """The answer to one prompt, or to one pair."""
 
     request_id: str
     outputs: O
     prompt_token_ids: list[int]
     finished: bool = True
+    num_cached_tokens: int = 0
 
 
 class LLM:
@@ -72,46 +114,117 @@ class LLM:
         `task` and `override_pooler_config` are older spellings. Raises ConfigError for unknown options and for
         models that cannot be served.
         """
-        if task not in (None, "auto", "embed", "embedding"):
-            raise ConfigError(f"task={task!r}: this model is served for embeddings only.")
         self._loop = LoopThread("carpool-llm")
-        self._engine = self._loop.run(_start(_config(model, options)))
+        self._engine = self._loop.run(_start(_config(model, task, options)))
         self._close = weakref.finalize(self, _close, self._loop, self._engine)
 
     def embed(
         self,
         prompts: Prompt | Seq[Prompt],
         *,
-        use_tqdm: bool = True,
-        pooling_params: PoolingParams | Seq[PoolingParams] | None = None,
+        use_tqdm: Progress = True,
+        pooling_params: Params = None,
         truncate_prompt_tokens: int | None = None,
+        lora_request: None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput[EmbeddingOutput]]:
         """One vector a prompt."""
-        answers = self._pool(prompts, pooling_params, "embed", use_tqdm, truncate_prompt_tokens)
-        return [
-            RequestOutput(
-                answer.request_id, EmbeddingOutput(answer.outputs.data.tolist()), answer.prompt_token_ids
-            )
-            for answer in answers
-        ]
+        tokenization = _tokenization(truncate_prompt_tokens, tokenization_kwargs)
+        answers = self._pool(prompts, pooling_params, "embed", use_tqdm, tokenization, lora_request)
+        return [_with(answer, EmbeddingOutput(answer.outputs.data.tolist())) for answer in answers]
+
+    def classify(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        *,
+        use_tqdm: Progress = True,
+        pooling_params: Params = None,
+        truncate_prompt_tokens: int | None = None,
+        lora_request: None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput[ClassificationOutput]]:
+        """The probability of each class; logits with `PoolingParams(use_activation=False)`."""
+        tokenization = _tokenization(truncate_prompt_tokens, tokenization_kwargs)
+        answers = self._pool(prompts, pooling_params, "classify", use_tqdm, tokenization, lora_request)
+        return [_with(answer, ClassificationOutput(answer.outputs.data.tolist())) for answer in answers]
+
+    def reward(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        *,
+        use_tqdm: Progress = True,
+        pooling_params: Params = None,
+        truncate_prompt_tokens: int | None = None,
+        lora_request: None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput[PoolingOutput]]:
+        """One row a token, or a step of a process reward model."""
+        tokenization = _tokenization(truncate_prompt_tokens, tokenization_kwargs)
+        return self._pool(prompts, pooling_params, "reward", use_tqdm, tokenization, lora_request)
 
     def encode(
         self,
         prompts: Prompt | Seq[Prompt],
-        pooling_params: PoolingParams | Seq[PoolingParams] | None = None,
+        pooling_params: Params = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: Progress = True,
         pooling_task: str | None = None,
         truncate_prompt_tokens: int | None = None,
+        lora_request: None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput[PoolingOutput]]:
         """What the model's pooler gives, as tensors. Without `pooling_task`, what the model is for.
 
-        "embed" is one vector a prompt, "token_embed" (or "encode") one a token.
+        "embed" and "classify" are one row a prompt, "token_embed", "token_classify" (or, of either, "encode") and
+        "reward" one a token.
         """
-        task = "embed" if pooling_task is None else pooling_task
-        if task not in _TASKS:
-            raise ValueError(f"pooling_task={pooling_task!r} is not one of {', '.join(_TASKS)}.")
-        return self._pool(prompts, pooling_params, _TASKS[task], use_tqdm, truncate_prompt_tokens)
+        tokenization = _tokenization(truncate_prompt_tokens, tokenization_kwargs)
+        return self._pool(prompts, pooling_params, pooling_task, use_tqdm, tokenization, lora_request)
+
+    def score(
+        self,
+        data_1: ScoreInput | Seq[ScoreInput],
+        data_2: ScoreInput | Seq[ScoreInput],
+        /,
+        *,
+        use_tqdm: Progress = True,
+        pooling_params: PoolingParams | None = None,
+        truncate_prompt_tokens: int | None = None,
+        lora_request: None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput[ScoringOutput]]:
+        """How well each first text goes with its second: 1:1, 1:N (one first text for all) or N:N.
+
+        A text may be `{"content": [{"type": "text", "text": …}]}`. `chat_template` renders the pairs for a causal
+        model, as --chat-template does.
+        """
+        _refuse_lora(lora_request)
+        model = self._engine.model
+        if model.score_type is None:
+            raise UnsupportedTask(
+                "Scoring API is only enabled for num_labels == 1."
+                if "classify" in model.tasks
+                else "This model does not support the Scoring API."
+            )
+        queries, documents = _texts(data_1, "data_1"), _texts(data_2, "data_2")
+        tokenization = _tokenization(truncate_prompt_tokens, tokenization_kwargs)
+        apart = len(queries) if model.score_type != "cross-encoder" else 0  # prompts of their own
+        with _bar(use_tqdm, apart + len(documents)) as progress:
+            result = self._loop.run(
+                self._engine.score(
+                    queries,
+                    documents,
+                    pooling_params or PoolingParams(),
+                    tokenization,
+                    template=chat_template,
+                    template_kwargs=chat_template_kwargs,
+                    on_progress=progress,
+                )
+            )
+        pairs = zip(result.scores, result.pair_token_ids, strict=True)
+        return [RequestOutput(str(i), ScoringOutput(score), ids) for i, (score, ids) in enumerate(pairs)]
 
     def close(self) -> None:
         """Free the model. Called by itself when the object goes or the program ends."""
@@ -120,17 +233,18 @@ class LLM:
     def _pool(
         self,
         prompts: Prompt | Seq[Prompt],
-        pooling_params: PoolingParams | Seq[PoolingParams] | None,
-        task: Task,
-        use_tqdm: bool,
-        truncate: int | None,
+        pooling_params: Params,
+        name: str | None,
+        use_tqdm: Progress,
+        tokenization: TokenizationParams,
+        lora_request: None,
     ) -> list[RequestOutput[PoolingOutput]]:
+        _refuse_lora(lora_request)
+        task = _task(name, self._engine.model)
         items = _as_list(prompts)
-        tokenization = TokenizationParams(truncate_prompt_tokens=truncate)
         groups = _groups(items, pooling_params)
         answers: list[RequestOutput[PoolingOutput] | None] = [None] * len(items)
-        # The bar appears only when there is time to see it.
-        with tqdm(total=len(items), desc="Processed prompts", disable=not use_tqdm, delay=0.5) as bar:
+        with _bar(use_tqdm, len(items)) as progress:
             for places, params in groups:
                 result = self._loop.run(
                     self._engine.pool(
@@ -138,7 +252,7 @@ class LLM:
                         params,
                         tokenization,
                         task=task,
-                        on_progress=bar.update,
+                        on_progress=progress,
                     )
                 )
                 for i, answer in zip(places, _answers(result, places), strict=True):
@@ -157,23 +271,92 @@ def _close(loop: LoopThread, engine: AsyncEngine) -> None:
     loop.close()
 
 
-def _config(model: str, options: Mapping[str, Any]) -> EngineConfig:
+# ── options ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _config(model: str, task: str | None, options: Mapping[str, Any]) -> EngineConfig:
     """Keyword arguments to EngineConfig; unknown ones name their nearest neighbour."""
-    known = {field.name for field in fields(EngineConfig)}
-    given = {name: value for name, value in options.items() if name not in IGNORED_OPTIONS}
+    for name in ONE_ONLY.keys() & options.keys():
+        require_one(name, options[name])
+    given = {
+        name: value for name, value in options.items() if name not in WITHOUT_MEANING and name not in ONE_ONLY
+    }
     if "override_pooler_config" in given:
         given["pooler_config"] = given.pop("override_pooler_config")
+    if task is not None:
+        if task not in CONVERT_OF_TASK:
+            raise ConfigError(f"task={task!r} is not one of {', '.join(CONVERT_OF_TASK)}.")
+        given.setdefault("convert", CONVERT_OF_TASK[task])
+    _check_names("LLM()", given, EngineConfig)
+    if isinstance(given.get("pooler_config"), Mapping):
+        _check_names("pooler_config", given["pooler_config"], PoolerConfig)
+        given["pooler_config"] = PoolerConfig(**given["pooler_config"])
+    for name in ("pooler_config", "hf_overrides"):
+        if given.get(name, ...) is None:
+            del given[name]
+    return EngineConfig(model=model, **given)
+
+
+def _check_names(where: str, given: Mapping[str, Any], config: type) -> None:
+    known = [field.name for field in fields(config)]
     for name in given:
         if name not in known:
             near = get_close_matches(name, known, 1)
             raise ConfigError(
-                f"LLM() has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+                f"{where} has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
             )
-    if isinstance(given.get("pooler_config"), Mapping):
-        given["pooler_config"] = PoolerConfig(**given["pooler_config"])
-    if given.get("pooler_config", ...) is None:
-        del given["pooler_config"]
-    return EngineConfig(model=model, **given)
+
+
+def _tokenization(truncate: int | None, kwargs: Mapping[str, Any] | None) -> TokenizationParams:
+    """`kwargs` are TokenizationParams' fields, or `truncation` and `max_length` as a tokenizer has them."""
+    given = dict(kwargs or {})
+    length = given.pop("max_length", None)
+    if given.pop("truncation", length is not None):
+        given.setdefault("truncate_prompt_tokens", -1 if length is None else length)
+    if truncate is not None:
+        given["truncate_prompt_tokens"] = truncate
+    known = [field.name for field in fields(TokenizationParams)]
+    for name in given:
+        if name not in known:
+            raise InvalidParameter(
+                f"tokenization_kwargs has no {name!r}: it may name {', '.join(known)}.", name
+            )
+    return TokenizationParams(**given)
+
+
+def _task(name: str | None, model: ModelInfo) -> Task:
+    """The engine's task for what the caller named; None is what the model is for."""
+    if name is None:
+        return model.default_task
+    if name not in _TASKS:
+        raise UnsupportedTask(f"pooling_task={name!r} is not one of {', '.join(_TASKS)}.", "pooling_task")
+    found = next((task for task in _TASKS[name] if task in model.tasks), None)
+    if found is not None:
+        return found
+    if name in _API:
+        api, convert = _API[name]
+        raise UnsupportedTask(
+            f"{api} API is not supported by this model. Try converting the model using `--convert {convert}`."
+        )
+    raise UnsupportedTask(
+        f"Unsupported task: {name!r} Supported tasks: {', '.join(sorted(model.tasks))}.", "pooling_task"
+    )
+
+
+def _refuse_lora(request: object) -> None:
+    if request is not None:
+        raise InvalidParameter("carpool does not serve adapters (lora_request).", "lora_request")
+
+
+# ── prompts and answers ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _bar(use_tqdm: Progress, total: int) -> Iterator[Callable[[int], object]]:
+    """A progress bar, which appears only when there is time to see it; told of how many more are done."""
+    make = use_tqdm if callable(use_tqdm) else tqdm
+    with make(total=total, desc="Processed prompts", disable=not use_tqdm, delay=0.5) as bar:
+        yield lambda done: bar.update(done)
 
 
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[str | list[int]]:
@@ -193,9 +376,23 @@ def _unwrap(prompt: Any) -> str | list[int]:
     raise TypeError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}")
 
 
-def _groups(
-    items: list[str | list[int]], params: PoolingParams | Seq[PoolingParams] | None
-) -> list[tuple[list[int], PoolingParams]]:
+def _texts(items: ScoreInput | Seq[ScoreInput], field: str) -> list[str]:
+    """One side of the pairs, each text plain or in content parts, as a list."""
+    many = [items] if isinstance(items, str | Mapping) else list(items)
+    return [_text(item, f"{field}[{i}]") for i, item in enumerate(many)]
+
+
+def _text(item: Any, field: str) -> str:
+    if isinstance(item, str):
+        return item
+    if isinstance(item, Mapping):
+        parts = item.get("content", ())
+        texts = [parts] if isinstance(parts, str) else [text_of(part, f"{field}.content") for part in parts]
+        return "\n".join(texts)
+    raise TypeError(f'{field} is a text or {{"content": […]}}, not {type(item).__name__}')
+
+
+def _groups(items: list[str | list[int]], params: Params) -> list[tuple[list[int], PoolingParams]]:
     """Places of the prompts that can go in one call: of one kind, with one set of parameters."""
     each = [params or PoolingParams()] * len(items) if not isinstance(params, Seq) else list(params)
     if len(each) != len(items):
@@ -211,3 +408,7 @@ def _answers(result: PoolingResult, places: list[int]) -> list[RequestOutput[Poo
         RequestOutput(str(place), PoolingOutput(torch.from_numpy(row.copy())), ids)
         for place, row, ids in zip(places, result.rows, result.prompt_token_ids, strict=True)
     ]
+
+
+def _with(answer: RequestOutput[PoolingOutput], outputs: O) -> RequestOutput[O]:
+    return RequestOutput(answer.request_id, outputs, answer.prompt_token_ids)

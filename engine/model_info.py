@@ -27,6 +27,7 @@ class ModelInfo:
     pooling: str
     normalize: bool
     pairs: Literal["separated", "concatenated"] = "separated"  # how a scored pair is tokenised
+    chat_template: bool = False  # chats can be rendered
     score_template: bool = False  # scored pairs are rendered by the user's template
     dtype: str
     device: str

@@ -37,8 +37,12 @@ class PoolingResult:
 
 @dataclass(slots=True)
 class ScoreResult:
-    """One score a pair, in order. A query that meets many documents by itself is counted once."""
+    """One score a pair, in order, and the ids of both its texts.
+
+    In `prompt_tokens` a query that meets many documents by itself is counted once.
+    """
 
     scores: list[float]
     prompt_tokens: int
     timings: Timings
+    pair_token_ids: list[list[int]] = field(default_factory=list)

@@ -67,8 +67,11 @@ class Matryoshka:
     def supported(self) -> bool:
         return self.flexible or bool(self.allowed)
 
-    def check(self, dimensions: int | None, model: str) -> None:
-        """Raise InvalidParameter unless `dimensions` can be served; `model` is the name shown to the caller."""
+    def check(self, dimensions: int | None, model: str, param: str = "dimensions") -> None:
+        """Raise InvalidParameter unless `dimensions` can be served.
+
+        `model` is the name shown to the caller, `param` what the caller calls the number.
+        """
         if dimensions is None or dimensions == self.size:
             return
         if not self.supported:
@@ -77,15 +80,15 @@ class Matryoshka:
                 "changing output dimensions will lead to poor results."
             )
         if dimensions < 1:
-            raise InvalidParameter("Dimensions must be greater than 0", "dimensions")
+            raise InvalidParameter("Dimensions must be greater than 0", param)
         if dimensions > self.size:
             raise InvalidParameter(
                 f'Model "{model}" only supports dimensions in the range [1, {self.size}], got {dimensions}.',
-                "dimensions",
+                param,
             )
         if self.allowed and dimensions not in self.allowed:
             raise InvalidParameter(
                 f'Model "{model}" only supports {list(self.allowed)} matryoshka dimensions, '
                 "use other output dimensions will lead to poor results.",
-                "dimensions",
+                param,
             )

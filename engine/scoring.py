@@ -2,13 +2,14 @@
 
     cross-encoder      one prompt a pair                       the head's one number
     bi-encoder         the query once, each document            cosine of the two vectors, float32
-    late interaction   the same, every token                   MaxSim: over query tokens, the best document token's product
+    late interaction   the same, every token                   MaxSim: each query token's best product, summed
 
 No model and no event loop here: `plan` says what to run, `Plan.scores` reads the answers.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -27,16 +28,31 @@ Row = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`prompts` to run as `task`; `pairs` are places in `prompts` of each pair's two sides, or of the pair twice."""
+    """`prompts` to run as `task`; `pairs` are places in `prompts` of each pair's two sides, or of the pair twice.
+
+    `fields` name what each prompt was made of, for those who have to say what is wrong with it.
+    """
 
     task: Task
     prompts: list[str] | list[tuple[str, str]]
     pairs: list[tuple[int, int]]
     measure: Callable[[Row, Row], float]
+    fields: list[str]
 
     def scores(self, rows: Seq[Row]) -> list[float]:
         """One score a pair, in order."""
         return [self.measure(rows[a], rows[b]) for a, b in self.pairs]
+
+    def token_ids(self, prompts: Seq[list[int]]) -> list[list[int]]:
+        """The ids of each pair, both sides, from those of the prompts."""
+        return [prompts[a] if a == b else prompts[a] + prompts[b] for a, b in self.pairs]
+
+    def blame(self, error: InvalidInput) -> InvalidInput:
+        """The same error, with the query or document to blame where it names a prompt."""
+        place = re.fullmatch(r"input(?:\[(\d+)\])?", error.param or "")
+        if place:
+            error.param = self.fields[int(place[1] or 0)]
+        return error
 
 
 def plan(
@@ -61,9 +77,10 @@ def plan(
         matched = [(queries[0] if one else queries[i], document) for i, document in enumerate(documents)]
         return _cross_encoder(model, matched, chat, kwargs)
     pairs = [(0 if one else i, len(queries) + i) for i in range(len(documents))]
+    prompts, fields = [*queries, *documents], _names("queries", queries) + _names("documents", documents)
     if kind == "bi-encoder":
-        return Plan("embed", [*queries, *documents], pairs, cosine)
-    return Plan("token_embed", [*queries, *documents], pairs, max_sim)
+        return Plan("embed", prompts, pairs, cosine, fields)
+    return Plan("token_embed", prompts, pairs, max_sim, fields)
 
 
 def _cross_encoder(
@@ -71,11 +88,16 @@ def _cross_encoder(
 ) -> Plan:
     both = [(i, i) for i in range(len(pairs))]
     prompts: list[str] | list[tuple[str, str]] = pairs
-    if model.score_template:
+    if chat.given:
         prompts = [chat.render_pair(query, document, kwargs) for query, document in pairs]
     elif model.pairs == "concatenated":
         prompts = [query + document for query, document in pairs]
-    return Plan("classify", prompts, both, lambda row, _: float(row[0]))
+    fields = _names("documents", prompts)
+    return Plan("classify", prompts, both, lambda row, _: float(row[0]), fields)
+
+
+def _names(field: str, items: Seq[object]) -> list[str]:
+    return [field] if len(items) == 1 else [f"{field}[{i}]" for i in range(len(items))]
 
 
 def cosine(a: Row, b: Row) -> float:

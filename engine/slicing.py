@@ -21,7 +21,9 @@ def slice_ids(token_ids: Seq[list[int]], length: int) -> tuple[list[list[int]], 
     return slices, counts
 
 
-def merge_rows(rows: Seq[NDArray[np.float32]], lengths: Seq[int], counts: Seq[int]) -> list[NDArray[np.float32]]:
+def merge_rows(
+    rows: Seq[NDArray[np.float32]], lengths: Seq[int], counts: Seq[int]
+) -> list[NDArray[np.float32]]:
     """One vector a prompt: the mean of its slices' vectors, weighted by their lengths, in float32.
 
     Where every slice had unit length, so does the mean.

@@ -6,6 +6,7 @@ tokenised whole and the ids are cut here, sparing the special tokens as the libr
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -51,8 +52,10 @@ class Tokenizer:
         lowercase: bool = False,
         truncation_side: Side = "right",
         pad_id: int = 0,
+        token_types: bool = True,
     ) -> None:
-        """`vocab_size` is the model's: ids at or above it have no embedding."""
+        """`vocab_size` is the model's: ids at or above it have no embedding. `token_types`: the model tells the
+        second text of a pair from the first."""
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -62,12 +65,15 @@ class Tokenizer:
         self._side: Side = truncation_side
         self._pad_id = pad_id
         self._affixes = _find_affixes(backend)
-        self._pair_affixes, self._type_offset = _find_pair_affixes(backend)
+        self._pair_affixes, type_offset = _find_pair_affixes(backend)
+        self._type_offset = type_offset if token_types else None
         # No token stands for more characters than the longest entry does.
         self._longest_token = max((len(token) for token in backend.get_vocab()), default=1)
 
     @classmethod
-    def load(cls, path: str | Path, *, trust_remote_code: bool, **limits: Any) -> Tokenizer:
+    def load(
+        cls, path: str | Path, *, trust_remote_code: bool, token_types: bool = True, **limits: Any
+    ) -> Tokenizer:
         """From a model folder, by transformers, which knows each family's own rules for special tokens."""
         from transformers import AutoTokenizer
 
@@ -82,6 +88,7 @@ class Tokenizer:
             tokenizers.Tokenizer.from_str(backend.to_str()),
             truncation_side="left" if fast.truncation_side == "left" else "right",
             pad_id=fast.pad_token_id or 0,
+            token_types=token_types and "token_type_ids" in fast.model_input_names,
             **limits,
         )
 
@@ -111,9 +118,9 @@ class Tokenizer:
         limit = self._limit(params.truncate_prompt_tokens, longest)
         type_starts: list[int | None] | None = None
         if prompts and isinstance(prompts[0], tuple):
-            batch, type_starts = self._encode_pairs(cast("list[Pair]", prompts), params, limit)
+            batch, type_starts = self._encode_pairs(prompts, params, limit)
         elif prompts and isinstance(prompts[0], str):
-            batch = self._encode_for(cast("list[str]", prompts), params, limit, longest)
+            batch = self._encode_for(prompts, params, limit, longest)
             if limit is not None:
                 batch = [self._truncate_text(ids, limit, params) for ids in batch]
         else:
@@ -168,15 +175,19 @@ class Tokenizer:
         return _cut(first, keep_first, self._side), _cut(second, keep_second, self._side)
 
     def shorten(self, texts: list[str], limit: int) -> list[str]:
-        """Each text cut, between characters, to at most `limit` tokens of its own (special ones not counted)."""
+        """Each text cut, between characters, so that it has at most `limit` tokens (special ones not counted)."""
         self._check_texts(texts)
         encodings = self._backend.encode_batch(texts, add_special_tokens=False)
-        return [
-            text[: encoding.offsets[limit - 1][1]] if len(encoding.ids) > limit else text
-            for text, encoding in zip(texts, encodings, strict=True)
-        ]
+        short = list(texts)
+        for i, encoding in enumerate(encodings):
+            # Cut in the middle of a word, or of a character of several tokens, the rest may be split anew.
+            while len(encoding.ids) > limit:
+                end = min(encoding.offsets[limit - 1][1], encoding.offsets[limit][0], len(short[i]) - 1)
+                short[i] = short[i][:end]
+                encoding = self._backend.encode(short[i], add_special_tokens=False)
+        return short
 
-    def ids_of(self, words: list[str]) -> list[int]:
+    def ids_of(self, words: Seq[str]) -> list[int]:
         """The id of each word, which must be one token."""
         found = [self._backend.token_to_id(word) for word in words]
         if None in found:
@@ -188,9 +199,13 @@ class Tokenizer:
             return None
         if truncate == -1:
             return longest
-        if truncate > (longest or self._max_model_len):
+        if truncate < -1:
             raise InvalidParameter(
-                f"truncate_prompt_tokens value is greater than max_model_len ({truncate} > {self._max_model_len}). "
+                f"truncate_prompt_tokens must be -1 or more, got {truncate}.", "truncate_prompt_tokens"
+            )
+        if longest is not None and truncate > longest:
+            raise InvalidParameter(
+                f"truncate_prompt_tokens value is greater than max_model_len ({truncate} > {longest}). "
                 "Please request a smaller truncation size.",
                 "truncate_prompt_tokens",
             )

@@ -3,43 +3,211 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from carpool.server import protocol
 from carpool.server.body import expect_later
 from carpool.server.config import ServerConfig
-from carpool.server.handlers import embeddings, health, models, tokenize
-from carpool.server.keys import CONFIG, ENGINE, KEY_DIGESTS, METRICS, ROUTE_OF_HANDLER, STARTED_AT
+from carpool.server.handlers import (
+    classification,
+    cohere,
+    docs,
+    embeddings,
+    health,
+    invocations,
+    models,
+    pooling,
+    rerank,
+    scoring,
+    server_info,
+    tei,
+    tokenize,
+)
+from carpool.server.keys import CONFIG, ENGINE, KEY_DIGESTS, METRICS, OPENAPI, ROUTE_TAKEN, STARTED_AT
 from carpool.server.metrics import Metrics
 from carpool.server.middleware import digest, front_door
+from carpool.server.openapi import describe
 
 if TYPE_CHECKING:
     from carpool.engine.async_engine import AsyncEngine
 
 
 class Route(NamedTuple):
-    """Each path has a handler of its own: that is how the middleware knows which route a request took."""
+    """One path: who answers it, and what `/openapi.json` says of it. Aliases share a handler."""
 
     methods: tuple[str, ...]
     path: str
     handler: Handler
+    summary: str = ""
+    request: Any = None  # the struct of the body, or a union of structs; None: no body
+    response: Any = None  # of status 200: a type, or a media type where it is no JSON; None: no body
     open: bool = False  # served without an API key, and while the server drains
+    runs_model: bool = False  # counted by /load while it is answered
+
+
+def _to_model(summary: str, handler: Handler, request: Any, response: Any, *paths: str) -> list[Route]:
+    """The routes of an endpoint that runs the model."""
+    return [Route(("POST",), path, handler, summary, request, response, runs_model=True) for path in paths]
 
 
 ROUTES = (
-    Route(("POST",), "/v1/embeddings", embeddings.create_embeddings),
-    Route(("POST",), "/tokenize", tokenize.tokenize),
-    Route(("POST",), "/detokenize", tokenize.detokenize),
-    Route(("GET",), "/v1/models", models.list_models),
-    Route(("GET",), "/v1/models/{model}", models.show_model),
-    Route(("GET",), "/health", health.check_health, open=True),
-    Route(("GET",), "/health/live", health.check_live, open=True),
-    Route(("GET",), "/health/ready", health.check_ready, open=True),
-    Route(("GET", "POST"), "/ping", health.ping, open=True),
-    Route(("GET",), "/version", health.show_version, open=True),
-    Route(("GET",), "/metrics", health.show_metrics, open=True),
+    *_to_model(
+        "Embed texts, token ids or chats.",
+        embeddings.create_embeddings,
+        protocol.EmbeddingRequest,
+        protocol.EmbeddingResponse,
+        "/v1/embeddings",
+    ),
+    *_to_model(
+        "Embed texts; the request is Cohere's.",
+        cohere.embed,
+        protocol.CohereEmbedRequest,
+        protocol.CohereEmbedResponse,
+        "/v2/embed",
+    ),
+    *_to_model(
+        "Give what the model's pooler gives, of texts or of their tokens.",
+        pooling.create_pooling,
+        protocol.PoolingRequest,
+        protocol.PoolingResponse,
+        "/pooling",
+    ),
+    *_to_model(
+        "Tell how likely each class is for each text.",
+        classification.create_classification,
+        protocol.ClassificationRequest,
+        protocol.ClassificationResponse,
+        "/classify",
+        "/v1/classify",
+    ),
+    *_to_model(
+        "Score pairs of texts.",
+        scoring.create_score,
+        protocol.ScoreRequest,
+        protocol.ScoreResponse,
+        "/score",
+        "/v1/score",
+    ),
+    *_to_model(
+        "Sort documents by their relevance to a query; the request may be Cohere's, Jina's, Voyage's or TEI's.",
+        rerank.create_ranking,
+        protocol.RerankRequest | protocol.TeiRerankRequest,
+        protocol.RerankResponse | list[protocol.TeiRank],
+        "/rerank",
+        "/v1/rerank",
+        "/v2/rerank",
+    ),
+    *_to_model(
+        "Embed texts; the request is TEI's.",
+        tei.embed,
+        protocol.TeiEmbedRequest,
+        list[list[float]],
+        "/embed",
+    ),
+    *_to_model(
+        "Classify texts or pairs of texts; the request is TEI's.",
+        tei.predict,
+        protocol.TeiPredictRequest,
+        list[protocol.TeiPrediction | list[protocol.TeiPrediction]],
+        "/predict",
+    ),
+    *_to_model(
+        "Do what the body looks like: embed, classify, rerank, score or pool.",
+        invocations.invoke,
+        protocol.EmbeddingRequest
+        | protocol.ClassificationRequest
+        | protocol.RerankRequest
+        | protocol.TeiRerankRequest
+        | protocol.ScoreRequest
+        | protocol.PoolingRequest,
+        protocol.EmbeddingResponse
+        | protocol.ClassificationResponse
+        | protocol.RerankResponse
+        | list[protocol.TeiRank]
+        | protocol.ScoreResponse
+        | protocol.PoolingResponse,
+        "/invocations",
+    ),
+    Route(
+        ("POST",),
+        "/tokenize",
+        tokenize.tokenize,
+        "Turn a text or a chat into token ids.",
+        protocol.TokenizeRequest,
+        protocol.TokenizeResponse,
+    ),
+    Route(
+        ("POST",),
+        "/detokenize",
+        tokenize.detokenize,
+        "Turn token ids into text.",
+        protocol.DetokenizeRequest,
+        protocol.DetokenizeResponse,
+    ),
+    Route(
+        ("GET",),
+        "/v1/models",
+        models.list_models,
+        "List the served model's names.",
+        response=protocol.ModelList,
+    ),
+    Route(
+        ("GET",),
+        "/v1/models/{model}",
+        models.show_model,
+        "Show one of them.",
+        response=protocol.ModelCard,
+    ),
+    Route(
+        ("GET",),
+        "/info",
+        server_info.show_info,
+        "Tell what is known of the loaded model.",
+        response=protocol.InfoResponse,
+    ),
+    Route(
+        ("GET",),
+        "/load",
+        server_info.show_load,
+        "Count the requests to the model under way.",
+        response=protocol.LoadResponse,
+    ),
+    Route(("GET",), "/health", health.check_health, "Is the engine alive and loaded?", open=True),
+    Route(("GET",), "/health/live", health.check_live, "Does the process answer?", open=True),
+    Route(("GET",), "/health/ready", health.check_ready, "Is traffic welcome?", open=True),
+    Route(("GET", "POST"), "/ping", health.ping, "As /health.", open=True),
+    Route(
+        ("GET",),
+        "/version",
+        server_info.show_version,
+        "Tell carpool's version.",
+        response=protocol.VersionResponse,
+        open=True,
+    ),
+    Route(
+        ("GET",),
+        "/metrics",
+        health.show_metrics,
+        "Metrics, as Prometheus reads them.",
+        response="text/plain",
+        open=True,
+    ),
+    Route(
+        ("GET",),
+        "/openapi.json",
+        docs.show_openapi,
+        "Describe this API, as OpenAPI 3.1 has it.",
+        response=dict[str, Any],
+    ),
+    Route(("GET",), "/docs", docs.show_docs, "The API, to read and to try.", response="text/html", open=True),
+    Route(("GET",), "/docs/{asset}", docs.show_asset, "The files of that page.", response="*/*", open=True),
+    Route(
+        ("GET",), "/", server_info.show_home, "A page that says where to go.", response="text/html", open=True
+    ),
 )
 
 
@@ -48,18 +216,22 @@ def make_app(config: ServerConfig, engine: AsyncEngine) -> web.Application:
     app[CONFIG] = config
     app[ENGINE] = engine
     app[METRICS] = engine.observer = Metrics(config.model_names[0], engine)
+    app[OPENAPI] = describe(ROUTES, bool(config.api_key), config.root_path, config.error_format)
     app[KEY_DIGESTS] = tuple(digest(key) for key in config.api_key)
-    app[ROUTE_OF_HANDLER] = {route.handler: route for route in ROUTES}
     app[STARTED_AT] = int(time.time())
-    for route in ROUTES:
-        for path in _spellings(route.path, config.root_path):
-            for method in (*route.methods, *(("HEAD",) if "GET" in route.methods else ())):
-                app.router.add_route(method, path, route.handler, expect_handler=expect_later)
+    app[ROUTE_TAKEN] = {added: route for route in ROUTES for added in _add(app, route, config.root_path)}
     return app
+
+
+def _add(app: web.Application, route: Route, root_path: str) -> Iterator[web.AbstractRoute]:
+    """Each spelling of the path with each method is a route to aiohttp."""
+    for path in _spellings(route.path, root_path):
+        for method in (*route.methods, *(("HEAD",) if "GET" in route.methods else ())):
+            yield app.router.add_route(method, path, route.handler, expect_handler=expect_later)
 
 
 def _spellings(path: str, root_path: str) -> list[str]:
     """A path with and without the proxy's prefix, with and without a slash at the end."""
-    path = path.replace("{model}", "{model:.+}")  # names of models have slashes
+    path = path.replace("{model}", "{model:.+}").rstrip("/")  # names of models have slashes
     slashless = [path, root_path + path] if root_path else [path]
-    return [spelling + slash for spelling in slashless for slash in ("", "/")]
+    return [spelling + slash for spelling in slashless for slash in ("", "/") if spelling + slash]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TypeVar
 
 from aiohttp import web
@@ -14,6 +15,7 @@ from carpool.server.headers import require_json, require_known_encoding
 from carpool.server.keys import CONFIG
 
 T = TypeVar("T", bound=Struct)
+D = TypeVar("D")
 
 IDLE_SECONDS = 60.0  # a sender that is silent for so long has gone
 LARGE = 1 << 20  # bytes; decoding more on the event loop would hold up everybody
@@ -24,7 +26,10 @@ async def expect_later(request: web.Request) -> None:
 
 
 async def read_request(request: web.Request, decode: RequestDecoder[T]) -> T:
-    body = await read_json_body(request)
+    return await decoded(await read_json_body(request), decode)
+
+
+async def decoded(body: bytes, decode: Callable[[bytes], D]) -> D:
     if len(body) < LARGE:
         return decode(body)
     return await asyncio.get_running_loop().run_in_executor(None, decode, body)

@@ -11,6 +11,7 @@ import asyncio
 import sys
 from binascii import b2a_base64
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
@@ -19,10 +20,12 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from carpool.engine.errors import InferenceFailed
 from carpool.server.errors import InvalidRequest
 from carpool.server.protocol import EmbedDType, Endianness, VectorPlace
 
-Rows = Sequence[NDArray[np.float32]]
+Row = NDArray[np.float32]
+Rows = Sequence[Row]
 T = TypeVar("T")
 
 LARGE = 1 << 16  # numbers in an answer; fewer are written in a millisecond or two
@@ -36,6 +39,18 @@ DTYPES: dict[EmbedDType, Any] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class ItemStyle:
+    """How an endpoint names its results in the `data` array."""
+
+    object: str
+    field: str
+
+
+EMBEDDING = ItemStyle("embedding", "embedding")
+POOLING = ItemStyle("pooling", "data")
+
+
 async def in_good_time(write: Callable[..., T], rows: Rows, *how: Any) -> T:
     """`write(rows, *how)`, on the event loop if it is quick and beside it if not."""
     if sum(row.size for row in rows) < LARGE:
@@ -43,24 +58,79 @@ async def in_good_time(write: Callable[..., T], rows: Rows, *how: Any) -> T:
     return await asyncio.get_running_loop().run_in_executor(None, write, rows, *how)
 
 
-def float_items(rows: Rows) -> bytes:
+def float_items(rows: Rows, style: ItemStyle = EMBEDDING) -> bytes:
     """The `data` array of an answer; each number is the shortest text that parses to the same float32."""
-    return _json_array([np.ascontiguousarray(row) for row in rows], max(1, SLICE // (rows[0].size or 1)))
+    return _json_array([np.ascontiguousarray(row) for row in rows], _slice_of(rows), style)
 
 
-def base64_items(rows: Rows, dtype: EmbedDType, endianness: Endianness) -> bytes:
-    """The `data` array of an answer, each vector as base64 of its numbers."""
+def base64_items(
+    rows: Rows, dtype: EmbedDType, endianness: Endianness, style: ItemStyle = EMBEDDING
+) -> bytes:
+    """The `data` array of an answer, each result as base64 of its numbers, row by row."""
+    texts = base64_texts(rows, dtype, endianness)
+    return _json_array(texts, len(texts), style)
+
+
+def base64_texts(rows: Rows, dtype: EmbedDType, endianness: Endianness) -> list[str]:
     buffer = memoryview(raw_vectors(rows, dtype, endianness))
-    texts = [b2a_base64(buffer[start:end], newline=False).decode() for start, end in _extents(rows, dtype)]
-    return _json_array(texts, len(texts))
+    return [b2a_base64(buffer[start:end], newline=False).decode() for start, end in _extents(rows, dtype)]
 
 
-def _json_array(embeddings: Sequence[Any], step: int) -> bytes:
+def bare_items(rows: Rows) -> bytes:
+    """The vectors as a JSON array of arrays and nothing else, each number its shortest text."""
+    step = _slice_of(rows)
+    slices = [
+        orjson.dumps(
+            [np.ascontiguousarray(row) for row in rows[i : i + step]], option=orjson.OPT_SERIALIZE_NUMPY
+        )
+        for i in range(0, len(rows), step)
+    ]
+    return b"[%b]" % b",".join(part[1:-1] for part in slices)
+
+
+def shortest(numbers: Row) -> list[float]:
+    """Doubles whose shortest text is that of the float32 they stand for."""
+    if not np.isfinite(numbers).all():
+        raise InferenceFailed("A score is not a finite number.")
+    floats: list[float] = orjson.loads(
+        orjson.dumps(np.ascontiguousarray(numbers), option=orjson.OPT_SERIALIZE_NUMPY)
+    )
+    return floats
+
+
+def shortest_scores(scores: Sequence[float]) -> list[float]:
+    return shortest(np.asarray(scores, np.float32))
+
+
+def best_first(scores: Sequence[float]) -> list[tuple[int, float]]:
+    """Places and scores; of equal scores the earlier place comes first."""
+    return sorted(enumerate(shortest_scores(scores)), key=lambda pair: -pair[1])
+
+
+def sign_bits(rows: Rows, signed: bool) -> list[list[int]]:
+    """One bit a component, set from 0 upwards, most significant first; as bytes, or 128 less."""
+    width = rows[0].size
+    if width % 8:
+        raise InvalidRequest(
+            f"Embedding dimension must be a multiple of 8 for binary embedding types, but got {width}.",
+            "embedding_types",
+        )
+    packed = np.packbits(np.stack(rows) >= 0, axis=1).astype(np.int16)
+    bits: list[list[int]] = (packed - 128 if signed else packed).tolist()
+    return bits
+
+
+def _slice_of(rows: Rows) -> int:
+    """How many rows are written in one go."""
+    return max(1, SLICE // (rows[0].size or 1))
+
+
+def _json_array(results: Sequence[Any], step: int, style: ItemStyle) -> bytes:
     slices = []
-    for first in range(0, len(embeddings), step):
+    for first in range(0, len(results), step):
         items = [
-            {"index": index, "object": "embedding", "embedding": embedding}
-            for index, embedding in enumerate(embeddings[first : first + step], first)
+            {"index": index, "object": style.object, style.field: result}
+            for index, result in enumerate(results[first : first + step], first)
         ]
         slices.append(orjson.dumps(items, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1])
     return b"[%b]" % b",".join(slices)

@@ -40,6 +40,10 @@ class UnknownModel(Refusal):
     """The request names a model that is not served here."""
 
 
+class NotInstalled(Refusal):
+    """The page is there in installations that have the package it is made of."""
+
+
 class BodyTooLarge(Refusal):
     """More bytes than --max-body-size; the rest is not read."""
 
@@ -59,6 +63,7 @@ UNAVAILABLE = (503, "ServiceUnavailableError")
 TIMED_OUT = (504, "TimeoutError")
 
 STATUS: dict[type[BaseException], tuple[int, str]] = {
+    engine.InvalidInput: BAD_REQUEST,
     engine.EmptyInput: BAD_REQUEST,
     engine.InputTooLong: BAD_REQUEST,
     engine.TokenOutOfVocabulary: BAD_REQUEST,
@@ -74,6 +79,7 @@ STATUS: dict[type[BaseException], tuple[int, str]] = {
     UnreadableBody: BAD_REQUEST,
     Unauthorized: UNAUTHORIZED,
     UnknownModel: NOT_FOUND,
+    NotInstalled: NOT_FOUND,
     BodyTooLarge: TOO_LARGE,
     UnsupportedMediaType: UNSUPPORTED_MEDIA,
     HttpProcessingError: BAD_REQUEST,

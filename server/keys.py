@@ -17,7 +17,8 @@ CONFIG: web.AppKey[ServerConfig] = web.AppKey("config")
 ENGINE: web.AppKey[AsyncEngine] = web.AppKey("engine")
 METRICS: web.AppKey[Metrics] = web.AppKey("metrics")
 KEY_DIGESTS: web.AppKey[tuple[bytes, ...]] = web.AppKey("key_digests")
-ROUTE_OF_HANDLER: web.AppKey[Mapping[Any, Route]] = web.AppKey("route_of_handler")
+ROUTE_TAKEN: web.AppKey[Mapping[Any, Route]] = web.AppKey("route_taken")  # by aiohttp's own route
+OPENAPI: web.AppKey[bytes] = web.AppKey("openapi")
 STARTED_AT: web.AppKey[int] = web.AppKey("started_at")  # unix seconds, reported as a model's `created`
 
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)

@@ -10,14 +10,15 @@ import json
 import re
 from collections.abc import Callable
 from functools import cache
-from types import NoneType
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
 from carpool.server.errors import InvalidRequest
 
-Input = str | list[str | int | list[int]]
+Message = dict[str, Any]  # of a chat: {"role": …, "content": …}
+Input = str | list[str | int | Message | list[int | Message]]
 TokenId = Annotated[int, msgspec.Meta(ge=0, description="an integer of at least 0")]
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -55,20 +56,37 @@ def fields_of(kind: type[msgspec.Struct]) -> tuple[Field, ...]:
 
 def _reader(declared: Any) -> Callable[[Any, str], Any]:
     """How to read a value of the declared type: `T`, `T | None`, a list of `T`; `T` bare or with bounds."""
-    if declared == Input | None:
+    if declared in (Input, Input | None):
         return read_input
     if declared is Any:
         return lambda value, path: value
-    if NoneType in get_args(declared):
-        [declared] = (arg for arg in get_args(declared) if arg is not NoneType)
-        return _reader(declared)
+    if get_origin(declared) in (Union, UnionType):
+        members = tuple(arg for arg in get_args(declared) if arg is not NoneType)
+        return _reader(members[0]) if len(members) == 1 else _union_reader(members)
     if get_origin(declared) is list:
         read_item = _reader(*get_args(declared))
         return lambda value, path: _read_list(value, path, read_item)
+    if get_origin(declared) is dict:
+        return read_object
     plain, *bounds = get_args(declared) if get_origin(declared) is Annotated else (declared,)
     phrase = bounds[0].description if bounds else PHRASES.get(plain) or _choices(plain)
     coerce = COERCIONS.get(plain, _as_it_is)
     return lambda value, path: _read_scalar(value, path, declared, coerce, phrase)
+
+
+def _union_reader(members: tuple[Any, ...]) -> Callable[[Any, str], Any]:
+    """Of texts, objects and lists: what a value is decides which member reads it."""
+    readers = {get_origin(member) or member: _reader(member) for member in members}
+    *others, last = (NOUNS[kind] for kind in readers)
+    phrase = f"{', '.join(others)} or {last}"
+
+    def read(value: Any, path: str) -> Any:
+        read_member = readers.get(type(value))
+        if read_member is None:
+            raise InvalidRequest(f"{path} must be {phrase}, got {shown(value)}.", path)
+        return read_member(value, path)
+
+    return read
 
 
 def _read_scalar(value: Any, path: str, declared: Any, coerce: Callable[[Any], Any], phrase: str) -> Any:
@@ -86,8 +104,15 @@ def _read_list(value: Any, path: str, read_item: Callable[[Any, str], Any]) -> l
     return [read_item(item, f"{path}[{index}]") for index, item in enumerate(value)]
 
 
+def read_object(value: Any, path: str) -> dict[str, Any]:
+    """A JSON object, whatever is in it."""
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{path} must be an object, got {shown(value)}.", path)
+    return value
+
+
 def read_input(value: Any, path: str) -> Input:
-    """A text, a list of texts, a prompt as token ids, or a list of those. The first item says which."""
+    """A text, a prompt as token ids, a chat message, or a list of those. The first item says which."""
     if isinstance(value, str):
         return read_text(value, path)
     if not isinstance(value, list):
@@ -100,12 +125,22 @@ def read_input(value: Any, path: str) -> Input:
             return []
         case [str(), *_]:
             return _read_list(value, path, read_text)
+        case [dict(), *_]:
+            return _read_list(value, path, read_object)
         case [list(), *_]:
-            return _read_list(value, path, lambda item, at: _read_list(item, at, read_token_id))
+            read_item = read_object if _holds_messages(value) else read_token_id
+            return _read_list(value, path, lambda item, at: _read_list(item, at, read_item))
         case [int() | float(), *_]:
             return _read_list(value, path, read_token_id)
     raise InvalidRequest(
         f"{path}[0] must be a text, a token id or a list of token ids, got {shown(value[0])}.", f"{path}[0]"
+    )
+
+
+def _holds_messages(lists: list[Any]) -> bool:
+    """Whether the first item there is, is a message and no token id."""
+    return isinstance(
+        next((item for inner in lists if isinstance(inner, list) for item in inner), None), dict
     )
 
 
@@ -161,6 +196,7 @@ def _as_it_is(value: Any) -> Any:
 
 COERCIONS: dict[Any, Callable[[Any], Any]] = {int: lax_int, bool: lax_bool, str: _text}
 PHRASES = {int: "an integer", bool: "true or false", str: "a string"}
+NOUNS: dict[Any, str] = {str: "a text", dict: "an object", list: "a list"}
 
 
 def _choices(literal: Any) -> str:

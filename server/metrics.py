@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
@@ -39,6 +40,7 @@ class Metrics:
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
     def __init__(self, model_name: str, engine: AsyncEngine) -> None:
+        self.running = 0  # requests to the model that are under way; /load tells
         self._model = model_name
         self._registry = registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
@@ -74,6 +76,14 @@ class Metrics:
         Info("carpool_build", "What runs here.", ("model_name",), registry=registry).labels(model_name).info(
             {"version": __version__, "python": platform.python_version()}
         )
+
+    @contextmanager
+    def one_more_running(self) -> Iterator[None]:
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
 
     def request_done(self, endpoint: str, status: int, seconds: float) -> None:
         self._requests.labels(self._model, endpoint, str(status)).inc()

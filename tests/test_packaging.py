@@ -142,7 +142,7 @@ def test_importing_the_package_does_not_wait_for_torch() -> None:
 
     printed = run(sys.executable, "-c", code, path=ROOT / "src")
 
-    assert printed.startswith("False ['LLM', 'PoolingParams', '__version__'] PoolingParams(")
+    assert printed.startswith("False ['LLM', 'PoolerConfig', 'PoolingParams', '__version__'] PoolingParams(")
 
 
 def test_every_import_is_declared() -> None:

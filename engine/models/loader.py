@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,24 +28,36 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from carpool.engine.architecture import Architecture
-from carpool.engine.checkpoint import Checkpoint
+from carpool.engine.architecture import Architecture, Scorer
+from carpool.engine.checkpoint import Checkpoint, PoolingMode
 from carpool.engine.errors import ConfigError
 from carpool.engine.models.attention import NAME
 from carpool.engine.models.backbone import Backbone
-from carpool.engine.poolers.classifier import ReplayedHead, head_from_tokens, head_from_weights
+from carpool.engine.poolers.classifier import (
+    ReplayedHead,
+    head_from_tokens,
+    head_from_weights,
+    keep_words,
+)
 
 # Weights that a published checkpoint may lack: BERT's own pooler is not used, and position ids are computed.
 _MAY_MISS = re.compile(r"(^|\.)(pooler\.|position_ids$)")
 _REWARD_HEAD = re.compile(r"^(score|v_head)\.")
+_SCORE_BIAS = re.compile(r"^score\.bias$")
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """`head` takes float32 rows [R, H] to logits; None for a model that has none."""
+    """`head` takes float32 rows [R, H] to logits; None for a model that has none.
+
+    `pooling` is what a classifier's class pools for its head, where that is not left to the kind of its backbone;
+    `late`: it pools the logits of all rows instead.
+    """
 
     backbone: Backbone
     head: nn.Module | None = None
+    pooling: PoolingMode | None = None
+    late: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,36 +69,59 @@ class Loader:
     max_model_len: int
     trust_remote_code: bool
 
-    def load(self, checkpoint: Checkpoint, architecture: Architecture, token_ids: list[int] | None = None) -> Loaded:
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        scorer: Scorer | None = None,
+        token_ids: Seq[int] = (),
+    ) -> Loaded:
         """Load the checkpoint, every weight accounted for, with packed attention in place.
 
-        `token_ids`: those of the words whose language model rows are made a scorer (`classifier_from_token`).
+        `token_ids`: whose rows of the language model's head make the `scorer`, or a judge's logits.
         """
         # Our own checks speak, in one sentence.
-        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
         config = self._config(checkpoint)
         _refuse_batch_dependent_rope(config, self.max_model_len)
         match architecture.kind:
             case "embed":
                 model = self._model(AutoModel, checkpoint, config, **_without_pooler(config))
                 return Loaded(self._backbone(model))
-            case "classify" if token_ids is not None:
-                full = self._model(AutoModelForCausalLM, checkpoint, config)
-                rows = full.get_output_embeddings().weight[token_ids].float()
-                method = "from_2_way_softmax" if config.to_dict().get("is_original_qwen3_reranker") else None
-                method = config.to_dict().get("method") or method or "no_post_processing"
-                return Loaded(self._backbone(full.base_model), head_from_tokens(rows, method))
+            case "classify" if scorer is not None:
+                full = self._language_model(checkpoint, config)
+                rows = full.get_output_embeddings().weight[list(token_ids)].float()
+                return Loaded(self._backbone(full.base_model), head_from_tokens(rows, scorer.method), "last")
             case "classify":
                 full = self._model(AutoModelForSequenceClassification, checkpoint, config)
-                return Loaded(self._backbone(full.base_model), ReplayedHead(full, per_token=False))
+                _honour_bias(full, checkpoint)
+                pooling, late = _class_pooling(full)
+                backbone = self._backbone(full.base_model)
+                return Loaded(backbone, ReplayedHead(full, per_token=False), pooling, late)
             case "token_classify":
                 full = self._model(AutoModelForTokenClassification, checkpoint, config)
                 return Loaded(self._backbone(full.base_model), ReplayedHead(full, per_token=True))
+            case "judge":
+                full = self._language_model(checkpoint, config)
+                keep_words(full, token_ids)
+                return Loaded(self._backbone(full.base_model), ReplayedHead(full, per_token=True))
             case "reward" | "process_reward":
                 model = self._model(AutoModel, checkpoint, config, **_without_pooler(config))
-                head = head_from_weights(_stored(checkpoint, _REWARD_HEAD)).to(self.device)
-                return Loaded(self._backbone(model), head)
+                return Loaded(self._backbone(model), self._reward_head(checkpoint))
+
+    def _language_model(self, checkpoint: Checkpoint, config: PreTrainedConfig) -> PreTrainedModel:
+        full = self._model(AutoModelForCausalLM, checkpoint, config)
+        if not isinstance(full.get_output_embeddings(), nn.Linear):
+            raise ConfigError(f"{type(full).__name__} has no language model head to read words from.")
+        return full
+
+    def _reward_head(self, checkpoint: Checkpoint) -> nn.Module | None:
+        """None for a plain model that was told to be one (`--convert reward`): its hidden states are the result."""
+        stored = _stored(checkpoint, _REWARD_HEAD)
+        if not stored and not any(re.search(r"RewardModel(ing)?$", name) for name in checkpoint.architectures):
+            return None
+        return head_from_weights(stored).to(self.device)
 
     def _model(
         self, auto: Any, checkpoint: Checkpoint, config: PreTrainedConfig, **options: Any
@@ -137,6 +173,27 @@ class Loader:
             raise ConfigError(
                 f"The config.json in {checkpoint.path} is not one carpool can serve: {_first_line(error)}"
             ) from error
+
+
+def _class_pooling(full: PreTrainedModel) -> tuple[PoolingMode | None, bool]:
+    """Which rows a classifier's class feeds to its head, and whether it does so behind the head."""
+    match getattr(full.config, "classifier_pooling", None):
+        case "cls" | "bos":
+            return "cls", False
+        case "mean":
+            return "mean", False
+        case "late":
+            return "mean", True
+    # Classes made of a causal model score its last token, also where it was told to look both ways.
+    return ("last", False) if isinstance(getattr(full, "score", None), nn.Linear) else (None, False)
+
+
+def _honour_bias(full: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """A causal model's `score` layer has no bias in transformers; some checkpoints bring one."""
+    score = getattr(full, "score", None)
+    stored = _stored(checkpoint, _SCORE_BIAS)
+    if isinstance(score, nn.Linear) and score._parameters.get("bias") is None and stored:
+        score.bias = nn.Parameter(stored["score.bias"].to(score.weight), requires_grad=False)
 
 
 def _without_pooler(config: PreTrainedConfig) -> dict[str, Any]:

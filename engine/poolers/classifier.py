@@ -7,6 +7,7 @@ token, with the backbone swapped for a stub that hands the rows through. No arch
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from carpool.engine.errors import ConfigError
 
 
 class ReplayedHead(nn.Module):
-    """The head of a transformers `*ForSequenceClassification` or `*ForTokenClassification`, in float32."""
+    """The head of a `*ForSequenceClassification`, `*ForTokenClassification` or `*ForCausalLM`, in float32."""
 
     def __init__(self, full: PreTrainedModel, *, per_token: bool) -> None:
         """Takes `full` apart: afterwards it holds a stub where its backbone was."""
@@ -26,8 +27,10 @@ class ReplayedHead(nn.Module):
         setattr(full, full.base_model_prefix, _Stub(backbone))
         self._full = full.float()
         self._per_token = per_token
-        pad = full.config.get_text_config().pad_token_id
-        self._token = 1 if pad == 0 else 0  # any id but the pad's: heads look for the last token that is not it
+        text = full.config.get_text_config()
+        if text.pad_token_id is None:
+            text.pad_token_id = 0  # without one, heads that look for the last token refuse more than one text
+        self._token = 1 if text.pad_token_id == 0 else 0  # any id but the pad's
 
     def forward(self, rows: Tensor) -> Tensor:
         texts = rows[None] if self._per_token else rows[:, None]  # [1, R, H] or [R, 1, H]
@@ -46,7 +49,7 @@ class _Stub(nn.Module):
             pooler = nn.Sequential(_First(), pooler, getattr(backbone, "pooler_activation", nn.Tanh()))
         self.pooler = pooler
         if pooler is not None:
-            backbone.pooler = None
+            backbone.pooler = None  # type: ignore[assignment]
 
     def forward(
         self, input_ids: Tensor | None = None, *args: object, inputs_embeds: Tensor, **others: object
@@ -77,18 +80,25 @@ def head_from_weights(tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def head_from_tokens(rows: Tensor, method: str) -> nn.Module:
-    """A one-row scorer out of rows of the language model's head, float32 [tokens, H].
+    """A scorer out of rows of the language model's head, float32 [tokens, H].
 
     "from_2_way_softmax": the second minus the first, so that a sigmoid gives the softmax over the two;
-    "no_post_processing": the one row as it is.
+    "no_post_processing": a logit a row.
     """
-    if method == "from_2_way_softmax" and len(rows) == 2:
-        weight = rows[1:] - rows[:1]
-    elif method == "no_post_processing" and len(rows) >= 1:
-        weight = rows
-    else:
-        raise ConfigError(f"classifier_from_token with {len(rows)} tokens does not go with method {method!r}.")
+    weight = rows[1:] - rows[:1] if method == "from_2_way_softmax" else rows
     return _linear({"score.weight": weight}, "score")
+
+
+def keep_words(full: PreTrainedModel, token_ids: Seq[int]) -> None:
+    """Narrow the head of a language model to the rows of `token_ids`, in their order: [R, V] becomes [R, tokens]."""
+    head = full.get_output_embeddings()
+    highest = head.weight.shape[0] - 1
+    if not all(0 <= token <= highest for token in token_ids):
+        raise ConfigError(f"returned_token_ids {list(token_ids)} go beyond this model's ids, 0 to {highest}.")
+    rows = {"head.weight": head.weight[list(token_ids)]}
+    if head.bias is not None:
+        rows["head.bias"] = head.bias[list(token_ids)]
+    full.set_output_embeddings(_linear(rows, "head"))
 
 
 def _linear(tensors: Mapping[str, Tensor], prefix: str) -> nn.Linear:

@@ -39,14 +39,20 @@ class ClassifyHead:
 
 
 class ClassifyPool:
-    """One result a text: [labels]."""
+    """One result a text: [labels]. The head is behind the pooling `method` or, if `late`, before it."""
 
-    def __init__(self, method: Method, head: ClassifyHead) -> None:
+    def __init__(self, method: Method, head: ClassifyHead, late: bool = False) -> None:
         self._method = method
         self._head = head
+        self._late = late
 
-    def __call__(self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]) -> Rows:
-        logits = self._head.logits(self._method(hidden, cu_seqlens)[list(places)])
+    def __call__(
+        self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]
+    ) -> Rows:
+        if self._late:
+            logits = self._method(self._head.logits(hidden.float()), cu_seqlens)[list(places)]
+        else:
+            logits = self._head.logits(self._method(hidden, cu_seqlens)[list(places)])
         plain = logits.cpu().numpy()
         probabilities = self._head.activate(logits).cpu().numpy()
         wishes = [seq.params.use_activation for seq in sequences]
@@ -68,7 +74,9 @@ class TokenClassifyPool:
         self._step_tag_id = step_tag_id
         self._columns = list(returned_token_ids) if returned_token_ids else None
 
-    def __call__(self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]) -> Rows:
+    def __call__(
+        self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]
+    ) -> Rows:
         rows, lengths = token_rows(cu_seqlens, places)
         if self._step_tag_id is not None:
             token_ids = [token for seq in sequences for token in seq.token_ids]
@@ -79,7 +87,9 @@ class TokenClassifyPool:
         if self._columns is not None:
             logits = logits[:, self._columns]
         texts = torch.split(logits, lengths)
-        return [self._head.finish(text, seq).cpu().numpy() for text, seq in zip(texts, sequences, strict=True)]
+        return [
+            self._head.finish(text, seq).cpu().numpy() for text, seq in zip(texts, sequences, strict=True)
+        ]
 
 
 def activation_named(name: str) -> Activate:
@@ -89,5 +99,3 @@ def activation_named(name: str) -> Activate:
         "sigmoid": torch.sigmoid,
         "softmax": lambda logits: torch.softmax(logits, dim=-1),
     }[name]
-
-

@@ -32,7 +32,9 @@ class EmbedHead:
         repeat = torch.tensor(repeats, device=device)
         widths = torch.tensor([self.width(seq, vectors.shape[1]) for seq in sequences], device=device)
         wishes = [seq.params.use_activation for seq in sequences]
-        normalize = torch.tensor([self._normalize if wish is None else wish for wish in wishes], device=device)
+        normalize = torch.tensor(
+            [self._normalize if wish is None else wish for wish in wishes], device=device
+        )
         finished = cut_and_normalize(
             vectors, widths.repeat_interleave(repeat), normalize.repeat_interleave(repeat)
         )
@@ -51,7 +53,9 @@ class EmbedPool:
         self._methods = [METHODS[mode] for mode in modes]
         self._head = head
 
-    def __call__(self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]) -> Rows:
+    def __call__(
+        self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]
+    ) -> Rows:
         pooled = [method(hidden, cu_seqlens) for method in self._methods]
         vectors = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
         if len(places) < len(vectors):
@@ -66,7 +70,9 @@ class TokenEmbedPool:
     def __init__(self, head: EmbedHead) -> None:
         self._head = head
 
-    def __call__(self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]) -> Rows:
+    def __call__(
+        self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]
+    ) -> Rows:
         rows, lengths = token_rows(cu_seqlens, places)
         finished = self._head(hidden[rows].float(), sequences, lengths)
         texts = zip(split(finished, lengths), sequences, strict=True)

@@ -22,7 +22,9 @@ Rows = list[NDArray[np.float32]]
 class Pool(Protocol):
     """Serves one task for the sequences of a batch that ask for it."""
 
-    def __call__(self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]) -> Rows:
+    def __call__(
+        self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]
+    ) -> Rows:
         """hidden [T, H], cu_seqlens [B+1]; `sequences` are those at `places` in the batch, in order.
 
         Returns one float32 array each: [D] for a whole text, [tokens, D] for a token task.

@@ -1,14 +1,11 @@
-"""Is it alive, is it ready, what is it, how is it doing."""
+"""Is it alive, is it ready, how is it doing."""
 
 from __future__ import annotations
 
 from aiohttp import web
 
-from carpool import __version__
 from carpool.engine.errors import Draining, EngineDead, NotReady
-from carpool.server.answer import json_answer
 from carpool.server.keys import ENGINE, METRICS
-from carpool.server.protocol import VersionResponse
 
 
 async def check_health(request: web.Request) -> web.Response:
@@ -37,10 +34,6 @@ async def check_ready(request: web.Request) -> web.Response:
     if request.app[ENGINE].state == "draining":
         raise Draining("The server is shutting down.")
     return await check_health(request)
-
-
-async def show_version(request: web.Request) -> web.Response:
-    return json_answer(VersionResponse(__version__))
 
 
 async def show_metrics(request: web.Request) -> web.Response:

@@ -5,18 +5,10 @@ from __future__ import annotations
 from aiohttp import web
 
 from carpool.server.answer import json_answer
-from carpool.server.errors import UnknownModel
+from carpool.server.call import served_name
 from carpool.server.headers import fresh_label
 from carpool.server.keys import CONFIG, ENGINE, STARTED_AT
 from carpool.server.protocol import ModelCard, ModelList, ModelPermission
-
-
-def served_name(app: web.Application, asked: str | None) -> str:
-    """The name answers carry, whichever of the model's names the request used."""
-    names = app[CONFIG].model_names
-    if asked and asked not in names:
-        raise UnknownModel(f"The model `{asked}` does not exist.", "model")
-    return names[0]
 
 
 async def list_models(request: web.Request) -> web.Response:

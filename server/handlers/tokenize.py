@@ -1,4 +1,4 @@
-"""Text to token ids and back, as the model's own tokenizer does it."""
+"""Text or chat to token ids and back, as the model's own tokenizer does it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from aiohttp import web
 from carpool.engine.params import TokenizationParams
 from carpool.server.answer import json_answer
 from carpool.server.body import read_request
-from carpool.server.handlers.models import served_name
+from carpool.server.call import rendered, served_name
 from carpool.server.keys import ENGINE
 from carpool.server.protocol import (
     DetokenizeResponse,
+    TokenizeRequest,
     TokenizeResponse,
     decode_detokenize_request,
     decode_tokenize_request,
@@ -21,10 +22,17 @@ async def tokenize(request: web.Request) -> web.Response:
     asked = await read_request(request, decode_tokenize_request)
     served_name(request.app, asked.model)
     engine = request.app[ENGINE]
-    params = TokenizationParams(add_special_tokens=asked.add_special_tokens is not False)
-    [token_ids] = await engine.tokenize([asked.text()], params)
+    params = TokenizationParams(add_special_tokens=asked.specials)
+    [token_ids] = await engine.tokenize([await _text(request.app, asked)], params)
     texts = engine.tokens(token_ids) if asked.return_token_strs else None
     return json_answer(TokenizeResponse(len(token_ids), engine.model.max_model_len, token_ids, texts))
+
+
+async def _text(app: web.Application, asked: TokenizeRequest) -> str:
+    if asked.messages is None:
+        return asked.text()
+    [text] = await rendered(app, [asked.conversation()], asked.rendering())
+    return text
 
 
 async def detokenize(request: web.Request) -> web.Response:

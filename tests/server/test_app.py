@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import pytest
 
-from carpool.server.app import ROUTES
+from carpool.server.app import ROUTES, Route
 from carpool.server.config import ServerConfig
 from serving import EMBEDDINGS, Served, assert_error, serving
 
 
-def test_each_route_has_a_handler_of_its_own() -> None:
-    """Else the middleware could not tell them apart."""
-    assert len({route.handler for route in ROUTES}) == len(ROUTES)
+def concrete(route: Route) -> str:
+    return route.path.replace("{model}", "all-MiniLM-L6-v2").replace("{asset}", "docs.css")
+
+
+def test_no_path_is_there_twice() -> None:
+    assert len({route.path for route in ROUTES}) == len(ROUTES)
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.path)
-async def test_every_path_has_its_spellings(route: object) -> None:
-    path = route.path.replace("{model}", "all-MiniLM-L6-v2")  # type: ignore[attr-defined]
+async def test_every_path_has_its_spellings(route: Route) -> None:
+    path = concrete(route).removesuffix("/")
     async with serving(ServerConfig(root_path="/proxy/")) as server:
         for spelling in (path, path + "/", "/proxy" + path, "/proxy" + path + "/"):
-            for method in route.methods:  # type: ignore[attr-defined]
+            for method in route.methods:
                 assert (await server.ask(method, spelling, json={})).status in (200, 400)
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.path)
+def test_every_route_is_described(route: Route) -> None:
+    assert route.summary.endswith((".", "?"))
+    assert (route.request is not None) >= route.runs_model
 
 
 async def test_get_implies_head(served: Served) -> None:
     for route in ROUTES:
         if "GET" in route.methods:
-            answer = await served.ask("HEAD", route.path.replace("{model}", "all-MiniLM-L6-v2"))
+            answer = await served.ask("HEAD", concrete(route))
             assert (answer.status, answer.body) == (200, b"")
 
 
@@ -48,7 +57,7 @@ async def test_other_methods_are_405(served: Served, method: str, path: str, all
 
 
 @pytest.mark.parametrize(
-    "path", ["/nope", "/", "/v1/nope", "//v1/embeddings", "/v1", "/V1/models", "/%00", "/v1/%zz"]
+    "path", ["/nope", "//", "/v1/nope", "//v1/embeddings", "/v1", "/V1/models", "/%00", "/v1/%zz"]
 )
 async def test_other_paths_are_404(served: Served, path: str) -> None:
     answer = await served.raw(f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())

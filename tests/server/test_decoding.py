@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from carpool.server.app import ROUTES
 from carpool.server.decoding import RequestDecoder, parse
 from carpool.server.errors import InvalidRequest
 from carpool.server.lax import read_struct
-from carpool.server.protocol import (
-    DetokenizeRequest,
-    EmbeddingRequest,
-    TokenizeRequest,
-    decode_embedding_request,
-)
+from carpool.server.protocol import EmbeddingRequest, decode_embedding_request
 
 GOOD = b'{"model": "m", "input": "hi"}'
 
@@ -85,28 +81,48 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-names = st.sampled_from(
-    [field.name for field in msgspec.structs.fields(EmbeddingRequest)] + ["prompt", "tokens", "x"]
-)
 likely = st.sampled_from(
-    ["float", "base64", "left", "max_length", "float16", "big", True, 0, -1, 5, ["a"], [1], [[1]]]
+    [
+        *("float", "base64", "left", "Left", "max_length", "float16", "big", "NONE", "a", True, 0, -1, 5),
+        *(
+            ["a"],
+            [1],
+            [[1]],
+            ["float"],
+            [["a", "b"]],
+            {"a": 1},
+            [{"role": "a"}],
+            [[{"role": "a"}]],
+            ["a", {}],
+        ),
+    ]
+)
+KINDS = sorted(
+    {kind for route in ROUTES if route.request for kind in get_args(route.request) or (route.request,)},
+    key=lambda kind: str(kind.__name__),
 )
 
 
-@pytest.mark.parametrize("kind", [EmbeddingRequest, TokenizeRequest, DetokenizeRequest])
+@pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=300, deadline=None)
-@given(document=st.dictionaries(names, json_values | likely, max_size=6))
-def test_what_the_strict_decoder_accepts_the_lax_rules_read_alike(
-    kind: Any, document: dict[str, Any]
-) -> None:
+@given(data=st.data())
+def test_what_the_strict_decoder_accepts_the_lax_rules_read_alike(kind: Any, data: st.DataObject) -> None:
+    names = st.sampled_from([*(field.name for field in msgspec.structs.fields(kind)), "x"])
+    document = data.draw(st.dictionaries(names, json_values | likely, max_size=6))
     body = json.dumps(document).encode()
     try:
         strict = msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeError):
         return
-    if kind is EmbeddingRequest and isinstance(strict.input, list) and len(set(map(type, strict.input))) > 1:
-        return  # mixed lists are refused later, by `prompts`
+    value = getattr(strict, "input", None) or getattr(strict, "inputs", None)
+    if isinstance(value, list) and is_mixed(value):
+        return  # refused later, by `prompts` and `conversations`
     assert read_struct(kind, parse(body)) == strict
+
+
+def is_mixed(items: list[Any]) -> bool:
+    inner = [item for each in items if isinstance(each, list) for item in each]
+    return len(set(map(type, items))) > 1 or len(set(map(type, inner))) > 1
 
 
 @settings(max_examples=300, deadline=None)

@@ -54,6 +54,13 @@ def test_defaults_are_the_configurations_own() -> None:
             {"pooling-type": "CLS", "dimensions": "32"},
             PoolerConfig(pooling_type="CLS", dimensions=32),
         ),
+        (
+            "pooler_config",
+            {"returned_token_ids": [1, "2"], "task": "token_classify", "logit_sigma": "0.5"},
+            PoolerConfig(returned_token_ids=(1, 2), task="token_classify", logit_sigma=0.5),
+        ),
+        ("convert", "reward", "reward"),
+        ("chat_template", "{{ messages }}", "{{ messages }}"),
     ],
 )
 def test_each_kind_reads_its_values(name: str, raw: Any, value: Any) -> None:
@@ -79,7 +86,11 @@ def test_each_kind_reads_its_values(name: str, raw: Any, value: Any) -> None:
             {"poling_type": 1},
             "Unknown --pooler-config key poling_type; did you mean pooling_type?",
         ),
-        ("pooler_config", {"pooling_type": "MAX"}, "--pooling-type must be one of CLS, LAST, MEAN, got MAX."),
+        (
+            "pooler_config",
+            {"pooling_type": "MAX"},
+            "--pooling-type must be one of CLS, LAST, MEAN, ALL, STEP, got MAX.",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence(name: str, raw: Any, sentence: str) -> None:

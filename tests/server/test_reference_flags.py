@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from carpool.engine.errors import ConfigError
+from carpool.engine.reference_options import ONE_ONLY, WITHOUT_MEANING
 from carpool.server.options import OPTIONS
-from carpool.server.reference_flags import ONE_ONLY, WITHOUT_MEANING
 from carpool.server.sources import from_arguments
 
 
@@ -31,10 +31,20 @@ def test_more_than_one_device_is_refused(flag: str) -> None:
         from_arguments([flag, "2"])
 
 
-@pytest.mark.parametrize("task", ["embed", "embedding"])
-def test_the_older_task_flag_is_translated(task: str) -> None:
+@pytest.mark.parametrize(
+    ("task", "convert"),
+    [
+        ("auto", "auto"),
+        ("embed", "embed"),
+        ("embedding", "embed"),
+        ("classify", "classify"),
+        ("score", "auto"),
+        ("reward", "reward"),
+    ],
+)
+def test_the_older_task_flag_is_translated(task: str, convert: str) -> None:
     settings = from_arguments(["--task", task])
-    assert settings.values == {"runner": "pooling", "convert": "embed"}
+    assert settings.values == {"runner": "pooling", "convert": convert}
     assert settings.deprecated == ["--task is deprecated; use --runner and --convert."]
 
 
@@ -50,8 +60,10 @@ def test_the_older_pooler_flag_is_translated() -> None:
     [
         ("--task generate", "--task generate: carpool serves pooling models only and generates no text."),
         ("--runner generate", "--runner generate: carpool serves pooling models only and generates no text."),
-        ("--task classify", "--task classify is not served by this version: it serves embeddings."),
-        ("--task dance", "--task must be one of auto, embed, embedding, got dance."),
+        (
+            "--task dance",
+            "--task must be one of auto, embed, embedding, classify, score, reward, got dance.",
+        ),
         ("--task", "--task needs a value."),
     ],
 )

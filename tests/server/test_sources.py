@@ -34,6 +34,7 @@ def arguments(line: str) -> dict[str, Any]:
         ("--served-model-name a --served-model-name b", {"served_model_name": ["a", "b"]}),
         ("--served-model-name=a", {"served_model_name": ["a"]}),
         ("--api-key a m --api-key b", {"api_key": ["a", "b"], "model": "m"}),
+        ("m --api-key a b --port 1", {"api_key": ["a", "b"], "model": "m", "port": "1"}),
         ('--api-key ["a","b"]', {"api_key": ["a", "b"]}),
         ('--hf-overrides {"a":1}', {"hf_overrides": {"a": 1}}),
         ('--hf-overrides {"a":1} --hf-overrides.b true', {"hf_overrides": {"a": 1, "b": True}}),

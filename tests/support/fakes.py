@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from carpool.engine.errors import Draining, EngineError, InputTooLong, NotReady, TokenOutOfVocabulary
+from carpool.engine.errors import (
+    Draining,
+    EmptyInput,
+    EngineError,
+    InputTooLong,
+    InvalidInput,
+    NotReady,
+    TokenOutOfVocabulary,
+)
 from carpool.engine.model_info import ModelInfo
-from carpool.engine.outputs import PoolingResult, Timings
+from carpool.engine.outputs import PoolingResult, ScoreResult, Timings
 from carpool.engine.params import Matryoshka, PoolingParams, Task, TokenizationParams
 from carpool.engine.stats import Observer, Unobserved
 
@@ -19,7 +31,7 @@ CLS, SEP = 101, 102
 FAKE_MODEL = ModelInfo(
     root="/models/fake",
     architectures=("FakeModel",),
-    tasks=frozenset({"embed"}),
+    tasks=frozenset({"embed", "token_embed"}),
     max_model_len=256,
     vocab_size=VOCAB_SIZE,
     embedding_size=WIDTH,
@@ -34,6 +46,24 @@ FAKE_MODEL = ModelInfo(
     max_num_seqs=256,
     attention="fake",
 )
+
+
+LABELS = ("negative", None, "positive")
+FAKE_CLASSIFIER = replace(
+    FAKE_MODEL,
+    architectures=("FakeForSequenceClassification",),
+    tasks=frozenset({"classify", "token_classify"}),
+    default_task="classify",
+    labels=LABELS,
+)
+FAKE_CROSS_ENCODER = replace(FAKE_CLASSIFIER, labels=("LABEL_0",))
+FAKE_TAGGER = replace(FAKE_CLASSIFIER, tasks=frozenset({"token_classify"}), default_task="token_classify")
+FAKES = {
+    "embedder": FAKE_MODEL,
+    "classifier": FAKE_CLASSIFIER,
+    "cross-encoder": FAKE_CROSS_ENCODER,
+    "tagger": FAKE_TAGGER,
+}
 
 
 class FakeEngine:
@@ -93,9 +123,23 @@ class FakeEngine:
     async def detokenize(self, token_ids: list[int]) -> str:
         return "".join(chr(token) for token in token_ids if token < VOCAB_SIZE)
 
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        if not self.model.chat_template:
+            raise InvalidInput("This model has no chat template.", "messages")
+        text = "".join(f"<{message['role']}>{message.get('content')}" for message in messages)
+        ends = ">" * add_generation_prompt + "…" * continue_final_message
+        return f"{text}{ends}{kwargs or ''}"
+
     async def pool(
         self,
-        prompts: list[str] | list[list[int]],
+        prompts: list[str] | list[list[int]] | list[tuple[str, str]],
         params: PoolingParams,
         tokenization: TokenizationParams,
         *,
@@ -106,11 +150,13 @@ class FakeEngine:
     ) -> PoolingResult:
         if self.state == "draining":
             raise Draining("The engine is shutting down.")
+        assert task in self.model.tasks
         self.calls.append(
             {
                 "prompts": prompts,
                 "params": params,
                 "tokenization": tokenization,
+                "task": task,
                 "client": client,
                 "priority": priority,
                 "timeout": timeout,
@@ -118,10 +164,50 @@ class FakeEngine:
         )
         if self.error:
             raise self.error
-        token_ids = [self._check(prompt, tokenization) for prompt in prompts]
+        each: Any = prompts  # a union of lists, of which a type checker makes a sequence of objects
+        alone = len(prompts) == 1
+        token_ids = [self._check(prompt, tokenization, None if alone else i) for i, prompt in enumerate(each)]
         await self._wait(token_ids)
-        rows = [self._vector(ids, params.dimensions or WIDTH) for ids in token_ids]
+        rows = [self._row(ids, task, params) for ids in token_ids]
         return PoolingResult(rows, token_ids, Timings(0.001, 0.002, 0.003))
+
+    async def score(
+        self,
+        queries: list[str],
+        documents: list[str],
+        params: PoolingParams,
+        tokenization: TokenizationParams,
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        client: str = "",
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> ScoreResult:
+        """A pair's score is the length of its document, or less one half where its texts differ."""
+        if not queries or not documents:
+            raise EmptyInput("At least one text must be given", "documents" if queries else "queries")
+        if len(queries) not in (1, len(documents)):
+            raise InvalidInput("Input lengths must be either 1:1, 1:N or N:N")
+        self.calls.append(
+            {
+                "queries": queries,
+                "documents": documents,
+                "params": params,
+                "tokenization": tokenization,
+                "template_kwargs": template_kwargs,
+                "client": client,
+                "priority": priority,
+                "timeout": timeout,
+            }
+        )
+        if self.error:
+            raise self.error
+        ids = [
+            self._check(text, tokenization, i, "documents") for i, text in enumerate([*queries, *documents])
+        ]
+        await self._wait(ids)
+        scores = [len(text) - 0.5 * (text not in queries) for text in documents]
+        return ScoreResult(scores, sum(map(len, ids)), Timings(0.001, 0.002, 0.003))
 
     async def _wait(self, token_ids: list[list[int]]) -> None:
         self.waiting_sequences += len(token_ids)
@@ -137,26 +223,56 @@ class FakeEngine:
             self.waiting_tokens -= sum(map(len, token_ids))
         self.observer.batch_done(sum(map(len, token_ids)), len(token_ids), 0.003)
 
-    def _check(self, prompt: str | list[int], tokenization: TokenizationParams) -> list[int]:
+    def _check(
+        self,
+        prompt: str | list[int] | tuple[str, str],
+        tokenization: TokenizationParams,
+        index: int | None = None,
+        field: str = "input",
+    ) -> list[int]:
+        place = field if index is None else f"{field}[{index}]"
+        if isinstance(prompt, tuple):
+            prompt = "".join(prompt)
+        if isinstance(prompt, str) and not prompt.isascii():
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:
+                raise InvalidInput("input holds a lone surrogate.", place) from None
         ids = self._ids(prompt, tokenization.add_special_tokens) if isinstance(prompt, str) else prompt
         for token in ids:
             if not 0 <= token < VOCAB_SIZE:
-                raise TokenOutOfVocabulary(f"Token id {token} is out of vocabulary.", "input")
+                raise TokenOutOfVocabulary(f"Token id {token} is out of vocabulary.", place)
         limit = self._model.max_model_len
         if tokenization.truncate_prompt_tokens is not None:
             limit = tokenization.truncate_prompt_tokens % (limit + 1)
             ids = ids[:limit]
         if len(ids) > limit:
-            raise InputTooLong(f"{len(ids)} tokens, but the model takes {limit}.", "input")
+            raise InputTooLong(f"{len(ids)} tokens, but the model takes {limit}.", place)
+        if not ids:
+            raise EmptyInput("The prompt has no tokens.", place)
         return ids
 
     def _ids(self, text: str, special: bool) -> list[int]:
         ids = [ord(character) % VOCAB_SIZE for character in text]
         return [CLS, *ids, SEP] if special else ids
 
-    def _vector(self, ids: list[int], width: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-        generator = np.random.default_rng(ids)
-        return generator.standard_normal(WIDTH, dtype=np.float32)[:width]
+    def _row(self, ids: list[int], task: Task, params: PoolingParams) -> NDArray[np.float32]:
+        if "embed" in task:
+            width = params.dimensions or WIDTH
+            rows = [self._vector(ids, WIDTH)[:width]] * (1 if task == "embed" else len(ids))
+        else:
+            rows = [self._probabilities(ids, params)] * (1 if task == "classify" else len(ids))
+        return rows[0] if task in ("embed", "classify") else np.stack(rows)
+
+    def _vector(self, ids: list[int], width: int) -> NDArray[np.float32]:
+        return np.random.default_rng(ids).standard_normal(width, dtype=np.float32)
+
+    def _probabilities(self, ids: list[int], params: PoolingParams) -> NDArray[np.float32]:
+        logits = self._vector(ids, len(self._model.labels))
+        if params.use_activation is False:
+            return logits
+        powers = np.exp(logits)
+        return np.asarray(powers / powers.sum(), np.float32)
 
 
 def engine_errors() -> list[type[EngineError]]:

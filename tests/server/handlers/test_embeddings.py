@@ -235,3 +235,44 @@ async def test_no_body_of_any_kind_makes_a_500(served: Served) -> None:
             assert_error(answer, answer.status, answer.json["type"], answer.json["param"])
 
     await asyncio.to_thread(post)
+
+
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+async def test_chats_are_rendered_and_each_conversation_is_a_vector() -> None:
+    async with serving(engine=FakeEngine(replace(FAKE_MODEL, chat_template=True))) as server:
+        for fields, prompts in (
+            ({"messages": CHAT}, ["<user>hi"]),
+            ({"messages": [CHAT, CHAT]}, ["<user>hi", "<user>hi"]),
+            ({"input": CHAT}, ["<user>hi"]),
+            ({"input": [CHAT, CHAT]}, ["<user>hi", "<user>hi"]),
+            ({"input": "text", "messages": CHAT}, ["<user>hi"]),
+            ({"messages": CHAT, "add_generation_prompt": True}, ["<user>hi>"]),
+            ({"messages": CHAT, "continue_final_message": True}, ["<user>hi…"]),
+            ({"messages": CHAT, "chat_template_kwargs": {"a": 1}}, ["<user>hi{'a': 1}"]),
+        ):
+            server.engine.calls.clear()
+            answer = await server.embed(**fields)
+            assert len(answer.json["data"]) == len(prompts)
+            [call] = server.engine.calls
+            assert call["prompts"] == prompts
+            assert call["tokenization"] == TokenizationParams(add_special_tokens=False)
+        await server.embed(messages=CHAT, add_special_tokens=True)
+        assert server.engine.calls[-1]["tokenization"] == TokenizationParams()
+        answer = await server.embed(messages=[CHAT, [{"role": "user", "content": "x" * 500}]])
+        assert_error(answer, 400, "BadRequestError", "messages[1]")
+
+
+async def test_a_model_without_a_template_takes_no_chats(served: Served) -> None:
+    assert_error(await served.embed(messages=CHAT), 400, "BadRequestError", "messages")
+    assert_error(
+        await served.embed(messages=CHAT, chat_template="{{ 1 }}"), 400, "BadRequestError", "chat_template"
+    )
+
+
+async def test_voyages_word_for_dimensions_counts() -> None:
+    engine = FakeEngine(replace(FAKE_MODEL, matryoshka=Matryoshka(WIDTH, flexible=True)))
+    async with serving(engine=engine) as server:
+        answer = await server.embed(input="a", output_dimension=4)
+        assert len(answer.json["data"][0]["embedding"]) == 4

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from serving import Served, assert_error
+from fakes import FAKE_MODEL, FakeEngine
+from serving import Served, assert_error, serving
 
 
 async def test_a_prompt_becomes_ids(served: Served) -> None:
@@ -19,6 +21,16 @@ async def test_special_tokens_can_be_left_out_and_texts_asked_for(served: Served
     assert (await served.post("/tokenize", asked)).json["token_strs"] == ["a", "b"]
 
 
+async def test_a_chat_is_rendered_and_then_tokenised() -> None:
+    async with serving(engine=FakeEngine(replace(FAKE_MODEL, chat_template=True))) as server:
+        chat = {"messages": [{"role": "a", "content": "b"}], "return_token_strs": True}
+        assert (await server.post("/tokenize", chat)).json["token_strs"] == list("<a>b>")
+        asked = {**chat, "add_generation_prompt": False, "add_special_tokens": True}
+        assert (await server.post("/tokenize", asked)).json["token_strs"] == ["e", *"<a>b", "f"]
+        asked = {**chat, "continue_final_message": True, "prompt": "unread"}
+        assert (await server.post("/tokenize", asked)).json["token_strs"][:4] == list("<a>b")
+
+
 async def test_there_is_no_length_limit(served: Served) -> None:
     assert (await served.post("/tokenize", {"prompt": "a" * 5000})).json["count"] == 5002
 
@@ -29,7 +41,10 @@ async def test_there_is_no_length_limit(served: Served) -> None:
         ({}, "prompt"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": ["a", "b"]}, "prompt"),
-        ({"messages": [{"role": "user", "content": "hi"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "messages"),  # the model has no template
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": 5}]}, "messages[0].role"),
+        ({"messages": [[{"role": "user", "content": "hi"}]]}, "messages[0]"),
     ],
 )
 async def test_what_is_no_prompt_is_refused(served: Served, body: Any, param: str) -> None:

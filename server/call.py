@@ -1,0 +1,160 @@
+"""Call: one request to the model, between its body and its answer. All routes that run the model go through here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aiohttp import web
+
+from carpool.engine.errors import InvalidInput, UnsupportedTask
+from carpool.server.errors import UnknownModel
+from carpool.server.headers import label, timeout_seconds
+from carpool.server.keys import CLIENT, CONFIG, ENGINE, METRICS, REQUEST_ID
+
+if TYPE_CHECKING:
+    from carpool.engine.async_engine import Prompts
+    from carpool.engine.outputs import PoolingResult, ScoreResult, Timings
+    from carpool.engine.params import PoolingParams, Task, TokenizationParams
+    from carpool.server.protocol import Conversation
+    from carpool.server.protocol.model_request import TextRequest
+
+
+class Asked(Protocol):
+    """What every request to the model says."""
+
+    model: str | None
+    priority: int | None
+    request_id: str | None
+
+
+class Call:
+    """`name` is the served model's; `model` is what is known of it."""
+
+    def __init__(self, request: web.Request, asked: Asked) -> None:
+        """Raises UnknownModel, and NotReady while the model loads."""
+        self._request = request
+        self._asked = asked
+        self.name = served_name(request.app, asked.model)
+        self._engine = request.app[ENGINE]
+        self.model = self._engine.model
+        self._timeout = timeout_seconds(request)
+        self._tokens = 0
+        self._timings: Timings | None = None
+        self._answered = 0.0
+        own = label(asked.request_id)
+        if own and label(request.headers.get("X-Request-Id")) is None:
+            request[REQUEST_ID] = own  # a `request_id` in the body counts where no header came with it
+
+    @property
+    def id(self) -> str:
+        return self._request[REQUEST_ID]
+
+    def require(self, offered: bool, api: str) -> None:
+        if not offered:
+            raise UnsupportedTask(f"The model does not support {api} API")
+
+    async def prompts(self, asked: TextRequest) -> Prompts:
+        """The request's texts or token ids; chats are rendered."""
+        if asked.is_chat:
+            return await self.render(asked.conversations(), asked.rendering())
+        return asked.prompts(self._request.app[CONFIG].engine.token_id_input)
+
+    async def render(self, conversations: Sequence[Conversation], options: Mapping[str, Any]) -> list[str]:
+        return await rendered(self._request.app, conversations, options)
+
+    async def pool(
+        self,
+        task: Task,
+        prompts: Prompts,
+        params: PoolingParams,
+        tokenization: TokenizationParams,
+        field: str = "input",
+    ) -> PoolingResult:
+        """`field` is where the prompts stood in the body."""
+        with _blaming({"input": field}):
+            result = await self._engine.pool(prompts, params, tokenization, task=task, **self._terms)
+        self._note(result)
+        return result
+
+    async def score(
+        self,
+        queries: list[str],
+        documents: list[str],
+        params: PoolingParams,
+        tokenization: TokenizationParams,
+        template_kwargs: Mapping[str, Any] | None = None,
+        fields: tuple[str, str] = ("queries", "documents"),
+    ) -> ScoreResult:
+        """`fields` are where the two sides stood in the body."""
+        with _blaming({"queries": fields[0], "documents": fields[1]}):
+            result = await self._engine.score(
+                queries, documents, params, tokenization, template_kwargs=template_kwargs, **self._terms
+            )
+        self._note(result)
+        return result
+
+    @property
+    def _terms(self) -> Mapping[str, Any]:
+        """For whom, how urgent, how long."""
+        return {
+            "client": self._request[CLIENT],
+            "priority": self._asked.priority or 0,
+            "timeout": self._timeout,
+        }
+
+    def _note(self, result: PoolingResult | ScoreResult) -> None:
+        self._tokens += result.prompt_tokens
+        self._timings = result.timings
+        self._answered = perf_counter()
+
+    def finish(self, response: web.Response) -> web.Response:
+        """Account for the answer, and say in it where the time went."""
+        assert self._timings is not None, "the model ran"
+        encode = perf_counter() - self._answered
+        self._request.app[METRICS].answered(self._tokens, self._timings, encode)
+        response.headers["Server-Timing"] = _server_timing(self._timings, encode)
+        return response
+
+
+@contextmanager
+def _blaming(fields: Mapping[str, str]) -> Iterator[None]:
+    """The engine has its own names for what it was given; the client is to read those of its request."""
+    try:
+        yield
+    except InvalidInput as error:
+        name, bracket, rest = (error.param or "").partition("[")
+        if name in fields:
+            error.param = fields[name] + bracket + rest
+        raise
+
+
+def served_name(app: web.Application, asked: str | None) -> str:
+    """The name answers carry, whichever of the model's names the request used."""
+    names = app[CONFIG].model_names
+    if asked and asked not in names:
+        raise UnknownModel(f"The model `{asked}` does not exist.", "model")
+    return names[0]
+
+
+async def rendered(
+    app: web.Application, conversations: Sequence[Conversation], options: Mapping[str, Any]
+) -> list[str]:
+    """Each conversation as text, by the model's chat template; beside the event loop, for templates can be slow."""
+    engine = app[ENGINE]
+
+    def render_all() -> list[str]:
+        return [engine.render(conversation, **options) for conversation in conversations]
+
+    return await asyncio.get_running_loop().run_in_executor(None, render_all)
+
+
+def _server_timing(timings: Timings, encode: float) -> str:
+    """Where the time went, in milliseconds; browsers' and curl's users can read it off the answer."""
+    return (
+        f"tokenize;dur={1000 * timings.tokenize:.3f}, queue;dur={1000 * timings.queue:.3f}, "
+        f"forward;dur={1000 * timings.forward:.3f}, encode;dur={1000 * encode:.3f}"
+    )

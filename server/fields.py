@@ -1,0 +1,194 @@
+"""What `/openapi.json` says of the fields of requests beyond their types: written by hand, by name.
+
+A name means the same in every request; where it does not, `Struct.field` comes first. What stands here is laid over
+the schema that msgspec makes of the type. Only fields whose types say less than they mean have more than a
+sentence: unions that msgspec cannot express (`input`), bounds that are checked later (`dimensions`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from carpool.engine.params import Task
+
+Schema = dict[str, Any]
+
+
+def _list(item: Schema, **bounds: int) -> Schema:
+    return {"type": "array", "minItems": 1, **bounds, "items": item}
+
+
+def _either(*schemas: Schema, says: str) -> Schema:
+    """One of several, in place of whatever the type says."""
+    return {"description": says, "anyOf": [*schemas, NULL]}
+
+
+def _at_least(minimum: int, says: str) -> Schema:
+    return {"description": says, "minimum": minimum}
+
+
+def _nothing(says: str) -> Schema:
+    """Taken for the sake of clients that send it empty."""
+    return {"description": says, "type": ["object", "null"], "maxProperties": 0}
+
+
+NULL: Schema = {"type": "null"}
+TEXT: Schema = {"type": "string"}
+TOKENS = _list({"type": "integer", "minimum": 0})
+PART: Schema = {
+    "type": "object",
+    "properties": {"type": {"enum": ["text", "input_text"], "default": "text"}, "text": TEXT},
+    "required": ["text"],
+}
+PARTS: Schema = {
+    "type": "object",
+    "properties": {"content": _list(PART)},
+    "required": ["content"],
+}
+MESSAGE: Schema = {
+    "type": "object",
+    "properties": {
+        "role": {"type": "string", "examples": ["user"]},
+        "content": {"anyOf": [TEXT, {"type": "array", "items": {"anyOf": [TEXT, PART]}}, NULL]},
+    },
+    "required": ["role"],
+}
+CHAT = _list(MESSAGE)
+PROMPTS = (TEXT, _list(TEXT), TOKENS, _list(TOKENS))
+SIDE = _either(TEXT, PARTS, _list({"anyOf": [TEXT, PARTS]}), says="A text, or a list of texts to pair up.")
+DOCUMENT: Schema = {
+    "anyOf": [TEXT, PARTS, {"type": "object", "properties": {"text": TEXT}, "required": ["text"]}]
+}
+PAIR = _list(TEXT, maxItems=2)
+WIDTH = _at_least(1, "Width to cut vectors to, before they are normalised; Matryoshka models only.")
+ACTIVATION = {"description": "Older name of use_activation."}
+
+FIELDS: dict[str, Schema] = {
+    # every request
+    "model": {"description": "One of the served model's names; absent or empty, the served model."},
+    "user": {"description": "Taken, and without effect."},
+    "truncate_prompt_tokens": {
+        "description": "Cut longer prompts to so many tokens; -1: to what the model takes. By default refused.",
+        "minimum": -1,
+        "not": {"const": 0},
+    },
+    "truncation_side": {
+        "description": "Which side to cut, special tokens not spared; by default they survive."
+    },
+    "padding": {"description": "Pad, as content, to the model's length."},
+    "use_activation": {
+        "description": "Vectors of unit length, probabilities; by default the model's own way."
+    },
+    "normalize": ACTIVATION,
+    "softmax": ACTIVATION,
+    "activation": ACTIVATION,
+    "priority": {"description": "Lower runs first; an integer of 64 bits."},
+    "request_id": {"description": "Label for the answer's id, where there is no X-Request-Id."},
+    "cache_salt": {"description": "Taken, and without effect: 1 to 128 characters without @, /, \\ and NUL."},
+    "mm_processor_kwargs": _nothing("For models of images, which are not served here; must be empty."),
+    # texts and chats
+    "input": _either(
+        *PROMPTS,
+        CHAT,
+        _list(CHAT),
+        says="A text, one prompt as token ids, one chat, or a list of any of these.",
+    ),
+    "messages": _either(CHAT, _list(CHAT), says="A chat, or a list of chats, for the model's chat template."),
+    "TokenizeRequest.messages": _either(CHAT, says="A chat, for the model's chat template."),
+    "prompt": {"description": "The text."},
+    "add_special_tokens": {"description": "By default true for texts and false for chats."},
+    "add_generation_prompt": {"description": "Whether the template opens the assistant's turn."},
+    "continue_final_message": {"description": "Whether the template leaves the last message open."},
+    "chat_template": {"description": "Refused: start the server with --chat-template.", "type": "null"},
+    "chat_template_kwargs": {"description": "Variables for the template."},
+    "media_io_kwargs": _nothing("For models of images, which are not served here; must be empty."),
+    "return_token_strs": {"description": "Whether to answer the tokens as texts, too."},
+    "tokens": {"description": "Token ids of the model's vocabulary."},
+    # vectors
+    "dimensions": WIDTH,
+    "output_dimension": WIDTH,
+    "encoding_format": {
+        "description": "float: JSON numbers. base64: a text a vector. bytes: all vectors end to end, and where each "
+        "lies in the header `metadata`. bytes_only: without that header. By default float."
+    },
+    "embed_dtype": {"description": "Numbers of base64 and bytes; by default float32."},
+    "endianness": {"description": "Byte order of base64 and bytes; by default the server's."},
+    "truncation": {"description": "Whether to cut what is too long."},
+    "truncate": {"description": "END or true: cut the end of what is too long; START: its beginning."},
+    "task": {
+        "description": "What to compute; null: the model's own task. encode: a row for each token.",
+        "enum": [*get_args(Task), "encode", None],
+    },
+    "data": {"description": "For plugins, which there are none of.", "type": "null"},
+    # Cohere
+    "texts": {"description": "The texts.", "minItems": 1},
+    "CohereEmbedRequest.inputs": _either(_list(PARTS), says="Texts as lists of parts, in place of texts."),
+    "images": {"description": "For models of images, which are not served here.", "type": "null"},
+    "input_type": {"description": "The name of one of the model's prompts, to put before each text."},
+    "embedding_types": {"description": "By default float."},
+    "max_tokens": {"description": "Cut to so many tokens; 0: to what the model takes."},
+    # pairs
+    "queries": SIDE,
+    "items": SIDE,
+    "data_1": SIDE,
+    "data_2": SIDE,
+    "text_1": SIDE,
+    "text_2": SIDE,
+    "documents": SIDE,
+    "query": _either(TEXT, PARTS, says="What the documents shall answer to."),
+    "RerankRequest.documents": _either(DOCUMENT, _list(DOCUMENT), says="The texts to sort."),
+    "max_tokens_per_query": _at_least(0, "Cut each query to so many tokens; 0: not at all."),
+    "max_tokens_per_doc": _at_least(0, "Cut each document to so many tokens; 0: not at all."),
+    "instruction": {"description": "For the score template."},
+    "top_n": {"description": "How many results; 0: all."},
+    "top_k": {"description": "Another name of top_n."},
+    "return_documents": {"description": "Whether results repeat their texts; by default true."},
+    # Text Embeddings Inference
+    "TeiEmbedRequest.inputs": {
+        "anyOf": list(PROMPTS),
+        "description": "A text, one prompt as token ids, or a list of either.",
+    },
+    "TeiPredictRequest.inputs": {
+        "anyOf": [TEXT, PAIR, {**_list({"anyOf": [TEXT, PAIR]}), "contains": PAIR}],
+        "description": "A text, two texts that are a pair, or a list of lists of one text or two.",
+    },
+    "TeiRerankRequest.query": {"description": "What the texts shall answer to."},
+    "truncation_direction": {"description": "By default right."},
+    "prompt_name": {"description": "The name of one of the model's prompts, to put before each text."},
+    "raw_scores": {"description": "Whether to leave the activation out."},
+    "return_text": {"description": "Whether results repeat their texts."},
+}
+
+# Fields that have to be there, and not null, though their types let them be absent: all of any one group.
+NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
+    "CohereEmbedRequest": (("texts",), ("inputs",)),
+    "RerankRequest": (("query", "documents"),),
+    "ScoreRequest": (
+        ("queries", "documents"),
+        ("queries", "items"),
+        ("data_1", "data_2"),
+        ("text_1", "text_2"),
+    ),
+    "TokenizeRequest": (("prompt",), ("messages",)),
+    **dict.fromkeys(
+        ("ClassificationRequest", "EmbeddingRequest", "PoolingRequest"), (("input",), ("messages",))
+    ),
+}
+# Groups that exclude each other.
+ALONE = {"CohereEmbedRequest"}
+# Fields that only tell one request from another, and are described there.
+HIDDEN = {"RerankRequest.texts"}
+
+EXAMPLES: dict[str, Schema] = {
+    "ClassificationRequest": {"input": ["I love it.", "It broke."]},
+    "CohereEmbedRequest": {"texts": ["one", "two"], "embedding_types": ["float"]},
+    "DetokenizeRequest": {"tokens": [101, 102]},
+    "EmbeddingRequest": {"input": ["one", "two"]},
+    "PoolingRequest": {"input": ["one", "two"]},
+    "RerankRequest": {"query": "What is Berlin?", "documents": ["A city.", "A dance."], "top_n": 1},
+    "ScoreRequest": {"text_1": "What is Berlin?", "text_2": ["A city.", "A dance."]},
+    "TeiEmbedRequest": {"inputs": ["one", "two"]},
+    "TeiPredictRequest": {"inputs": "I love it."},
+    "TeiRerankRequest": {"query": "What is Berlin?", "texts": ["A city.", "A dance."]},
+    "TokenizeRequest": {"prompt": "one two"},
+}

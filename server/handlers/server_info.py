@@ -1,0 +1,79 @@
+"""What runs here: the version, the load, the facts of the model, and a page for those who come by browser."""
+
+from __future__ import annotations
+
+from html import escape
+
+from aiohttp import web
+
+from carpool import __version__
+from carpool.server.answer import json_answer
+from carpool.server.keys import CONFIG, ENGINE, METRICS
+from carpool.server.protocol import InfoResponse, LoadResponse, ServerLimits, VersionResponse
+
+PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<title>carpool</title>
+<body>
+<h1>carpool {version}</h1>
+<p>A server for pooling models: embed, rerank, classify.</p>
+<ul>
+<li><a href="{root}/docs">The API, to read and to try</a></li>
+<li><a href="{root}/openapi.json">The API, for programs</a></li>
+<li><a href="{root}/info">The model that is served</a></li>
+</ul>
+</body>
+</html>
+"""
+
+
+async def show_home(request: web.Request) -> web.Response:
+    page = PAGE.format(version=__version__, root=escape(request.app[CONFIG].root_path))
+    return web.Response(text=page, content_type="text/html")
+
+
+async def show_version(request: web.Request) -> web.Response:
+    return json_answer(VersionResponse(__version__))
+
+
+async def show_load(request: web.Request) -> web.Response:
+    return json_answer(LoadResponse(request.app[METRICS].running))
+
+
+async def show_info(request: web.Request) -> web.Response:
+    config, model = request.app[CONFIG], request.app[ENGINE].model
+    body = InfoResponse(
+        version=__version__,
+        model=config.model_names[0],
+        names=list(config.model_names),
+        root=model.root,
+        architectures=list(model.architectures),
+        tasks=sorted(model.tasks),
+        default_task=model.default_task,
+        score_type=model.score_type,
+        pooling=model.pooling,
+        normalize=model.normalize,
+        embedding_size=model.embedding_size,
+        matryoshka=model.matryoshka.supported,
+        dimensions=list(model.matryoshka.allowed),
+        labels=list(model.labels),
+        prompts=dict(model.prompts),
+        parameters=model.parameters,
+        vocab_size=model.vocab_size,
+        dtype=model.dtype,
+        device=model.device,
+        workers=model.workers,
+        attention=model.attention,
+        surgery=dict(model.surgery),
+        notices=list(model.notices),
+        limits=ServerLimits(
+            max_model_len=model.max_model_len,
+            max_embed_len=model.max_model_len if model.max_embed_len == -1 else model.max_embed_len,
+            max_num_batched_tokens=model.max_num_batched_tokens,
+            max_num_seqs=model.max_num_seqs,
+            max_body_size=config.max_body_size,
+        ),
+    )
+    return json_answer(body)

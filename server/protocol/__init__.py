@@ -1,0 +1,148 @@
+"""Every struct on the wire, one file a family, and the decoder of each request.
+
+In requests null means absent, so each optional field is `T | None`; unknown fields are ignored. The
+`description` of a bound completes the sentence "{field} must be …".
+"""
+
+from __future__ import annotations
+
+from carpool.server.protocol.chat import Conversation, Messages
+from carpool.server.protocol.classification import (
+    Classification,
+    ClassificationRequest,
+    ClassificationResponse,
+    decode_classification_request,
+)
+from carpool.server.protocol.cohere import (
+    ApiVersion,
+    CohereEmbedRequest,
+    CohereEmbedResponse,
+    EmbeddingsByType,
+    EmbeddingType,
+    EmbedMeta,
+    EmbedUnits,
+    decode_cohere_embed_request,
+)
+from carpool.server.protocol.embedding import (
+    Embedding,
+    EmbeddingRequest,
+    EmbeddingResponse,
+    decode_embedding_request,
+)
+from carpool.server.protocol.formats import (
+    BinaryMetadata,
+    EmbedDType,
+    EncodingFormat,
+    Endianness,
+    FormattedRequest,
+    VectorPlace,
+)
+from carpool.server.protocol.model_request import ModelRequest, TextRequest
+from carpool.server.protocol.models import ModelCard, ModelList, ModelPermission
+from carpool.server.protocol.pooling import Pooled, PoolingRequest, PoolingResponse, decode_pooling_request
+from carpool.server.protocol.rerank import (
+    Document,
+    Ranked,
+    RerankMeta,
+    RerankRequest,
+    RerankResponse,
+    SearchUnits,
+    decode_rerank_request,
+)
+from carpool.server.protocol.scoring import (
+    PairRequest,
+    Score,
+    ScoreRequest,
+    ScoreResponse,
+    decode_score_request,
+)
+from carpool.server.protocol.server_info import InfoResponse, LoadResponse, ServerLimits, VersionResponse
+from carpool.server.protocol.tei import (
+    TeiEmbedRequest,
+    TeiPrediction,
+    TeiPredictRequest,
+    TeiRank,
+    TeiRequest,
+    TeiRerankRequest,
+    decode_tei_embed_request,
+    decode_tei_predict_request,
+    decode_tei_rerank_request,
+)
+from carpool.server.protocol.tokenization import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+    decode_detokenize_request,
+    decode_tokenize_request,
+)
+from carpool.server.protocol.usage import BinaryUsage, Usage
+
+__all__ = [
+    "ApiVersion",
+    "BinaryMetadata",
+    "BinaryUsage",
+    "Classification",
+    "ClassificationRequest",
+    "ClassificationResponse",
+    "CohereEmbedRequest",
+    "CohereEmbedResponse",
+    "Conversation",
+    "DetokenizeRequest",
+    "DetokenizeResponse",
+    "Document",
+    "EmbedDType",
+    "EmbedMeta",
+    "EmbedUnits",
+    "Embedding",
+    "EmbeddingRequest",
+    "EmbeddingResponse",
+    "EmbeddingType",
+    "EmbeddingsByType",
+    "EncodingFormat",
+    "Endianness",
+    "FormattedRequest",
+    "InfoResponse",
+    "LoadResponse",
+    "Messages",
+    "ModelCard",
+    "ModelList",
+    "ModelPermission",
+    "ModelRequest",
+    "PairRequest",
+    "Pooled",
+    "PoolingRequest",
+    "PoolingResponse",
+    "Ranked",
+    "RerankMeta",
+    "RerankRequest",
+    "RerankResponse",
+    "Score",
+    "ScoreRequest",
+    "ScoreResponse",
+    "SearchUnits",
+    "ServerLimits",
+    "TeiEmbedRequest",
+    "TeiPredictRequest",
+    "TeiPrediction",
+    "TeiRank",
+    "TeiRequest",
+    "TeiRerankRequest",
+    "TextRequest",
+    "TokenizeRequest",
+    "TokenizeResponse",
+    "Usage",
+    "VectorPlace",
+    "VersionResponse",
+    "decode_classification_request",
+    "decode_cohere_embed_request",
+    "decode_detokenize_request",
+    "decode_embedding_request",
+    "decode_pooling_request",
+    "decode_rerank_request",
+    "decode_score_request",
+    "decode_tei_embed_request",
+    "decode_tei_predict_request",
+    "decode_tei_rerank_request",
+    "decode_tokenize_request",
+]

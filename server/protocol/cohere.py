@@ -1,0 +1,117 @@
+"""POST /v2/embed, as Cohere's second API has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from carpool.engine.params import PoolingParams, TokenizationParams
+from carpool.server.decoding import RequestDecoder
+from carpool.server.errors import InvalidRequest
+from carpool.server.lax import read_text
+from carpool.server.protocol.chat import TEXT_ONLY, Conversation, text_of_part
+from carpool.server.protocol.model_request import Priority
+
+EmbeddingType = Literal["float", "binary", "ubinary", "base64"]
+MaxTokens = Annotated[int, Meta(ge=0, description="an integer of at least 0")]
+
+ONE_OF = "Exactly one of texts, images, or inputs must be provided, and it must be non-empty"
+
+
+class CohereEmbedRequest(Struct, kw_only=True, gc=False):
+    model: str | None = None
+    texts: list[str] | None = None
+    inputs: list[dict[str, Any]] | None = None  # {"content": [{"type": "text", "text": …}]}
+    images: list[Any] | None = None
+    input_type: str | None = None  # one of the model's own prompts
+    embedding_types: list[EmbeddingType] | None = None
+    output_dimension: int | None = None
+    truncate: Literal["NONE", "START", "END"] | None = None
+    max_tokens: MaxTokens | None = None
+    priority: Priority | None = None
+    request_id: str | None = None
+
+    @property
+    def types(self) -> list[EmbeddingType]:
+        return self.embedding_types or ["float"]
+
+    def plain_texts(self) -> list[str]:
+        """The texts to embed, before any prompt."""
+        given = [field for field in ("texts", "images", "inputs") if getattr(self, field) is not None]
+        if len(given) != 1 or not getattr(self, given[0]):
+            raise InvalidRequest(f"{ONE_OF}.", given[-1] if given else "texts")
+        if self.images is not None:
+            raise InvalidRequest(TEXT_ONLY, "images")
+        return self.texts or [_text_of(item, f"inputs[{i}]") for i, item in enumerate(self.inputs or ())]
+
+    def instruction(self, prompts: Mapping[str, str]) -> str:
+        """The model's prompt for `input_type`; empty where none was asked for."""
+        if self.input_type is None:
+            return ""
+        if self.input_type not in prompts:
+            supported = f"Supported values: {', '.join(sorted(prompts))}."
+            none = "This model does not define any input_type task instructions."
+            raise InvalidRequest(
+                f"Unsupported input_type '{self.input_type}'. {supported if prompts else none}", "input_type"
+            )
+        return prompts[self.input_type]
+
+    def pooling(self) -> PoolingParams:
+        return PoolingParams(dimensions=self.output_dimension)
+
+    def tokenization(self, max_model_len: int, add_special_tokens: bool) -> TokenizationParams:
+        limit = min(self.max_tokens, max_model_len) if self.max_tokens else -1
+        return TokenizationParams(
+            truncate_prompt_tokens=None if self.truncate == "NONE" else limit,
+            truncation_side="left" if self.truncate == "START" else None,
+            add_special_tokens=add_special_tokens,
+        )
+
+
+def _text_of(item: Mapping[str, Any], path: str) -> str:
+    parts = item.get("content")
+    if not isinstance(parts, list) or not parts:
+        raise InvalidRequest(f"{path}.content must be a list of parts.", f"{path}.content")
+    texts = [text_of_part(part, f"{path}.content[{index}]") for index, part in enumerate(parts)]
+    return read_text("\n".join(texts), path)
+
+
+def instructed(instruction: str, text: str) -> Conversation:
+    """A text and what is to be done with it, for models that have a chat template."""
+    return [{"role": "system", "content": instruction}, {"role": "user", "content": text}]
+
+
+class ApiVersion(Struct, frozen=True, gc=False):
+    version: str = "2"
+
+
+class EmbedUnits(Struct, gc=False):
+    input_tokens: int
+    image_tokens: int = 0
+
+
+class EmbedMeta(Struct, gc=False):
+    api_version: ApiVersion
+    billed_units: EmbedUnits
+
+
+class EmbeddingsByType(Struct, rename={"floats": "float"}, kw_only=True, gc=False):
+    """Only the types that were asked for are there."""
+
+    floats: list[list[float]] | UnsetType = UNSET
+    binary: list[list[int]] | UnsetType = UNSET
+    ubinary: list[list[int]] | UnsetType = UNSET
+    base64: list[str] | UnsetType = UNSET
+
+
+class CohereEmbedResponse(Struct, kw_only=True, gc=False):
+    id: str
+    embeddings: EmbeddingsByType
+    texts: list[str] | UnsetType = UNSET
+    meta: EmbedMeta
+    response_type: Literal["embeddings_by_type"] = "embeddings_by_type"
+
+
+decode_cohere_embed_request = RequestDecoder(CohereEmbedRequest)

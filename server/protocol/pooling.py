@@ -1,0 +1,34 @@
+"""POST /pooling."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from msgspec import Struct
+
+from carpool.server.decoding import RequestDecoder
+from carpool.server.protocol.formats import FormattedRequest
+from carpool.server.protocol.usage import Usage
+
+
+class PoolingRequest(FormattedRequest, kw_only=True, gc=False):
+    task: str | None = None  # the handler knows which the model has
+    data: Any = None  # for plugins of the reference, which carpool has none of
+
+
+class Pooled(Struct, gc=False):
+    index: int
+    object: Literal["pooling"]
+    data: list[float | list[float]] | str  # of a text, or of each token; base64 if that was asked for
+
+
+class PoolingResponse(Struct, kw_only=True, gc=False):
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Pooled]
+    usage: Usage
+
+
+decode_pooling_request = RequestDecoder(PoolingRequest)

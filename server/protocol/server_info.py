@@ -1,0 +1,50 @@
+"""What runs here: GET /version, /load and /info."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+
+class VersionResponse(Struct, gc=False):
+    version: str
+
+
+class LoadResponse(Struct, gc=False):
+    server_load: int  # requests to the model that are under way
+
+
+class ServerLimits(Struct, kw_only=True, gc=False):
+    max_model_len: int
+    max_embed_len: int | None  # null: texts of any length are embedded, in slices
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_body_size: int
+
+
+class InfoResponse(Struct, kw_only=True, gc=False):
+    """The facts of the loaded model, and what was done to it."""
+
+    version: str
+    model: str
+    names: list[str]
+    root: str
+    architectures: list[str]
+    tasks: list[str]
+    default_task: str
+    score_type: str | None
+    pooling: str
+    normalize: bool
+    embedding_size: int
+    matryoshka: bool
+    dimensions: list[int]  # those that may be asked for; empty: any, if matryoshka
+    labels: list[str | None]
+    prompts: dict[str, str]
+    parameters: int
+    vocab_size: int
+    dtype: str
+    device: str
+    workers: int
+    attention: str
+    surgery: dict[str, int]
+    notices: list[str]
+    limits: ServerLimits

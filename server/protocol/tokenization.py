@@ -1,0 +1,64 @@
+"""POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from msgspec import Struct
+
+from carpool.server.decoding import RequestDecoder
+from carpool.server.errors import InvalidRequest
+from carpool.server.lax import Message, TokenId
+from carpool.server.protocol.chat import Conversation, read_conversations, rendering
+
+
+class TokenizeRequest(Struct, kw_only=True, gc=False):
+    """A text, or one conversation, which wins where both are given."""
+
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    model: str | None = None
+    add_special_tokens: bool | None = None  # by default true for a prompt, false for messages
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None  # by default true
+    continue_final_message: bool | None = None
+    chat_template: str | None = None  # refused: a template is code
+    chat_template_kwargs: dict[str, Any] | None = None
+    media_io_kwargs: Any = None
+
+    def text(self) -> str:
+        if self.prompt is None:
+            raise InvalidRequest("prompt is required.", "prompt")
+        return self.prompt
+
+    def conversation(self) -> Conversation:
+        [conversation] = read_conversations(self.messages, "messages")
+        return conversation
+
+    def rendering(self) -> Mapping[str, Any]:
+        return rendering(self, add_generation_prompt=True)
+
+    @property
+    def specials(self) -> bool:
+        return self.messages is None if self.add_special_tokens is None else self.add_special_tokens
+
+
+class DetokenizeRequest(Struct, kw_only=True, gc=False):
+    tokens: list[TokenId]
+    model: str | None = None
+
+
+class TokenizeResponse(Struct, gc=False):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeResponse(Struct, gc=False):
+    prompt: str
+
+
+decode_tokenize_request = RequestDecoder(TokenizeRequest)
+decode_detokenize_request = RequestDecoder(DetokenizeRequest)

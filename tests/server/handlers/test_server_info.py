@@ -1,0 +1,48 @@
+"""What runs here, and how busy it is."""
+
+from __future__ import annotations
+
+import asyncio
+
+from carpool import __version__
+from carpool.server.config import ServerConfig
+from fakes import FAKE_CLASSIFIER, LABELS, FakeEngine
+from serving import EMBEDDINGS, Served, assert_error, serving
+
+
+async def test_the_version_is_told(served: Served) -> None:
+    assert (await served.get("/version")).json == {"version": __version__}
+
+
+async def test_the_load_is_the_requests_to_the_model_under_way(served: Served) -> None:
+    assert (await served.get("/load")).json == {"server_load": 0}
+    served.engine.gate.clear()
+    running = [asyncio.create_task(served.embed(input="a")) for _ in range(3)]
+    running += [asyncio.create_task(served.post("/rerank", {"query": "a", "documents": ["b"]}))]
+    while served.engine.waiting_sequences < 5:
+        await asyncio.sleep(0.01)
+    assert (await served.get("/load")).json == {"server_load": 4}
+    served.engine.gate.set()
+    await asyncio.gather(*running)
+    assert (await served.get("/load")).json == {"server_load": 0}
+    await served.post(EMBEDDINGS, b"{")
+    assert (await served.get("/load")).json == {"server_load": 0}
+
+
+async def test_the_facts_of_the_model(served: Served) -> None:
+    async with serving(ServerConfig(served_model_name=("a", "b")), FakeEngine(FAKE_CLASSIFIER)) as server:
+        info = (await server.get("/info")).json
+    assert (info["model"], info["names"]) == ("a", ["a", "b"])
+    assert info["labels"] == list(LABELS)
+    assert info["tasks"] == ["classify", "token_classify"]
+    assert info["limits"]["max_model_len"] == info["limits"]["max_embed_len"] == 256
+    served.engine.state = "starting"
+    assert_error(await served.get("/info"), 503, "ServiceUnavailableError")
+
+
+async def test_the_front_page_links_what_is_there() -> None:
+    async with serving(ServerConfig(root_path="/proxy", api_key=("k",))) as server:
+        page = await server.get("/proxy")
+        assert page.headers["Content-Type"].startswith("text/html")
+        for path in ("/docs", "/openapi.json", "/info"):
+            assert f'href="/proxy{path}"' in page.body.decode()

@@ -1,0 +1,129 @@
+"""TEI's own endpoints: /embed and /predict."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fakes import FAKE_CLASSIFIER, FAKE_CROSS_ENCODER, FAKE_MODEL, WIDTH, FakeEngine
+from serving import Served, assert_error, serving
+
+
+@pytest.fixture
+async def classifier() -> AsyncIterator[Served]:
+    async with serving(engine=FakeEngine(FAKE_CLASSIFIER)) as server:
+        yield server
+
+
+async def test_vectors_come_bare(served: Served) -> None:
+    for inputs, count in (("ab", 1), (["ab", "c"], 2), ([5, 6], 1), ([[5], [6, 7]], 2)):
+        assert np.array((await served.post("/embed", {"inputs": inputs})).json).shape == (count, WIDTH)
+    alike = (await served.embed(input="ab")).json["data"][0]["embedding"]
+    assert (await served.post("/embed", {"inputs": "ab"})).json == [alike]
+
+
+async def test_a_thousand_vectors_are_as_bare(served: Served) -> None:
+    assert np.array((await served.post("/embed", {"inputs": ["ab"] * 10_000})).json).shape == (10_000, WIDTH)
+
+
+async def test_the_fields_mean_what_they_mean_there(served: Served) -> None:
+    await served.post("/embed", {"inputs": "ab"})
+    await served.post(
+        "/embed", {"inputs": "ab", "normalize": False, "truncate": True, "truncation_direction": "Left"}
+    )
+    first, second = ((call["params"], call["tokenization"]) for call in served.engine.calls)
+    assert first[0].use_activation is True  # type: ignore[attr-defined]
+    assert first[1].truncate_prompt_tokens is None  # type: ignore[attr-defined]
+    assert second[0].use_activation is False  # type: ignore[attr-defined]
+    assert (second[1].truncate_prompt_tokens, second[1].truncation_side) == (-1, "left")  # type: ignore[attr-defined]
+
+
+async def test_prompts_by_name(served: Served) -> None:
+    async with serving(engine=FakeEngine(replace(FAKE_MODEL, prompts={"query": "Q: "}))) as server:
+        await server.post("/embed", {"inputs": "ab", "prompt_name": "query"})
+        assert server.engine.calls[0]["prompts"] == ["Q: ab"]
+        for fields in ({"prompt_name": "nope"}, {"prompt_name": "query", "inputs": [5]}):
+            answer = await server.post("/embed", {"inputs": "ab", **fields})
+            assert_error(answer, 400, "BadRequestError", "prompt_name")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "inputs"),
+        ({"inputs": []}, "inputs"),
+        ({"inputs": 5}, "inputs"),
+        ({"inputs": ["a", [5]]}, "inputs[1]"),
+        ({"inputs": [{"role": "user", "content": "a"}]}, "inputs"),
+        ({"inputs": ["a", "b" * 500]}, "inputs[1]"),
+        ({"inputs": "a", "truncation_direction": "Up"}, "truncation_direction"),
+        ({"inputs": "a", "dimensions": 4}, None),
+    ],
+)
+async def test_what_cannot_be_embedded_is_refused(
+    served: Served, body: dict[str, Any], param: str | None
+) -> None:
+    assert_error(await served.post("/embed", body), 400, "BadRequestError", param)
+
+
+async def test_a_text_gets_its_classes_best_first(classifier: Served) -> None:
+    classes = (await classifier.post("/predict", {"inputs": "ab"})).json
+    assert [set(each) for each in classes] == [{"score", "label"}] * 3
+    assert {each["label"] for each in classes} == {"negative", "LABEL_1", "positive"}
+    assert [each["score"] for each in classes] == sorted((each["score"] for each in classes), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "prompts", "is_batch"),
+    [
+        ("ab", ["ab"], False),
+        (["a", "b"], [("a", "b")], False),
+        (["a"], ["a"], False),
+        ([["a"], ["b"]], ["a", "b"], True),
+        ([["a", "b"], ["c"]], [("a", "b"), ("c", "")], True),
+        (["a", ["b", "c"]], [("a", ""), ("b", "c")], True),
+    ],
+)
+async def test_two_texts_are_a_pair(classifier: Served, inputs: Any, prompts: Any, is_batch: bool) -> None:
+    answer = (await classifier.post("/predict", {"inputs": inputs, "raw_scores": True})).json
+    [call] = classifier.engine.calls
+    assert call["prompts"] == prompts
+    assert call["params"].use_activation is False  # type: ignore[attr-defined]
+    assert isinstance(answer[0], list) is is_batch
+    assert len(answer) == (len(prompts) if is_batch else 3)
+
+
+async def test_pairs_are_put_together_as_the_model_wants_them() -> None:
+    joined = replace(FAKE_CROSS_ENCODER, pairs="concatenated")
+    async with serving(engine=FakeEngine(joined)) as server:
+        await server.post("/predict", {"inputs": ["a", "b"]})
+        assert server.engine.calls[0]["prompts"] == ["ab"]
+    templated = replace(FAKE_CROSS_ENCODER, score_template=True, chat_template=True)
+    async with serving(engine=FakeEngine(templated)) as server:
+        await server.post("/predict", {"inputs": ["a", "b"]})
+        assert server.engine.calls[0]["prompts"] == ["<query>a<document>b"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "param"),
+    [
+        ([], "inputs"),
+        ([[]], "inputs[0]"),
+        (["a", "b", "c"], "inputs"),
+        ([["a", 5]], "inputs[0][1]"),
+        (5, "inputs"),
+    ],
+)
+async def test_what_is_no_pair_is_refused(classifier: Served, inputs: Any, param: str) -> None:
+    assert_error(await classifier.post("/predict", {"inputs": inputs}), 400, "BadRequestError", param)
+
+
+async def test_a_model_that_cannot_says_so(served: Served, classifier: Served) -> None:
+    message = assert_error(await served.post("/predict", {"inputs": "a"}), 400, "BadRequestError")
+    assert message == "The model does not support Classification API"
+    message = assert_error(await classifier.post("/embed", {"inputs": "a"}), 400, "BadRequestError")
+    assert message == "The model does not support Embeddings API"
