@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from carpool.engine.config import EngineConfig
 from carpool.engine.errors import (
+    ConfigError,
     DeadlineExceeded,
     Draining,
     EmptyInput,
@@ -75,7 +77,7 @@ class _Pending:
     remaining: int
     arrival: float
     timer: asyncio.TimerHandle | None = None
-    on_progress: Callable[[int], None] | None = None
+    on_progress: Callable[[int], object] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -124,19 +126,27 @@ class AsyncEngine:
         """Load, check and warm up; raises ConfigError if the model cannot be served."""
         loop = asyncio.get_running_loop()
         parts = await loop.run_in_executor(None, self._build, self.config)
+        if self.state != "starting":  # told to stop meanwhile
+            return
         self._parts = parts
         self._scheduler = Scheduler(parts.model.max_num_batched_tokens, parts.model.max_num_seqs)
         for i, runner in enumerate(parts.runners):
             worker = Worker(
                 runner,
-                done=lambda *result: loop.call_soon_threadsafe(self._done, *result),
-                died=lambda worker, error: loop.call_soon_threadsafe(self._worker_died, worker, error),
+                done=partial(_call_on, loop, self._done),
+                died=partial(_call_on, loop, self._worker_died),
                 name=f"carpool-worker-{i}",
             )
             self._workers.append(worker)
             self._flight.idle.append(worker)
             worker.start()
-        await self._warm_up(parts)
+        try:
+            await self._warm_up(parts)
+        except EngineError as error:
+            for worker in self._workers:
+                worker.stop()
+            if self.state in ("starting", "dead"):
+                raise ConfigError(f"The model fails at its first batch: {error}") from error
         if self.state == "starting":
             self.state = "ready"
 
@@ -146,6 +156,8 @@ class AsyncEngine:
         count = max(1, _WARM_UP_TOKENS // length) * len(self._workers)
         prompts = [[i % parts.model.vocab_size] * length for i in range(count)]
         for _ in range(2):
+            if self.state != "starting":
+                return
             start = time.perf_counter()
             await self._run(prompts, PoolingParams(), "embed", "", 0, None, None)
             self.tokens_per_second = count * length / (time.perf_counter() - start)
@@ -228,7 +240,7 @@ class AsyncEngine:
         client: str = "",
         priority: int = 0,
         timeout: float | None = None,
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: Callable[[int], object] | None = None,
     ) -> PoolingResult:
         """Run the model on every prompt; answers come in the prompts' order, all or none.
 
@@ -288,7 +300,7 @@ class AsyncEngine:
         client: str,
         priority: int,
         timeout: float | None,
-        on_progress: Callable[[int], None] | None,
+        on_progress: Callable[[int], object] | None,
     ) -> PoolingResult:
         assert self._scheduler is not None
         loop = asyncio.get_running_loop()
@@ -337,7 +349,10 @@ class AsyncEngine:
         while idle and self.state != "dead":
             now = time.monotonic()
             batch = self._scheduler.schedule(now, len(idle))
-            for seq in self._scheduler.take_expired():
+            expired = self._scheduler.take_expired()
+            if expired:
+                self.observer.sequences_cancelled(len(expired))
+            for seq in expired:
                 self._expire(seq.request_id)
             if batch is None:
                 return
@@ -413,6 +428,12 @@ class AsyncEngine:
     async def _off_loop(self, call: Callable[[], T], long: bool) -> T:
         """Run on the loop what is quick, in a thread what is not."""
         return await asyncio.get_running_loop().run_in_executor(None, call) if long else call()
+
+
+def _call_on(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: object) -> None:
+    """From a worker's thread. Once the loop is closed nobody waits for what a late batch has to say."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *args)
 
 
 def _is_long(prompts: Prompts) -> bool:

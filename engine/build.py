@@ -10,7 +10,7 @@ import torch
 from carpool.engine.checkpoint import Checkpoint
 from carpool.engine.config import EngineConfig
 from carpool.engine.device import resolve_device, resolve_dtype
-from carpool.engine.errors import ConfigError
+from carpool.engine.errors import ConfigError, InvalidParameter
 from carpool.engine.hub import BUNDLED_NAME, locate
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.models.backbone import Backbone
@@ -62,7 +62,10 @@ def build(config: EngineConfig) -> Parts:
         max_model_len=max_model_len,
         window=checkpoint.text_config.get("sliding_window"),
     )
-    checkpoint.matryoshka.check(config.pooler_config.dimensions, config.model or BUNDLED_NAME)
+    try:
+        checkpoint.matryoshka.check(config.pooler_config.dimensions, config.model or BUNDLED_NAME)
+    except InvalidParameter as error:
+        raise ConfigError(f"The pooler config's dimensions cannot be served: {error}") from error
     modes = checkpoint.pooling or (("last",) if backbone.is_causal else ("cls",))
     dense = [load_dense(spec, device) for spec in checkpoint.dense]
     pooler = Pooler(modes, dense, checkpoint.normalize, config.pooler_config.dimensions)

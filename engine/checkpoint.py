@@ -41,6 +41,7 @@ _LENGTH_KEYS = (
 # RoPE types whose factor is already part of max_position_embeddings.
 _ROPE_WITHOUT_FACTOR = {"su", "longrope", "llama3", "yarn", "deepseek_yarn", "default"}
 _UNKNOWN_LENGTH = 2048
+_ORDER = ("Transformer", "Pooling", "Dense", "Normalize")  # of sentence-transformers' modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,17 @@ class Checkpoint:
     @classmethod
     def read(cls, path: Path, overrides: Mapping[str, Any], pooler: PoolerConfig) -> Checkpoint:
         """Read the folder `path`. Raises ConfigError with one sentence on what is missing or cannot be."""
+        try:
+            return cls._read(path, overrides, pooler)
+        except ConfigError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # a value of another kind than expected
+            raise ConfigError(
+                f"The JSON files in {path} cannot be understood: {type(error).__name__}: {error}."
+            ) from error
+
+    @classmethod
+    def _read(cls, path: Path, overrides: Mapping[str, Any], pooler: PoolerConfig) -> Checkpoint:
         config = _merge(_read_json(path / "config.json"), overrides)
         st = _SentenceTransformers.read(path)
         pooling = (_USER_MODES[pooler.pooling],) if pooler.pooling else st.pooling
@@ -150,6 +162,11 @@ class _SentenceTransformers:
                     f"modules.json names a {kind} module, which carpool cannot serve; "
                     "it serves Transformer, Pooling, Dense and Normalize."
                 )
+        steps = [kind for kind in kinds if kind in _ORDER]
+        if steps != sorted(steps, key=_ORDER.index) or steps.count("Pooling") > 1:
+            raise ConfigError(
+                f"modules.json runs {', '.join(steps)} in this order; carpool serves {', '.join(_ORDER)}."
+            )
         bert = _sentence_bert_config(transformer)
         return cls(
             pooling=pooling,
@@ -214,7 +231,8 @@ def _longest(path: Path, config: Mapping[str, Any]) -> int:
     derived = int(text["model_max_length"]) if text.get("model_max_length") else min(lengths, default=0)
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if derived and kind not in _ROPE_WITHOUT_FACTOR and "factor" in rope:
+    gemma3 = str(text.get("model_type", "")).startswith("gemma3")  # its length has the factor in it as well
+    if derived and kind not in _ROPE_WITHOUT_FACTOR and "factor" in rope and not gemma3:
         derived = int(derived * float(rope["factor"]))
     if kind == "longrope" and text.get("original_max_position_embeddings"):
         derived = int(text["original_max_position_embeddings"])

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from carpool.engine.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "float", "bfloat16", "float16", "half"]
 PoolingType = Literal["CLS", "LAST", "MEAN"]
+Runner = Literal["auto", "pooling"]
+Convert = Literal["auto", "embed", "none"]
 
 # Options of the reference that decide nothing here: taken from scripts and command lines, with one notice.
 IGNORED_OPTIONS = frozenset(
@@ -68,6 +70,8 @@ class PoolerConfig:
     def __post_init__(self) -> None:
         if self.pooling_type and self.seq_pooling_type:
             raise ConfigError("Set pooling_type or seq_pooling_type in the pooler config, not both.")
+        if self.pooling is not None:
+            _check_choice("pooling_type in the pooler config", self.pooling, get_args(PoolingType))
 
     @property
     def pooling(self) -> PoolingType | None:
@@ -87,10 +91,10 @@ class EngineConfig:
     )
     tokenizer: str | None = option(None, "Folder or name of the tokenizer, where it is not the model's.")
     revision: str | None = option(None, "Branch, tag or commit of a model taken from the Hugging Face hub.")
-    runner: Literal["auto", "pooling"] = option(
+    runner: Runner = option(
         "auto", "Kept for the reference's scripts: all models are pooled here."
     )
-    convert: Literal["auto", "embed", "none"] = option(
+    convert: Convert = option(
         "auto", "How to adapt a model that is not a pooling model."
     )
     pooler_config: PoolerConfig = option(PoolerConfig(), "Pooler overrides, as JSON or dotted flags.")
@@ -125,3 +129,12 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        _check_choice("--runner", self.runner, get_args(Runner))
+        _check_choice("--convert", self.convert, get_args(Convert))
+        _check_choice("--dtype", self.dtype, get_args(DType))
+        _check_choice("--device", self.device, get_args(Device))
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")

@@ -138,7 +138,7 @@ class LLM:
                         params,
                         tokenization,
                         task=task,
-                        on_progress=bar.update,
+                        on_progress=lambda done: bar.update(done),
                     )
                 )
                 for i, answer in zip(places, _answers(result, places), strict=True):
@@ -159,21 +159,26 @@ def _close(loop: LoopThread, engine: AsyncEngine) -> None:
 
 def _config(model: str, options: Mapping[str, Any]) -> EngineConfig:
     """Keyword arguments to EngineConfig; unknown ones name their nearest neighbour."""
-    known = {field.name for field in fields(EngineConfig)}
     given = {name: value for name, value in options.items() if name not in IGNORED_OPTIONS}
     if "override_pooler_config" in given:
         given["pooler_config"] = given.pop("override_pooler_config")
-    for name in given:
-        if name not in known:
-            near = get_close_matches(name, known, 1)
-            raise ConfigError(
-                f"LLM() has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
-            )
+    _check_names("LLM()", given, EngineConfig)
     if isinstance(given.get("pooler_config"), Mapping):
+        _check_names("pooler_config", given["pooler_config"], PoolerConfig)
         given["pooler_config"] = PoolerConfig(**given["pooler_config"])
     if given.get("pooler_config", ...) is None:
         del given["pooler_config"]
     return EngineConfig(model=model, **given)
+
+
+def _check_names(where: str, given: Mapping[str, Any], config: type) -> None:
+    known = [field.name for field in fields(config)]
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            raise ConfigError(
+                f"{where} has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+            )
 
 
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[str | list[int]]:

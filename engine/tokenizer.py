@@ -54,8 +54,11 @@ class Tokenizer:
         self._side: Side = truncation_side
         self._pad_id = pad_id
         self._affixes = _find_affixes(backend)
+        vocabulary = backend.get_vocab(with_added_tokens=True)
         # No token stands for more characters than the longest entry does.
-        self._longest_token = max((len(token) for token in backend.get_vocab()), default=1)
+        self._longest_token = max(map(len, vocabulary), default=1)
+        # Tokens may have been added after the model was made: text can then name rows that it does not have.
+        self._exceeds_model = max(vocabulary.values(), default=0) >= vocab_size
 
     @classmethod
     def load(cls, path: str | Path, *, trust_remote_code: bool, **limits: Any) -> Tokenizer:
@@ -85,9 +88,8 @@ class Tokenizer:
         try:
             encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError):
-            # A lone surrogate is a Python str but not text: no UTF-8 stands for it.
-            bad = next(i for i, text in enumerate(texts) if not _is_text(text))
-            raise InvalidInput("input holds a lone surrogate, which is not text.", f"input[{bad}]") from None
+            _check_text(texts)
+            raise
         return [encoding.ids for encoding in encodings]
 
     def prepare(self, prompts: list[str] | list[list[int]], params: TokenizationParams) -> list[list[int]]:
@@ -97,9 +99,11 @@ class Tokenizer:
         """
         limit = self._limit(params.truncate_prompt_tokens)
         if prompts and isinstance(prompts[0], str):
-            batch = self._encode_for(prompts, params, limit)  # type: ignore[arg-type]
+            batch = self._encode_for(prompts, params, limit)
             if limit is not None:
                 batch = [self._truncate_text(ids, limit, params) for ids in batch]
+            if self._exceeds_model:
+                self._check_vocabulary(batch)
         else:
             batch = prompts  # type: ignore[assignment]
             if limit is not None:
@@ -133,6 +137,7 @@ class Tokenizer:
         most = (enough + 64) * self._longest_token
         if keeps_end or all(len(text) <= most for text in texts):
             return self.encode(texts, params.add_special_tokens)
+        _check_text(texts)  # in full: what is not text is refused, also where nobody would have looked
         heads = [_head(text, most) for text in texts]
         batch = self.encode(heads, params.add_special_tokens)
         short = [i for i, ids in enumerate(batch) if len(ids) < enough and len(heads[i]) < len(texts[i])]
@@ -187,14 +192,18 @@ class Tokenizer:
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of the ids, special tokens kept; ids that no entry has are skipped."""
-        known = self._backend.get_vocab_size(with_added_tokens=True)
-        return self._backend.decode(
-            [token for token in token_ids if token < known], skip_special_tokens=False
-        )
+        known = [token for token in token_ids if self._is_known(token)]
+        return self._backend.decode(known, skip_special_tokens=False)
 
     def tokens(self, token_ids: list[int]) -> list[str]:
         """The vocabulary's entry for each id; empty where there is none."""
-        return [self._backend.id_to_token(token) or "" for token in token_ids]
+        return [
+            (self._backend.id_to_token(token) or "") if self._is_known(token) else "" for token in token_ids
+        ]
+
+    def _is_known(self, token: int) -> bool:
+        """Whether the library can be asked about it: it raises for numbers that are not 32-bit."""
+        return 0 <= token < self._backend.get_vocab_size(with_added_tokens=True)
 
 
 def _find_affixes(backend: tokenizers.Tokenizer) -> Affixes:
@@ -221,15 +230,18 @@ def _head(text: str, most: int) -> str:
     return text[:end] if end > most // 2 else text
 
 
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _check_text(texts: list[str]) -> None:
+    """A lone surrogate is a Python str but not text: no UTF-8 stands for it."""
+    for i, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidInput(
+                "input holds a lone surrogate, which is not text.", _name(i, texts)
+            ) from None
 
 
-def _name(index: int, batch: list[list[int]]) -> str:
+def _name(index: int, batch: list[str] | list[list[int]]) -> str:
     return "input" if len(batch) == 1 else f"input[{index}]"
 
 

@@ -35,8 +35,8 @@ def load_backbone(
 ) -> Backbone:
     """Load the checkpoint's backbone, every weight accounted for, with packed attention in place."""
     # Our own checks speak, in one sentence.
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     config = _config(checkpoint, trust_remote_code)
     try:
         model, info = AutoModel.from_pretrained(
