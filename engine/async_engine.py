@@ -177,11 +177,11 @@ class AsyncEngine:
             finished = True
         except TimeoutError:
             finished = False
-            self._reject_all(Draining("The server stopped before this request could be finished."))
+            self._reject_all(lambda: Draining("The server stopped before this request could be finished."))
         for worker in self._workers:
             worker.stop()
         give_up = time.monotonic() + 1.0  # a batch under way nobody waits for may be left behind
-        while any(worker.is_alive() for worker in self._workers) and time.monotonic() < give_up:
+        while any(worker.is_alive() for worker in self._workers) and time.monotonic() < give_up:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         if self.state != "dead":
             self.state = "stopped"
@@ -367,7 +367,8 @@ class AsyncEngine:
         self._flight.watchdogs.pop(worker).cancel()
         self._flight.idle.append(worker)
         self._dispatch()  # first, so that the worker is busy while results are handed out
-        self.observer.batch_done(batch.num_tokens, len(batch.sequences), seconds)
+        if self.state != "starting":  # the warm-up is nobody's traffic
+            self.observer.batch_done(batch.num_tokens, len(batch.sequences), seconds)
         for seq, row in zip(batch.sequences, rows, strict=True):
             pending = self._pending.get(seq.request_id)
             if pending is None:  # its client left, or another of its sequences failed
@@ -410,20 +411,20 @@ class AsyncEngine:
     # ── death ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _worker_died(self, worker: Worker, error: BaseException) -> None:
-        self._die(EngineDead(f"A worker died: {type(error).__name__}.", retry_after=10))
+        self._die(f"A worker died: {type(error).__name__}.")
 
     def _hung(self, worker: Worker) -> None:
-        self._die(EngineDead("A worker hangs.", retry_after=10))
+        self._die("A worker hangs.")
 
-    def _die(self, error: EngineDead) -> None:
+    def _die(self, why: str) -> None:
         """A lost worker took its batch along; nothing that waits can be promised an answer."""
         self.state = "dead"
-        self._reject_all(error)
+        self._reject_all(lambda: EngineDead(why, retry_after=10))
         self._dead.set()
 
-    def _reject_all(self, error: EngineError) -> None:
+    def _reject_all(self, error: Callable[[], EngineError]) -> None:
         for request_id in list(self._pending):
-            self._settle(request_id, error)
+            self._settle(request_id, error())
 
     async def _off_loop(self, call: Callable[[], T], long: bool) -> T:
         """Run on the loop what is quick, in a thread what is not."""

@@ -21,6 +21,7 @@ from carpool.engine.poolers.dense import load_dense
 from carpool.engine.poolers.pooler import Pooler
 from carpool.engine.runner import ModelRunner
 from carpool.engine.tokenizer import Tokenizer
+from carpool.kernels.ops import attention_in_use
 
 _DEFAULT_BATCH_TOKENS = 2048  # the best micro-batch on the CPUs measured: docs/log.md
 
@@ -60,7 +61,7 @@ def build(config: EngineConfig) -> Parts:
         backbone,
         vocab_size=checkpoint.vocab_size,
         max_model_len=max_model_len,
-        window=checkpoint.text_config.get("sliding_window"),
+        window=checkpoint.text_config.get("sliding_window") or checkpoint.text_config.get("local_attention"),
     )
     try:
         checkpoint.matryoshka.check(config.pooler_config.dimensions, config.model or BUNDLED_NAME)
@@ -88,9 +89,9 @@ def build(config: EngineConfig) -> Parts:
             parameters=_parameters(backbone),
             max_num_batched_tokens=_max_num_batched_tokens(config, max_model_len),
             max_num_seqs=config.max_num_seqs,
-            attention="kernels.reference.varlen_attention (torch)",
+            attention=attention_in_use() if device.type == "cpu" else "torch",
             surgery=swapped,
-            notices=(notice,) if notice else (),
+            notices=tuple(sentence for sentence in (notice, _native_notice(device)) if sentence),
         ),
         tokenizer,
         [runner, *(runner.replica() for _ in range(workers - 1))],
@@ -125,3 +126,10 @@ def _workers(config: EngineConfig, device: torch.device) -> int:
 
 def _parameters(backbone: Backbone) -> int:
     return sum(weight.numel() for weight in backbone.module.parameters())
+
+
+def _native_notice(device: torch.device) -> str | None:
+    """Fallbacks are loud: without its native kernels a CPU server is right, and slower than it need be."""
+    if device.type != "cpu" or attention_in_use() != "torch":
+        return None
+    return "The native CPU kernels were not built (no C++ compiler at install, or another CPU): torch serves, slower."

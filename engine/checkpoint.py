@@ -96,7 +96,7 @@ class Checkpoint:
             return cls._read(path, overrides, pooler)
         except ConfigError:
             raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:  # a value of another kind than expected
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # a value of another kind
             raise ConfigError(
                 f"The JSON files in {path} cannot be understood: {type(error).__name__}: {error}."
             ) from error
@@ -106,7 +106,7 @@ class Checkpoint:
         config = _merge(_read_json(path / "config.json"), overrides)
         st = _SentenceTransformers.read(path)
         pooling = (_USER_MODES[pooler.pooling],) if pooler.pooling else st.pooling
-        width = st.dense[-1].out_features if st.dense else _hidden_size(config) * max(1, len(pooling))
+        width = _final_width(_hidden_size(config) * max(1, len(pooling)), st.dense)
         longest = _longest(path, config)
         allowed = tuple(sorted(int(d) for d in config.get("matryoshka_dimensions") or ()))
         normalize = st.normalize if pooler.activation is None else pooler.activation
@@ -214,6 +214,17 @@ def _dense(folder: Path) -> Dense:
         bias=bool(config.get("bias", True)),
         activation=str(config.get("activation_function", "torch.nn.modules.activation.Tanh")),
     )
+
+
+def _final_width(width: int, layers: tuple[Dense, ...]) -> int:
+    """What comes out of the layers behind a pooling of `width`."""
+    for dense in layers:
+        if dense.in_features != width:
+            raise ConfigError(
+                f"{dense.folder.name} takes vectors of {dense.in_features} components and would get {width}."
+            )
+        width = dense.out_features
+    return width
 
 
 def _sentence_bert_config(folder: Path) -> Mapping[str, Any]:

@@ -91,12 +91,8 @@ class EngineConfig:
     )
     tokenizer: str | None = option(None, "Folder or name of the tokenizer, where it is not the model's.")
     revision: str | None = option(None, "Branch, tag or commit of a model taken from the Hugging Face hub.")
-    runner: Runner = option(
-        "auto", "Kept for the reference's scripts: all models are pooled here."
-    )
-    convert: Convert = option(
-        "auto", "How to adapt a model that is not a pooling model."
-    )
+    runner: Runner = option("auto", "Kept for the reference's scripts: all models are pooled here.")
+    convert: Convert = option("auto", "How to adapt a model that is not a pooling model.")
     pooler_config: PoolerConfig = option(PoolerConfig(), "Pooler overrides, as JSON or dotted flags.")
     hf_overrides: Mapping[str, Any] = option({}, "Keys merged over the checkpoint's config.json, as JSON.")
     trust_remote_code: bool = option(False, "Run Python code that a checkpoint brings along.")

@@ -236,9 +236,7 @@ def _check_text(texts: list[str]) -> None:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise InvalidInput(
-                "input holds a lone surrogate, which is not text.", _name(i, texts)
-            ) from None
+            raise InvalidInput("input holds a lone surrogate, which is not text.", _name(i, texts)) from None
 
 
 def _name(index: int, batch: list[str] | list[list[int]]) -> str:
