@@ -15,7 +15,9 @@ FROM python:${PYTHON}-slim AS build
 ENV PYTHONSAFEPATH=1
 WORKDIR /build
 # src/carpool holds links to the rooms beside it; COPY keeps links that lie inside a folder as links.
-COPY pyproject.toml README.md LICENSE ./
+# For the native CPU kernels. Without a compiler the wheel has none and their torch twins serve, slower.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY src src
 COPY server server
 COPY engine engine

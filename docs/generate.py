@@ -1,8 +1,8 @@
 """Write the generated parts of the docs anew: `./dev docs`. What lies between the markers is made from the code.
 
-    <!-- generated: NAME -->
-    …
-    <!-- end -->
+<!-- generated: NAME -->
+…
+<!-- end -->
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ _BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL
 
 
 def options_table(options: Iterable[Option]) -> str:
-    rows = [f"| `{option.flag}` | {_values(option)} | {_default(option)} | {option.help} |" for option in options]
+    rows = [
+        f"| `{option.flag}` | {_values(option)} | {_default(option)} | {option.help} |" for option in options
+    ]
     return "\n".join(["| flag | value | default | meaning |", "|---|---|---|---|", *rows])
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from carpool.engine.config import EngineConfig
 from carpool.engine.errors import (
+    ConfigError,
     DeadlineExceeded,
     Draining,
     EmptyInput,
@@ -31,12 +33,12 @@ from carpool.engine.errors import (
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.outputs import PoolingResult, ScoreResult, Timings
 from carpool.engine.params import PoolingParams, Task, TokenizationParams
+from carpool.engine.prepared import Prepared
 from carpool.engine.scheduler import Scheduler
 from carpool.engine.scoring import Plan, plan
 from carpool.engine.sequence import Sequence
 from carpool.engine.slicing import merge_rows, slice_ids
 from carpool.engine.stats import Observer, Unobserved
-from carpool.engine.prepared import Prepared
 from carpool.engine.worker import Runner, Worker
 
 if TYPE_CHECKING:
@@ -132,19 +134,27 @@ class AsyncEngine:
         """Load, check and warm up; raises ConfigError if the model cannot be served."""
         loop = asyncio.get_running_loop()
         parts = await loop.run_in_executor(None, self._build, self.config)
+        if self.state != "starting":  # told to stop meanwhile
+            return
         self._parts = parts
         self._scheduler = Scheduler(parts.model.max_num_batched_tokens, parts.model.max_num_seqs)
         for i, runner in enumerate(parts.runners):
             worker = Worker(
                 runner,
-                done=lambda *result: loop.call_soon_threadsafe(self._done, *result),
-                died=lambda worker, error: loop.call_soon_threadsafe(self._worker_died, worker, error),
+                done=partial(_call_on, loop, self._done),
+                died=partial(_call_on, loop, self._worker_died),
                 name=f"carpool-worker-{i}",
             )
             self._workers.append(worker)
             self._flight.idle.append(worker)
             worker.start()
-        await self._warm_up(parts)
+        try:
+            await self._warm_up(parts)
+        except EngineError as error:
+            for worker in self._workers:
+                worker.stop()
+            if self.state in ("starting", "dead"):
+                raise ConfigError(f"The model fails at its first batch: {error}") from error
         if self.state == "starting":
             self.state = "ready"
 
@@ -154,6 +164,8 @@ class AsyncEngine:
         count = max(1, _WARM_UP_TOKENS // length) * len(self._workers)
         prompts = [[i % parts.model.vocab_size] * length for i in range(count)]
         for _ in range(2):
+            if self.state != "starting":
+                return
             start = time.perf_counter()
             warm = Prepared(prompts)
             await self._run(warm, PoolingParams(), parts.model.default_task, "", 0, None, None)
@@ -174,11 +186,11 @@ class AsyncEngine:
             finished = True
         except TimeoutError:
             finished = False
-            self._reject_all(Draining("The server stopped before this request could be finished."))
+            self._reject_all(lambda: Draining("The server stopped before this request could be finished."))
         for worker in self._workers:
             worker.stop()
         give_up = time.monotonic() + 1.0  # a batch under way nobody waits for may be left behind
-        while any(worker.is_alive() for worker in self._workers) and time.monotonic() < give_up:
+        while any(worker.is_alive() for worker in self._workers) and time.monotonic() < give_up:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         if self.state != "dead":
             self.state = "stopped"
@@ -414,7 +426,9 @@ class AsyncEngine:
         self._all_answered.clear()
         for index, (ids, start) in enumerate(zip(token_ids, starts, strict=True)):
             self._scheduler.add(
-                Sequence(request_id, index, ids, params, start, task, now, deadline, priority, client)
+                Sequence(
+                    request_id, index, ids, params, task, now, deadline, priority, client, type_start=start
+                )
             )
         self._dispatch_soon()
         try:
@@ -440,7 +454,10 @@ class AsyncEngine:
         while idle and self.state != "dead":
             now = time.monotonic()
             batch = self._scheduler.schedule(now, len(idle))
-            for seq in self._scheduler.take_expired():
+            expired = self._scheduler.take_expired()
+            if expired:
+                self.observer.sequences_cancelled(len(expired))
+            for seq in expired:
                 self._expire(seq.request_id)
             if batch is None:
                 return
@@ -455,7 +472,8 @@ class AsyncEngine:
         self._flight.watchdogs.pop(worker).cancel()
         self._flight.idle.append(worker)
         self._dispatch()  # first, so that the worker is busy while results are handed out
-        self.observer.batch_done(batch.num_tokens, len(batch.sequences), seconds)
+        if self.state != "starting":  # the warm-up is nobody's traffic
+            self.observer.batch_done(batch.num_tokens, len(batch.sequences), seconds)
         for seq, row in zip(batch.sequences, rows, strict=True):
             pending = self._pending.get(seq.request_id)
             if pending is None:  # its client left, or another of its sequences failed
@@ -498,24 +516,30 @@ class AsyncEngine:
     # ── death ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _worker_died(self, worker: Worker, error: BaseException) -> None:
-        self._die(EngineDead(f"A worker died: {type(error).__name__}.", retry_after=10))
+        self._die(f"A worker died: {type(error).__name__}.")
 
     def _hung(self, worker: Worker) -> None:
-        self._die(EngineDead("A worker hangs.", retry_after=10))
+        self._die("A worker hangs.")
 
-    def _die(self, error: EngineDead) -> None:
+    def _die(self, why: str) -> None:
         """A lost worker took its batch along; nothing that waits can be promised an answer."""
         self.state = "dead"
-        self._reject_all(error)
+        self._reject_all(lambda: EngineDead(why, retry_after=10))
         self._dead.set()
 
-    def _reject_all(self, error: EngineError) -> None:
+    def _reject_all(self, error: Callable[[], EngineError]) -> None:
         for request_id in list(self._pending):
-            self._settle(request_id, error)
+            self._settle(request_id, error())
 
     async def _off_loop(self, call: Callable[[], T], long: bool) -> T:
         """Run on the loop what is quick, in a thread what is not."""
         return await asyncio.get_running_loop().run_in_executor(None, call) if long else call()
+
+
+def _call_on(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: object) -> None:
+    """From a worker's thread. Once the loop is closed nobody waits for what a late batch has to say."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *args)
 
 
 def _is_long(prompts: Prompts) -> bool:

@@ -14,7 +14,7 @@ from carpool.engine.chat import ChatTemplate
 from carpool.engine.checkpoint import Checkpoint, PoolingMode
 from carpool.engine.config import EngineConfig
 from carpool.engine.device import resolve_device, resolve_dtype
-from carpool.engine.errors import ConfigError
+from carpool.engine.errors import ConfigError, InvalidParameter
 from carpool.engine.hub import BUNDLED_NAME, locate
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.models.backbone import Backbone
@@ -29,8 +29,11 @@ from carpool.engine.poolers.methods import METHODS
 from carpool.engine.poolers.pooler import Pool, Pooler
 from carpool.engine.runner import ModelRunner
 from carpool.engine.tokenizer import Tokenizer
+from carpool.kernels.ops import attention_in_use
 
-_QWEN_STEP_TAG = 151651  # <extra_0>, which the one published family of process reward models ends its steps with
+_QWEN_STEP_TAG = (
+    151651  # <extra_0>, which the one published family of process reward models ends its steps with
+)
 _DEFAULT_BATCH_TOKENS = 2048  # the best micro-batch on the CPUs measured: docs/log.md
 
 
@@ -74,8 +77,12 @@ def build(config: EngineConfig) -> Parts:
     loaded = loader.load(checkpoint, architecture, scorer, token_ids)
     backbone = loaded.backbone
     swapped = operate(backbone.module) if config.surgery else {}
-    window = checkpoint.text_config.get("sliding_window")
-    check_isolation(backbone, vocab_size=checkpoint.vocab_size, max_model_len=max_model_len, window=window)
+    check_isolation(
+        backbone,
+        vocab_size=checkpoint.vocab_size,
+        max_model_len=max_model_len,
+        window=checkpoint.text_config.get("sliding_window") or checkpoint.text_config.get("local_attention"),
+    )
     modes = _modes(checkpoint, loaded)
     num_labels = _num_labels(loaded)
     if architecture.kind == "embed":
@@ -110,9 +117,9 @@ def build(config: EngineConfig) -> Parts:
             parameters=_parameters(backbone),
             max_num_batched_tokens=_max_num_batched_tokens(config, max_model_len),
             max_num_seqs=config.max_num_seqs,
-            attention="kernels.reference.varlen_attention (torch)",
+            attention=attention_in_use() if device.type == "cpu" else "torch",
             surgery=swapped,
-            notices=(notice,) if notice else (),
+            notices=tuple(sentence for sentence in (notice, _native_notice(device)) if sentence),
         ),
         tokenizer,
         chat,
@@ -124,14 +131,23 @@ def build(config: EngineConfig) -> Parts:
 
 
 def _embed_pools(
-    checkpoint: Checkpoint, config: EngineConfig, modes: tuple[PoolingMode, ...], hidden_size: int, device: torch.device
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    modes: tuple[PoolingMode, ...],
+    hidden_size: int,
+    device: torch.device,
 ) -> dict[Task, Pool]:
-    checkpoint.matryoshka.check(config.pooler_config.dimensions, config.model or BUNDLED_NAME)
+    try:
+        checkpoint.matryoshka.check(config.pooler_config.dimensions, config.model or BUNDLED_NAME)
+    except InvalidParameter as error:
+        raise ConfigError(f"The pooler config's dimensions cannot be served: {error}") from error
     dense = [load_dense(spec, device) for spec in checkpoint.dense]
     head = EmbedHead(dense, checkpoint.normalize, config.pooler_config.dimensions)
     pools: dict[Task, Pool] = {"embed": EmbedPool(modes, head)}
     if not checkpoint.dense or checkpoint.dense[0].in_features == hidden_size:
-        pools["token_embed"] = TokenEmbedPool(head)  # a head made for several modes at once takes no single row
+        pools["token_embed"] = TokenEmbedPool(
+            head
+        )  # a head made for several modes at once takes no single row
     return pools
 
 
@@ -238,3 +254,10 @@ def _workers(config: EngineConfig, device: torch.device) -> int:
 
 def _parameters(backbone: Backbone) -> int:
     return sum(weight.numel() for weight in backbone.module.parameters())
+
+
+def _native_notice(device: torch.device) -> str | None:
+    """Fallbacks are loud: without its native kernels a CPU server is right, and slower than it need be."""
+    if device.type != "cpu" or attention_in_use() != "torch":
+        return None
+    return "The native CPU kernels were not built (no C++ compiler at install, or another CPU): torch serves, slower."

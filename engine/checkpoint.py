@@ -41,6 +41,7 @@ _LENGTH_KEYS = (
 # RoPE types whose factor is already part of max_position_embeddings.
 _ROPE_WITHOUT_FACTOR = {"su", "longrope", "llama3", "yarn", "deepseek_yarn", "default"}
 _UNKNOWN_LENGTH = 2048
+_ORDER = ("Transformer", "Pooling", "Dense", "Normalize")  # of sentence-transformers' modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +92,21 @@ class Checkpoint:
     @classmethod
     def read(cls, path: Path, overrides: Mapping[str, Any], pooler: PoolerConfig) -> Checkpoint:
         """Read the folder `path`. Raises ConfigError with one sentence on what is missing or cannot be."""
+        try:
+            return cls._read(path, overrides, pooler)
+        except ConfigError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # a value of another kind
+            raise ConfigError(
+                f"The JSON files in {path} cannot be understood: {type(error).__name__}: {error}."
+            ) from error
+
+    @classmethod
+    def _read(cls, path: Path, overrides: Mapping[str, Any], pooler: PoolerConfig) -> Checkpoint:
         st = _SentenceTransformers.read(path, has_scorer=bool(overrides.get("classifier_from_token")))
         config = _merge(_merge(_read_json(path / "config.json"), st.cross_encoder), overrides)
         pooling = (_USER_MODES[pooler.pooling],) if pooler.pooling else st.pooling
-        width = st.dense[-1].out_features if st.dense else _hidden_size(config) * max(1, len(pooling))
+        width = _final_width(_hidden_size(config) * max(1, len(pooling)), st.dense)
         longest = _longest(path, config)
         allowed = tuple(sorted(int(d) for d in config.get("matryoshka_dimensions") or ()))
         normalize = st.normalize if pooler.activates is None else pooler.activates
@@ -125,7 +137,9 @@ class _SentenceTransformers:
     max_seq_length: int | None = None
     lowercase: bool = False
     prompts: Mapping[str, str] = field(default_factory=dict)
-    cross_encoder: Mapping[str, Any] = field(default_factory=dict)  # as older releases wrote it into config.json
+    cross_encoder: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # as older releases wrote it into config.json
 
     @classmethod
     def read(cls, path: Path, *, has_scorer: bool = False) -> _SentenceTransformers:
@@ -158,6 +172,11 @@ class _SentenceTransformers:
                     f"modules.json names a {kind} module, which carpool cannot serve; "
                     "it serves Transformer, Pooling, Dense and Normalize."
                 )
+        steps = [kind for kind in kinds if kind in _ORDER]
+        if steps != sorted(steps, key=_ORDER.index) or steps.count("Pooling") > 1:
+            raise ConfigError(
+                f"modules.json runs {', '.join(steps)} in this order; carpool serves {', '.join(_ORDER)}."
+            )
         bert = _sentence_bert_config(transformer)
         return cls(
             pooling=pooling,
@@ -210,6 +229,17 @@ def _dense(folder: Path) -> Dense:
     )
 
 
+def _final_width(width: int, layers: tuple[Dense, ...]) -> int:
+    """What comes out of the layers behind a pooling of `width`."""
+    for dense in layers:
+        if dense.in_features != width:
+            raise ConfigError(
+                f"{dense.folder.name} takes vectors of {dense.in_features} components and would get {width}."
+            )
+        width = dense.out_features
+    return width
+
+
 def _sentence_bert_config(folder: Path) -> Mapping[str, Any]:
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"):
         config: Mapping[str, Any] = _read_json(folder / f"sentence_{name}_config.json", optional=True)
@@ -225,7 +255,8 @@ def _longest(path: Path, config: Mapping[str, Any]) -> int:
     derived = int(text["model_max_length"]) if text.get("model_max_length") else min(lengths, default=0)
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if derived and kind not in _ROPE_WITHOUT_FACTOR and "factor" in rope:
+    gemma3 = str(text.get("model_type", "")).startswith("gemma3")  # its length has the factor in it as well
+    if derived and kind not in _ROPE_WITHOUT_FACTOR and "factor" in rope and not gemma3:
         derived = int(derived * float(rope["factor"]))
     if kind == "longrope" and text.get("original_max_position_embeddings"):
         derived = int(text["original_max_position_embeddings"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from carpool.engine.errors import ConfigError
 from carpool.engine.params import Task
@@ -18,6 +18,7 @@ DType = Literal["auto", "float32", "float", "bfloat16", "float16", "half"]
 SeqPoolingType = Literal["CLS", "LAST", "MEAN"]
 TokPoolingType = Literal["ALL", "STEP"]
 PoolingType = Literal["CLS", "LAST", "MEAN", "ALL", "STEP"]
+Runner = Literal["auto", "pooling"]
 Convert = Literal["auto", "none", "embed", "classify", "reward"]
 
 # What the reference's older `task` asks for. A model that is to score is taken for what its class says it is.
@@ -43,8 +44,12 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 class PoolerConfig:
     """Overrides of how hidden states become results; None leaves the choice to the model's own files."""
 
-    task: Task | None = option(None, "What /pooling does when it is not told; token_embed makes /score late interaction.")
-    pooling_type: PoolingType | None = option(None, "CLS, LAST, MEAN: which rows make a text's result. ALL, STEP: a token's.")
+    task: Task | None = option(
+        None, "What /pooling does when it is not told; token_embed makes /score late interaction."
+    )
+    pooling_type: PoolingType | None = option(
+        None, "CLS, LAST, MEAN: which rows make a text's result. ALL, STEP: a token's."
+    )
     seq_pooling_type: SeqPoolingType | None = option(None, "Newer name of pooling_type for whole texts.")
     tok_pooling_type: TokPoolingType | None = option(None, "Newer name of pooling_type for tokens.")
     use_activation: bool | None = option(None, "Default of the request field: normalise, softmax or sigmoid.")
@@ -52,18 +57,33 @@ class PoolerConfig:
     softmax: bool | None = option(None, "Older name of use_activation.")
     activation: bool | None = option(None, "Older name of use_activation.")
     dimensions: int | None = option(None, "Default of the request field: cut every embedding to this width.")
-    enable_chunked_processing: bool = option(False, "Embed texts longer than the model takes in slices, and average.")
-    max_embed_len: int | None = option(None, "Longest text that chunked processing takes; unlimited by default.")
+    enable_chunked_processing: bool = option(
+        False, "Embed texts longer than the model takes in slices, and average."
+    )
+    max_embed_len: int | None = option(
+        None, "Longest text that chunked processing takes; unlimited by default."
+    )
     logit_mean: float | None = option(None, "Subtracted from every logit.")
     logit_bias: float | None = option(None, "Older name of logit_mean.")
     logit_sigma: float | None = option(None, "Every logit is divided by this, after logit_mean.")
     step_tag_id: int | None = option(None, "STEP: the token whose rows are returned.")
-    returned_token_ids: tuple[int, ...] | None = option(None, "STEP: the columns of the logits that are kept.")
+    returned_token_ids: tuple[int, ...] | None = option(
+        None, "STEP: the columns of the logits that are kept."
+    )
 
     def __post_init__(self) -> None:
         for narrow in ("seq_pooling_type", "tok_pooling_type"):
             if self.pooling_type and getattr(self, narrow):
                 raise ConfigError(f"Cannot set both pooling_type and {narrow} in the pooler config.")
+        for name, choices in (
+            ("task", Task),
+            ("pooling_type", PoolingType),
+            ("seq_pooling_type", SeqPoolingType),
+            ("tok_pooling_type", TokPoolingType),
+        ):
+            value = getattr(self, name)
+            if value is not None:
+                _check_choice(f"{name} in the pooler config", value, get_args(choices))
         if self.logit_sigma == 0:
             raise ConfigError("logit_sigma cannot be 0 (division by zero).")
         if self.returned_token_ids is not None:
@@ -101,13 +121,13 @@ class EngineConfig:
     )
     tokenizer: str | None = option(None, "Folder or name of the tokenizer, where it is not the model's.")
     revision: str | None = option(None, "Branch, tag or commit of a model taken from the Hugging Face hub.")
-    runner: Literal["auto", "pooling"] = option(
-        "auto", "Kept for the reference's scripts: all models are pooled here."
-    )
+    runner: Runner = option("auto", "Kept for the reference's scripts: all models are pooled here.")
     convert: Convert = option("auto", "What to make of a model whose class is for something else.")
     pooler_config: PoolerConfig = option(PoolerConfig(), "Pooler overrides, as JSON or dotted flags.")
     hf_overrides: Mapping[str, Any] = option({}, "Keys merged over the checkpoint's config.json, as JSON.")
-    chat_template: str | None = option(None, "Jinja template, or a file of one, for chat messages and for score prompts.")
+    chat_template: str | None = option(
+        None, "Jinja template, or a file of one, for chat messages and for score prompts."
+    )
     trust_remote_code: bool = option(False, "Run Python code that a checkpoint brings along.")
     dtype: DType = option(
         "auto", "Type of weights and activations; auto is the checkpoint's if the device has it."
@@ -138,3 +158,12 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        _check_choice("--runner", self.runner, get_args(Runner))
+        _check_choice("--convert", self.convert, get_args(Convert))
+        _check_choice("--dtype", self.dtype, get_args(DType))
+        _check_choice("--device", self.device, get_args(Device))
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")

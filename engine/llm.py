@@ -267,8 +267,7 @@ async def _start(config: EngineConfig) -> AsyncEngine:
 
 
 def _close(loop: LoopThread, engine: AsyncEngine) -> None:
-    loop.run(engine.stop(timeout=0.0))
-    loop.close()
+    loop.close(engine.stop(timeout=0.0))
 
 
 # ── options ──────────────────────────────────────────────────────────────────────────────────────────────────

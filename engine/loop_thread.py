@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from threading import Thread
+from threading import Thread, current_thread
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -30,7 +30,16 @@ class LoopThread:
             future.cancel()
             raise
 
-    def close(self) -> None:
+    def close(self, last: Coroutine[Any, Any, object] | None = None) -> None:
+        """Run `last`, then end the loop and its thread.
+
+        Garbage may be collected in any thread, the loop's own included, which cannot wait for itself.
+        """
+        if current_thread() is self._thread:
+            Thread(target=self.close, args=(last,), name=f"{self._thread.name}-close", daemon=True).start()
+            return
+        if last is not None:
+            self.run(last)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5.0)
         if not self._thread.is_alive():

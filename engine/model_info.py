@@ -36,7 +36,9 @@ class ModelInfo:
     max_num_batched_tokens: int
     max_num_seqs: int
     attention: str  # which implementation runs
-    surgery: Mapping[str, int] = field(default_factory=dict)  # kind of fused module → how many were swapped in
+    surgery: Mapping[str, int] = field(
+        default_factory=dict
+    )  # kind of fused module → how many were swapped in
     notices: tuple[str, ...] = ()  # fallbacks taken, one sentence each
 
     @property

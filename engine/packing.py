@@ -49,8 +49,12 @@ def pack_ids(
     starts = torch.repeat_interleave(cu_seqlens[:-1].long(), torch.tensor(lengths))
     types = None
     if type_starts is not None and any(start is not None for start in type_starts):
-        split = [length if start is None else start for start, length in zip(type_starts, lengths, strict=True)]
-        types = (torch.arange(len(ids)) - starts >= torch.repeat_interleave(torch.tensor(split), torch.tensor(lengths)))
+        split = [
+            length if start is None else start for start, length in zip(type_starts, lengths, strict=True)
+        ]
+        types = torch.arange(len(ids)) - starts >= torch.repeat_interleave(
+            torch.tensor(split), torch.tensor(lengths)
+        )
         types = types.long().to(device)
     return PackedBatch(
         input_ids=ids.to(device),

@@ -17,7 +17,8 @@ from itertools import count
 from carpool.engine.batch import Batch
 from carpool.engine.sequence import Sequence
 
-_MAX_CANDIDATES = 256  # waiting sequences that one deal looks at: bounds what a deal costs
+_MAX_CANDIDATES = 256  # waiting sequences that one deal looks at (or max_num_seqs): bounds what a deal costs
+_FEW_CLIENTS = 64  # idle clients that are not worth a look at whether they may be forgotten
 
 
 class _Flow:
@@ -60,7 +61,8 @@ class _Flow:
         while flow is not None:
             flow.served += tokens
             flow.num_waiting -= sequences
-            if flow.parent is not None and flow.num_waiting:
+            moved = tokens != 0 or flow.num_waiting == -sequences  # else its entry in the heap still holds
+            if flow.parent is not None and flow.num_waiting and moved:
                 heapq.heappush(flow.parent._children, (flow.served, flow.order, flow))
             flow = flow.parent
 
@@ -86,10 +88,12 @@ class Scheduler:
         self._max_overtaken_s = max_overtaken_s
         self._window_tokens = 4 * max_num_batched_tokens if window_tokens is None else window_tokens
         self._min_share_tokens = min_share_tokens
+        self._max_candidates = max(_MAX_CANDIDATES, max_num_seqs)
+        self._many_clients = _FEW_CLIENTS
         self._arrivals = count()
         self._priorities: list[int] = []  # sorted; those with a class below
         self._classes: dict[int, _Flow] = {}
-        self._clients: dict[tuple[int, str], _Flow] = {}
+        self._clients: dict[int, dict[str, _Flow]] = {}  # by priority
         self._requests: dict[int, _Flow] = {}
         self._expired: list[Sequence] = []
         self.waiting_tokens = 0
@@ -175,7 +179,7 @@ class Scheduler:
         total = 0
         for priority in self._priorities:
             level = self._classes[priority]
-            while level.num_waiting and total < tokens and len(picked) < _MAX_CANDIDATES:
+            while level.num_waiting and total < tokens and len(picked) < self._max_candidates:
                 flow: _Flow | None = level
                 while flow is not None and not flow.waiting:
                     flow = flow.least_served()
@@ -186,6 +190,8 @@ class Scheduler:
                 if seq.deadline is not None and seq.deadline <= now:
                     flow.dealt(0, 1)
                     self._expired.append(seq)
+                    if not flow.num_waiting:
+                        self._requests.pop(seq.request_id)
                     continue
                 flow.dealt(seq.num_tokens, 1)
                 picked.append(seq)
@@ -205,20 +211,31 @@ class Scheduler:
         level = self._classes.get(seq.priority)
         if level is None:
             level = self._classes[seq.priority] = _Flow(None, next(self._arrivals))
+            self._clients[seq.priority] = {}
             insort(self._priorities, seq.priority)
-        client = self._clients.get((seq.priority, seq.client))
+        clients = self._clients[seq.priority]
+        client = clients.get(seq.client)
         if client is None:
-            client = self._clients[seq.priority, seq.client] = _Flow(level, next(self._arrivals))
+            self._forget_clients(level, clients)
+            client = clients[seq.client] = _Flow(level, next(self._arrivals))
         if not client.num_waiting:
             level.join(client)
         request = self._requests[seq.request_id] = _Flow(client, next(self._arrivals))
         client.join(request)
         return request
 
+    def _forget_clients(self, level: _Flow, clients: dict[str, _Flow]) -> None:
+        """Now and then, drop the idle clients that others have caught up with: they would start level anyway."""
+        least = level.least_served()
+        if least is None or len(clients) < self._many_clients:
+            return
+        for name, flow in list(clients.items()):
+            if not flow.num_waiting and flow.served <= least.served:
+                del clients[name]
+        self._many_clients = max(_FEW_CLIENTS, 2 * len(clients))
+
     def _forget_idle(self) -> None:
-        """Once nothing waits, nobody's past counts: start afresh (and hold no memory of clients long gone)."""
-        if not self.waiting_sequences:
-            self._requests.clear()
-            self._clients.clear()
-            self._classes.clear()
-            self._priorities.clear()
+        """Once nothing of a priority waits, nobody's past counts: its clients start afresh, whoever comes first."""
+        for priority in [p for p in self._priorities if not self._classes[p].num_waiting]:
+            self._priorities.remove(priority)
+            del self._classes[priority], self._clients[priority]

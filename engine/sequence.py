@@ -17,13 +17,13 @@ class Sequence:
     index: int
     token_ids: list[int]
     params: PoolingParams
-    type_start: int | None = None  # of a pair: where its second text, of token type 1, begins
     task: Task = "embed"
     arrival: float = 0.0
     deadline: float | None = None
     priority: int = 0  # lower runs first
     client: str = ""  # whose share it is charged to
     overtaken_at: float | None = None  # set by the scheduler: when a later one first rode ahead of it
+    type_start: int | None = None  # of a pair: where its second text, of token type 1, begins
 
     @property
     def num_tokens(self) -> int:

@@ -24,7 +24,6 @@ from carpool.engine.errors import (
 from carpool.engine.params import Side, TokenizationParams
 from carpool.engine.prepared import Prepared
 
-
 Pair = tuple[str, str]
 Prompts = list[str] | list[list[int]] | list[Pair]
 
@@ -36,8 +35,6 @@ class Affixes:
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     middle: tuple[int, ...] = ()
-
-
 
 
 class Tokenizer:
@@ -67,8 +64,11 @@ class Tokenizer:
         self._affixes = _find_affixes(backend)
         self._pair_affixes, type_offset = _find_pair_affixes(backend)
         self._type_offset = type_offset if token_types else None
+        vocabulary = backend.get_vocab(with_added_tokens=True)
         # No token stands for more characters than the longest entry does.
-        self._longest_token = max((len(token) for token in backend.get_vocab()), default=1)
+        self._longest_token = max(map(len, vocabulary), default=1)
+        # Tokens may have been added after the model was made: text can then name rows that it does not have.
+        self._exceeds_model = max(vocabulary.values(), default=0) >= vocab_size
 
     @classmethod
     def load(
@@ -98,15 +98,12 @@ class Tokenizer:
         """Ids of each text, in full."""
         if self._lowercase:
             texts = [text.lower() for text in texts]
-        self._check_texts(texts)
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        try:
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        except (TypeError, UnicodeEncodeError):
+            _check_text(texts)
+            raise
         return [encoding.ids for encoding in encodings]
-
-    def _check_texts(self, texts: list[str]) -> None:
-        """A lone surrogate is a Python str but not text: no UTF-8 stands for it."""
-        for i, text in enumerate(texts):
-            if not text.isascii() and not _is_text(text):
-                raise InvalidInput("input holds a lone surrogate, which is not text.", f"input[{i}]")
 
     def prepare(self, prompts: Prompts, params: TokenizationParams, max_len: int | None = -1) -> Prepared:
         """Ids that are fit to run: cut, padded and checked as `params` and the model ask.
@@ -127,6 +124,7 @@ class Tokenizer:
             batch = cast("list[list[int]]", prompts)
             if limit is not None:
                 batch = [_cut(ids, limit, params.truncation_side or "right") for ids in batch]
+        if self._exceeds_model or not (prompts and isinstance(prompts[0], str | tuple)):
             self._check_vocabulary(batch)
         self._check_lengths(batch, longest)
         if params.padding == "max_length":
@@ -146,7 +144,9 @@ class Tokenizer:
         starts: list[int | None] = []
         for query, document in pairs:
             first, second = ids[query], ids[document]
-            around = self._pair_affixes if document else self._affixes  # as transformers has it: no text, no pair
+            around = (
+                self._pair_affixes if document else self._affixes
+            )  # as transformers has it: no text, no pair
             specials = len(around.prefix) + len(around.middle) + len(around.suffix)
             if limit is not None and params.truncation_side is None and specials <= limit:
                 first, second = self._truncate_pair(first, second, limit - specials)
@@ -176,7 +176,7 @@ class Tokenizer:
 
     def shorten(self, texts: list[str], limit: int) -> list[str]:
         """Each text cut, between characters, so that it has at most `limit` tokens (special ones not counted)."""
-        self._check_texts(texts)
+        _check_text(texts)
         encodings = self._backend.encode_batch(texts, add_special_tokens=False)
         short = list(texts)
         for i, encoding in enumerate(encodings):
@@ -227,6 +227,7 @@ class Tokenizer:
         most = (enough + 64) * self._longest_token
         if keeps_end or all(len(text) <= most for text in texts):
             return self.encode(texts, params.add_special_tokens)
+        _check_text(texts)  # in full: what is not text is refused, also where nobody would have looked
         heads = [_head(text, most) for text in texts]
         batch = self.encode(heads, params.add_special_tokens)
         short = [i for i, ids in enumerate(batch) if len(ids) < enough and len(heads[i]) < len(texts[i])]
@@ -281,14 +282,18 @@ class Tokenizer:
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of the ids, special tokens kept; ids that no entry has are skipped."""
-        known = self._backend.get_vocab_size(with_added_tokens=True)
-        return self._backend.decode(
-            [token for token in token_ids if token < known], skip_special_tokens=False
-        )
+        known = [token for token in token_ids if self._is_known(token)]
+        return self._backend.decode(known, skip_special_tokens=False)
 
     def tokens(self, token_ids: list[int]) -> list[str]:
         """The vocabulary's entry for each id; empty where there is none."""
-        return [self._backend.id_to_token(token) or "" for token in token_ids]
+        return [
+            (self._backend.id_to_token(token) or "") if self._is_known(token) else "" for token in token_ids
+        ]
+
+    def _is_known(self, token: int) -> bool:
+        """Whether the library can be asked about it: it raises for numbers that are not 32-bit."""
+        return 0 <= token < self._backend.get_vocab_size(with_added_tokens=True)
 
 
 def _find_affixes(backend: tokenizers.Tokenizer) -> Affixes:
@@ -326,15 +331,16 @@ def _head(text: str, most: int) -> str:
     return text[:end] if end > most // 2 else text
 
 
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _check_text(texts: list[str]) -> None:
+    """A lone surrogate is a Python str but not text: no UTF-8 stands for it."""
+    for i, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidInput("input holds a lone surrogate, which is not text.", _name(i, texts)) from None
 
 
-def _name(index: int, batch: list[list[int]]) -> str:
+def _name(index: int, batch: list[str] | list[list[int]]) -> str:
     return "input" if len(batch) == 1 else f"input[{index}]"
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from carpool.engine.batch import Batch
 from carpool.engine.errors import InferenceFailed
+from carpool.engine.memory import HeapTrimmer
 
 Row = NDArray[np.float32] | InferenceFailed
 
@@ -64,9 +65,13 @@ class Worker:
     def _main(self) -> None:
         try:
             self._runner.bind()
+            heap = HeapTrimmer()
             while (batch := self._inbox.get()) is not None:
                 start = time.perf_counter()
                 rows = self._runner.run(batch)
+                if len(rows) != len(batch.sequences):
+                    raise AssertionError(f"{len(rows)} results for {len(batch.sequences)} sequences")
                 self._done(self, batch, rows, time.perf_counter() - start)
+                heap.rest(time.monotonic())
         except BaseException as error:  # whatever it was, someone waits for this thread
             self._died(self, error)

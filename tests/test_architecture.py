@@ -11,7 +11,16 @@ from tree import MODULES, ROOMS, ROOT, here, imports, packages
 
 MAY_IMPORT = {"server": {"server", "engine"}, "engine": {"engine", "kernels"}, "kernels": {"kernels"}}
 # All that the server sees of the engine.
-ENGINE_FRONT = {"async_engine", "config", "errors", "model_info", "outputs", "params", "reference_options", "stats"}
+ENGINE_FRONT = {
+    "async_engine",
+    "config",
+    "errors",
+    "model_info",
+    "outputs",
+    "params",
+    "reference_options",
+    "stats",
+}
 
 # Logic that can be read like a card game: no tensors, no threads, no clock; what time it is comes as an argument.
 PURE = ("batch", "config", "errors", "outputs", "params", "scheduler", "sequence", "stats")

@@ -41,6 +41,9 @@ esac
 """
 
 
+KERNEL = "kernels/cpu/attention.cpp"
+
+
 class Checkout:
     """A copy of what ./dev reads, and what happened in it."""
 
@@ -48,8 +51,8 @@ class Checkout:
         self.root = folder / "checkout"
         self.log = folder / "log"
         self.python = folder / "python"
-        (self.root / "requirements").mkdir(parents=True)
-        for name in ("dev", "pyproject.toml", "requirements/constraints.txt"):
+        for name in ("dev", "pyproject.toml", "setup.py", "requirements/constraints.txt", KERNEL):
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
         self.python.write_text(STAND_IN)
         self.python.chmod(0o755)
@@ -124,7 +127,7 @@ def test_the_tools_are_added_to_what_serve_made(checkout: Checkout) -> None:
     assert checkout.happened() == DEV
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "requirements/constraints.txt"])
+@pytest.mark.parametrize("name", ["pyproject.toml", "requirements/constraints.txt", KERNEL])
 def test_a_changed_list_of_dependencies_is_installed(checkout: Checkout, name: str) -> None:
     checkout.dev("test")
     checkout.happened()

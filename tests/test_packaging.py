@@ -20,7 +20,7 @@ from tree import MODULES, ROOMS, ROOT, here, imports
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
-JUNK = (".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist")
+JUNK = (".git", ".venv", "*.so", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist")
 
 
 @pytest.fixture(scope="session")
@@ -65,14 +65,17 @@ def shipped() -> set[str]:
     """All that the package holds, by the names it has in the package."""
     own = {"carpool/__init__.py", "carpool/py.typed"}
     rooms = {path for room in ROOMS for path in (ROOT / room).rglob("*") if path.is_file()}
-    return own | {f"carpool/{path.relative_to(ROOT)}" for path in rooms if "__pycache__" not in path.parts}
+    made = {path for path in rooms if "__pycache__" in path.parts or path.suffix == ".so"}
+    return own | {f"carpool/{path.relative_to(ROOT)}" for path in rooms - made}
 
 
 def test_the_wheel_holds_the_rooms_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {info.filename for info in archive.infolist()}
 
-    assert {name for name in names if ".dist-info/" not in name} == shipped()
+    native = {"carpool/kernels/_native.so"} if shutil.which("g++") else set()
+    assert {name for name in names if ".dist-info/" not in name} == shipped() | native
+    assert "-py3-none-linux_" in wheel.name
 
 
 def test_the_source_archive_holds_the_rooms_and_nothing_else(dist: Path) -> None:
@@ -92,6 +95,7 @@ def test_the_source_archive_holds_the_rooms_and_nothing_else(dist: Path) -> None
         "README.md",
         "pyproject.toml",
         "setup.cfg",
+        "setup.py",
     }
 
 

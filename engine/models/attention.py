@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from carpool.kernels.reference import varlen_attention
+from carpool.kernels.ops import varlen_attention
 
 NAME = "carpool_packed"  # neither "flash" nor "/" may be in it: both mean something to transformers
 

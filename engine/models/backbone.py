@@ -32,7 +32,9 @@ class Backbone:
             inputs["position_ids"] = self._positions(batch)[None]
         if self._takes_types:
             types = batch.token_type_ids
-            inputs["token_type_ids"] = torch.zeros_like(batch.input_ids)[None] if types is None else types[None]
+            inputs["token_type_ids"] = (
+                torch.zeros_like(batch.input_ids)[None] if types is None else types[None]
+            )
         with layout(batch.runs):
             hidden: Tensor = self.module(**inputs).last_hidden_state
         return hidden[0]

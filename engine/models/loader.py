@@ -119,7 +119,9 @@ class Loader:
     def _reward_head(self, checkpoint: Checkpoint) -> nn.Module | None:
         """None for a plain model that was told to be one (`--convert reward`): its hidden states are the result."""
         stored = _stored(checkpoint, _REWARD_HEAD)
-        if not stored and not any(re.search(r"RewardModel(ing)?$", name) for name in checkpoint.architectures):
+        if not stored and not any(
+            re.search(r"RewardModel(ing)?$", name) for name in checkpoint.architectures
+        ):
             return None
         return head_from_weights(stored).to(self.device)
 
@@ -137,7 +139,9 @@ class Loader:
                 **options,
             )
         except Exception as error:  # transformers raises whatever went wrong inside
-            raise ConfigError(f"The model in {checkpoint.path} cannot be loaded: {_first_line(error)}") from error
+            raise ConfigError(
+                f"The model in {checkpoint.path} cannot be loaded: {_first_line(error)}"
+            ) from error
         # A head that is replayed does use BERT's pooler.
         heedless = auto is AutoModel or auto is AutoModelForTokenClassification
         missing = sorted(name for name in info["missing_keys"] if not (_MAY_MISS.search(name) and heedless))
@@ -166,7 +170,9 @@ class Loader:
     def _config(self, checkpoint: Checkpoint) -> PreTrainedConfig:
         """The model's configuration with the user's overrides; never asks on standard input."""
         try:
-            config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=self.trust_remote_code)
+            config = AutoConfig.from_pretrained(
+                str(checkpoint.path), trust_remote_code=self.trust_remote_code
+            )
             merged: PreTrainedConfig = type(config).from_dict(dict(checkpoint.config))
             return merged
         except Exception as error:
@@ -210,7 +216,9 @@ def _refuse_batch_dependent_rope(config: PreTrainedConfig, max_model_len: int) -
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     kind = rope.get("rope_type") if isinstance(rope, dict) else None
-    original = rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", 0) or 0
+    original = (
+        rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", 0) or 0
+    )
     if kind in ("dynamic", "longrope") and max_model_len > original:
         raise ConfigError(
             f"This model's {kind} rotary embedding depends on the longest prompt of a batch beyond {original} "

@@ -67,7 +67,7 @@ def _fuse_gelu(parent: nn.Module) -> bool:
             setattr(parent, act_name, nn.Identity())
             if _agree(parent(x), before):
                 return True
-        except Exception:  # noqa: S110 (a parent of another shape: nothing to fuse)
+        except Exception:  # a parent of another shape: nothing to fuse
             pass
         setattr(parent, name, linear)
         setattr(parent, act_name, act)

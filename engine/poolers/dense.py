@@ -15,7 +15,12 @@ def load_dense(spec: Dense, device: torch.device) -> nn.Sequential:
     linear = nn.Linear(
         spec.in_features, spec.out_features, bias=spec.bias, dtype=torch.float32, device=device
     )
-    tensors = _tensors(spec)
+    try:
+        tensors = _tensors(spec)
+    except ConfigError:
+        raise
+    except Exception as error:  # damaged, or a pickle that is not safe to load: each format has its own words
+        raise ConfigError(f"The weights in {spec.folder} cannot be read: {type(error).__name__}.") from error
     for name in ("weight", "bias") if spec.bias else ("weight",):
         found = next(
             (tensors[key] for key in (f"linear.{name}", f"dense.{name}", name) if key in tensors), None

@@ -22,7 +22,9 @@ def prompted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """A tiny embedding model that knows the input types "query" and "document"."""
     folder = tmp_path_factory.mktemp("prompted")
     tiny.bert(folder / "model")
-    tiny.edit_json(folder / "model" / "config_sentence_transformers.json", prompts={"query": "where ", "document": ""})
+    tiny.edit_json(
+        folder / "model" / "config_sentence_transformers.json", prompts={"query": "where ", "document": ""}
+    )
     with carpool_serve(folder / "log", str(folder / "model"), "--served-model-name", "tiny") as process:
         yield process
 
@@ -38,7 +40,9 @@ def embedded(process: Process, texts: list[str]) -> list[list[float]]:
 
 
 def close(ours: Any, theirs: Any) -> bool:
-    return len(ours) == len(theirs) and all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(ours, theirs, strict=True))
+    return len(ours) == len(theirs) and all(
+        math.isclose(a, b, abs_tol=1e-6) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def test_cohere_embeds_and_reranks(prompted: Process) -> None:
@@ -47,7 +51,9 @@ def test_cohere_embeds_and_reranks(prompted: Process) -> None:
 
     answer = client.embed(model="tiny", texts=TEXTS, input_type="document", embedding_types=["float"])
     assert all(map(close, answer.embeddings.float_, embedded(prompted, TEXTS)))
-    query = client.embed(model="tiny", texts=[QUERY], input_type="query", embedding_types=["float", "ubinary"])
+    query = client.embed(
+        model="tiny", texts=[QUERY], input_type="query", embedding_types=["float", "ubinary"]
+    )
     assert close(query.embeddings.float_[0], embedded(prompted, ["where " + QUERY])[0])
     assert len(query.embeddings.ubinary[0]) == len(query.embeddings.float_[0]) // 8
 
@@ -79,7 +85,9 @@ def test_llama_index_embeds(prompted: Process) -> None:
 
 def test_the_shapes_of_text_embeddings_inference(prompted: Process) -> None:
     assert all(map(close, post(prompted, "/embed", {"inputs": TEXTS}), embedded(prompted, TEXTS)))
-    assert close(post(prompted, "/embed", {"inputs": QUERY, "truncate": True})[0], embedded(prompted, [QUERY])[0])
+    assert close(
+        post(prompted, "/embed", {"inputs": QUERY, "truncate": True})[0], embedded(prompted, [QUERY])[0]
+    )
     ranked = post(prompted, "/rerank", {"query": QUERY, "texts": TEXTS, "return_text": True})
     assert [set(item) for item in ranked] == [{"index", "score", "text"}] * 3
     assert [item["text"] for item in ranked] == [TEXTS[item["index"]] for item in ranked]

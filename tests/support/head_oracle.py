@@ -58,7 +58,7 @@ def answer(
 ) -> list[Tensor]:
     """One batch of all of them; results in the order given."""
     own = params or PoolingParams()
-    return run(parts, [Sequence(0, i, list(ids), own, None, task) for i, ids in enumerate(token_ids)])
+    return run(parts, [Sequence(0, i, list(ids), own, task) for i, ids in enumerate(token_ids)])
 
 
 def run(parts: Parts, sequences: Seq[Sequence]) -> list[Tensor]:

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "rain", "in", "spain", "falls", "where", "ice", "cream", "un", "able", "ly", "ing", "ed", "night", "day", "war", "and", "peace"]
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "rain", "in", "spain", "falls", "where", "ice", "cream", "un", "able",
+         "ly", "ing", "ed", "night", "day", "war", "and", "peace"]  # fmt: skip
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?-'"
 HIDDEN = 32
 

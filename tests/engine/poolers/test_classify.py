@@ -39,7 +39,7 @@ def texts(
 ) -> list[Sequence]:
     each = params or [PoolingParams()] * len(lengths)
     ids = more.get("ids") or [list(range(length)) for length in lengths]
-    return [Sequence(0, i, ids[i], own, None, task) for i, own in enumerate(each)]
+    return [Sequence(0, i, ids[i], own, task) for i, own in enumerate(each)]
 
 
 def results(pool: Pool, lengths: Seq[int], sequences: list[Sequence]) -> list[Tensor]:
@@ -172,7 +172,7 @@ def test_each_sequence_of_a_mixed_batch_goes_to_its_own_pool() -> None:
         {"classify": ClassifyPool(METHODS["cls"], head), "token_classify": TokenClassifyPool(head)}
     )
     tasks: list[Task] = ["token_classify", "classify", "token_classify", "classify"]
-    mixed = [Sequence(0, i, [1] * n, PoolingParams(), None, tasks[i]) for i, n in enumerate(lengths)]
+    mixed = [Sequence(0, i, [1] * n, PoolingParams(), tasks[i]) for i, n in enumerate(lengths)]
     rows = [torch.from_numpy(row) for row in pooler(hidden, bounds, mixed)]
     each = torch.split(weights()(hidden).softmax(-1), lengths)
     expected = [each[0], each[1][0], each[2], each[3][0]]

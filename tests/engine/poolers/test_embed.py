@@ -32,7 +32,7 @@ def run(
 ) -> list[Tensor]:
     bounds = torch.tensor([0, *map(len, rows)]).cumsum(0).int()
     each = params or [PoolingParams()] * len(rows)
-    sequences = [Sequence(0, i, [1] * len(text), each[i], None, task) for i, text in enumerate(rows)]
+    sequences = [Sequence(0, i, [1] * len(text), each[i], task) for i, text in enumerate(rows)]
     return [torch.from_numpy(row) for row in pool(torch.cat(list(rows)), bounds, range(len(rows)), sequences)]
 
 
@@ -122,7 +122,7 @@ def test_16_bit_rows_are_pooled_in_float32() -> None:
 def test_only_the_texts_of_the_task_are_answered() -> None:
     rows = hidden()
     bounds = torch.tensor([0, *map(len, rows)]).cumsum(0).int()
-    sequence = Sequence(0, 2, [1] * 4, PoolingParams(), None, "embed")
+    sequence = Sequence(0, 2, [1] * 4, PoolingParams(), "embed")
     (found,) = EmbedPool(("last",), head())(torch.cat(rows), bounds, [2], [sequence])
     assert close(torch.from_numpy(found), unit(rows[2][-1]))
     (found,) = TokenEmbedPool(head())(torch.cat(rows), bounds, [2], [sequence])

@@ -1,0 +1,38 @@
+"""The one thing that pyproject.toml cannot say: a native library that is neither required nor a Python module.
+
+It has a plain C interface and is loaded through ctypes, so one build fits every Python; where no compiler is at hand
+the install goes on without it, the torch twins of its kernels serve, and the server says so when it starts.
+"""
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+
+class NativeLibrary(build_ext):
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+
+class PlatformWheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        _, _, platform = super().get_tag()
+        return "py3", "none", platform
+
+
+setup(
+    cmdclass={"build_ext": NativeLibrary, "bdist_wheel": PlatformWheel},
+    ext_modules=[
+        Extension(
+            "carpool.kernels._native",
+            ["src/carpool/kernels/cpu/attention.cpp"],
+            extra_compile_args=[
+                "-O3",
+                "-std=c++17",
+                "-Wno-psabi",
+            ],  # vectors never cross a function that is not inlined
+            language="c++",
+            optional=True,
+        )
+    ],
+)

@@ -1,0 +1,110 @@
+"""The client against a server that answers by what it is asked."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from socketserver import StreamRequestHandler, ThreadingTCPServer
+from threading import Thread
+
+import pytest
+
+import closed_loop
+from closed_loop import ClosedLoop, Job, Outcome
+
+Answer = Callable[[str], bytes]
+
+
+@contextmanager
+def serving(answer: Answer) -> Iterator[int]:
+    """The port of a server whose whole answer to a request, head and all, is `answer(body)`; b"" hangs up."""
+
+    class Handler(StreamRequestHandler):
+        disable_nagle_algorithm = True
+
+        def handle(self) -> None:
+            while head := self.rfile.readline():
+                length = 0
+                while line := self.rfile.readline().strip():
+                    name, _, value = line.partition(b":")
+                    length = int(value) if name == b"Content-Length" else length
+                assert head == b"POST /v1/embeddings HTTP/1.1\r\n"
+                reply = answer(self.rfile.read(length).decode())
+                if not reply:
+                    return
+                self.wfile.write(reply[:40])  # in two pieces: answers need not come in one
+                self.wfile.write(reply[40:])
+
+    class Server(ThreadingTCPServer):
+        daemon_threads = True
+        request_queue_size = 64
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+def response(body: str, status: str = "200 OK", timing: str = "forward;dur=1.5, queue;dur=0.25") -> bytes:
+    head = f"HTTP/1.1 {status}\r\nserver-timing: {timing}\r\ncontent-length: {len(body.encode())}\r\n\r\n"
+    return (head + body).encode()
+
+
+def embedding(text: str) -> str:
+    return json.dumps({"data": [{"object": "embedding", "embedding": text}]})
+
+
+def drive(answer: Answer, bodies: list[str], connections: int, keep: bool = False) -> Outcome:
+    with serving(answer) as port:
+        return ClosedLoop(Job("127.0.0.1", port, "/v1/embeddings", bodies, connections, keep)).run()
+
+
+@pytest.mark.parametrize("connections", [1, 7, 100])
+def test_each_body_gets_its_own_answer(connections: int) -> None:
+    bodies = [f"é{n}" for n in range(50)]
+    outcome = drive(lambda body: response(embedding(body)), bodies, connections, keep=True)
+    assert [json.loads(answer)["data"][0]["embedding"] for answer in outcome.answers] == bodies
+    assert outcome.errors == {}
+    assert outcome.stages == {"forward": [1.5] * 50, "queue": [0.25] * 50}
+    for latency in outcome.latencies:
+        assert latency is not None
+        assert 0 < latency <= outcome.seconds
+    assert outcome.cpu_seconds >= 0
+
+
+def test_bad_answers_are_counted_and_not_timed() -> None:
+    answers = {
+        "busy": response("{}", "503 Service Unavailable"),
+        "two": response('{"data": [{"embedding": "a"}, {"embedding": "b"}]}'),
+        "gone": b"",
+        "good": response(embedding("x")),
+    }
+    bodies = ["good", "busy", "gone", "two", "gone", "good"]
+    outcome = drive(answers.__getitem__, bodies, connections=2)
+    assert outcome.errors == {"status 503": 1, "connection lost": 2, "not one embedding": 1}
+    assert [latency is not None for latency in outcome.latencies] == [True, False, False, False, False, True]
+    assert [spent is not None for spent in outcome.stages["forward"]] == [True, *[False] * 4, True]
+
+
+def test_it_runs_as_a_process() -> None:
+    with serving(lambda body: response("{}", "500 Internal Server Error")) as port:
+        job = Job("127.0.0.1", port, "/v1/embeddings", ["x", "y"], connections=2)
+        command = [sys.executable, closed_loop.__file__]
+        printed = subprocess.check_output(command, input=json.dumps(asdict(job)), text=True)
+    outcome = Outcome(**json.loads(printed))
+    assert outcome.errors == {"status 500": 2}
+    assert outcome.latencies == [None, None]
+
+
+def test_an_answer_of_unknown_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="without Content-Length"):
+        drive(lambda body: b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", ["x"], connections=1)
+
+
+def test_nobody_listening_is_an_error() -> None:
+    with serving(lambda body: b"") as port:
+        pass
+    with pytest.raises(OSError, match="refused"):
+        ClosedLoop(Job("127.0.0.1", port, "/v1/embeddings", ["x"], connections=1)).run()

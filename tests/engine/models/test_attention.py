@@ -1,0 +1,129 @@
+"""The function behind transformers' attention registry: what it takes, and what it will not let pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from carpool.engine.build import Parts
+from carpool.engine.errors import ConfigError
+from carpool.engine.models.attention import NAME, UnknownAttentionArgument, layout, packed_attention
+from carpool.engine.models.probe import check_isolation
+from carpool.engine.packing import pack_ids
+from carpool.kernels.reference import varlen_attention
+
+RUNS = ((3, 1), (5, 1))
+
+
+def qkv() -> tuple[Tensor, Tensor, Tensor]:
+    """[1, N, T, D] each, two query heads to a key head."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, 8, 8, generator=generator)
+    return query, torch.randn(1, 2, 8, 8, generator=generator), torch.randn(1, 2, 8, 8, generator=generator)
+
+
+class Layer(nn.Module):
+    def __init__(self, is_causal: bool | None = None) -> None:
+        super().__init__()
+        if is_causal is not None:
+            self.is_causal = is_causal
+
+
+def attend(module: nn.Module | None = None, **options: Any) -> Tensor:
+    with layout(RUNS):
+        out, weights = packed_attention(module or Layer(False), *qkv(), None, **options)
+    assert weights is None
+    return out
+
+
+def expected(**options: Any) -> Tensor:
+    query, key, value = (x[0].transpose(0, 1) for x in qkv())
+    return varlen_attention(query, key, value, RUNS, **{"scale": 8**-0.5, **options})[None]
+
+
+@pytest.mark.parametrize(
+    ("given", "means"),
+    [
+        ({}, {}),
+        ({"scaling": 0.7}, {"scale": 0.7}),
+        ({"sliding_window": 2}, {"window": 2}),
+        ({"softcap": 1.5}, {"softcap": 1.5}),
+        ({"is_causal": True}, {"causal": True}),
+        ({"dropout": 0.0, "position_ids": torch.zeros(1), "use_cache": False, "head_mask": None}, {}),
+        ({"s_aux": None, "position_bias": None}, {}),
+    ],
+)
+def test_every_argument_that_carries_meaning_is_passed_on(
+    given: dict[str, Any], means: dict[str, Any]
+) -> None:
+    torch.testing.assert_close(attend(**given), expected(**means))
+
+
+@pytest.mark.parametrize(
+    ("layers", "argument", "causal"),
+    [(True, None, True), (False, None, False), (None, None, True), (True, False, False), (False, True, True)],
+)
+def test_an_argument_decides_on_causality_then_the_layer(
+    layers: bool | None, argument: bool | None, causal: bool
+) -> None:
+    torch.testing.assert_close(attend(Layer(layers), is_causal=argument), expected(causal=causal))
+
+
+@pytest.mark.parametrize("name", ["s_aux", "position_bias", "block_mask", "something_new"])
+def test_an_argument_that_is_not_known_raises(name: str) -> None:
+    with pytest.raises(UnknownAttentionArgument, match=f"Layer passes {name}"):
+        attend(None, **{name: torch.ones(1)})
+
+
+def test_a_mask_raises() -> None:
+    with layout(RUNS), pytest.raises(UnknownAttentionArgument, match="attention_mask"):
+        packed_attention(Layer(), *qkv(), torch.zeros(1, 1, 8, 8))
+
+
+def test_without_a_layout_nothing_is_computed() -> None:
+    with pytest.raises(RuntimeError, match="layout"):
+        packed_attention(Layer(), *qkv(), None)
+
+
+def test_a_layout_ends_with_its_block_also_when_that_raises() -> None:
+    with pytest.raises(ZeroDivisionError), layout(RUNS):
+        _ = 1 / 0
+    test_without_a_layout_nothing_is_computed()
+
+
+def test_each_thread_has_its_own_layout() -> None:
+    meet = Barrier(2, timeout=10)
+
+    def work(length: int) -> Tensor:
+        with layout(((length, 8 // length),)):
+            meet.wait()  # both are inside now
+            out, _ = packed_attention(Layer(False), *qkv(), None)
+            meet.wait()
+        return out
+
+    with ThreadPoolExecutor(2) as pool:
+        whole, quarters = pool.map(work, (8, 2))
+    query, key, value = (x[0].transpose(0, 1) for x in qkv())
+    torch.testing.assert_close(whole[0], varlen_attention(query, key, value, [(8, 1)], scale=8**-0.5))
+    torch.testing.assert_close(quarters[0], varlen_attention(query, key, value, [(2, 4)], scale=8**-0.5))
+
+
+def test_its_name_means_nothing_else_to_transformers() -> None:
+    assert "flash" not in NAME
+    assert "/" not in NAME
+
+
+def test_a_model_that_starts_to_pass_something_new_is_refused(parts: Callable[[str], Parts]) -> None:
+    """Planted: an argument that the model's own code hands down to its attention."""
+    backbone = parts("qwen3").runners[0]._backbone.replica()
+    backbone._extra["s_aux"] = torch.zeros(4)
+    with pytest.raises(UnknownAttentionArgument, match="s_aux"):
+        backbone.forward(pack_ids([[1, 2]], torch.device("cpu")))
+    with pytest.raises(ConfigError, match=r"Qwen3Model cannot be served: .*s_aux"):
+        check_isolation(backbone, vocab_size=100, max_model_len=64)

@@ -1,0 +1,159 @@
+"""Loading: what is missing, mismatched, foreign or unsafe is refused in one sentence, and never run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+from carpool.engine.architecture import Architecture
+from carpool.engine.checkpoint import Checkpoint
+from carpool.engine.config import PoolerConfig
+from carpool.engine.errors import ConfigError
+from carpool.engine.models.backbone import Backbone
+from carpool.engine.models.loader import Loader
+from carpool.engine.packing import pack_ids
+
+CPU = torch.device("cpu")
+
+
+def load(
+    path: Path, *, max_model_len: int = 64, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Backbone:
+    checkpoint = Checkpoint.read(path, overrides, PoolerConfig())
+    loader = Loader(dtype=dtype, device=CPU, max_model_len=max_model_len, trust_remote_code=False)
+    return loader.load(checkpoint, Architecture.of(checkpoint.architectures, "embed")).backbone
+
+
+def rewrite(path: Path, change: Callable[[str], str | None]) -> None:
+    """Rename weights; None drops one."""
+    weights = load_file(path / "model.safetensors")
+    renamed = {new: weight for name, weight in weights.items() if (new := change(name)) is not None}
+    save_file(renamed, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_any_single_missing_weight_is_fatal_and_named(family: str, fresh: Callable[[str], Path]) -> None:
+    folder = fresh(family)
+    names = [name for name in load_file(folder / "model.safetensors") if "pooler" not in name]
+    gone = names[len(names) // 2]
+    rewrite(folder, lambda name: None if name == gone else name)
+    with pytest.raises(ConfigError, match="lacks 1 of the weights") as refused:
+        load(folder)
+    assert gone.removeprefix("model.") in str(refused.value)
+
+
+def test_the_pooler_that_nobody_reads_may_be_missing(fresh: Callable[[str], Path]) -> None:
+    folder = fresh("bert")
+    rewrite(folder, lambda name: None if name.startswith("pooler.") else name)
+    load(folder)
+
+
+def test_weights_of_another_architecture_under_a_known_name_are_refused(fresh: Callable[[str], Path]) -> None:
+    """jina-embeddings-v3 calls itself "xlm-roberta": loaded as one it would be random, and look fine."""
+    folder = fresh("xlmr")
+    rewrite(
+        folder, lambda name: "roberta." + name.replace("attention.self", "mixer").replace("LayerNorm", "norm")
+    )
+    tiny.edit_json(
+        folder / "config.json",
+        auto_map={"AutoModel": "jinaai/xlm-roberta-flash-implementation--modeling.Model"},
+    )
+    with pytest.raises(ConfigError, match=r"lacks .* weights that XLMRobertaModel needs"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"num_hidden_layers": 3}, {"intermediate_size": 49}, {"vocab_size": 5000}]
+)
+def test_an_override_that_the_weights_do_not_fit_is_refused(
+    overrides: dict[str, Any], checkpoint: Callable[[str], Path]
+) -> None:
+    with pytest.raises(ConfigError):
+        load(checkpoint("bert"), **overrides)
+
+
+def test_overrides_reach_the_model(checkpoint: Callable[[str], Path]) -> None:
+    shortened = load(checkpoint("bert"), num_hidden_layers=1).module
+    assert {name.split(".")[2] for name, _ in shortened.named_parameters() if ".layer." in name} == {"0"}
+    batch = pack_ids([[5, 6, 7, 8]], CPU)
+    wide, narrow = load(checkpoint("mistral")), load(checkpoint("mistral"), sliding_window=2)
+    with torch.inference_mode():
+        assert not torch.allclose(wide.forward(batch), narrow.forward(batch))
+
+
+@pytest.mark.parametrize("damage", ["cut off", "no file", "not weights"])
+def test_damaged_weights_are_refused(damage: str, fresh: Callable[[str], Path]) -> None:
+    folder = fresh("bert")
+    weights = folder / "model.safetensors"
+    if damage == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif damage == "no file":
+        weights.unlink()
+    else:
+        weights.write_bytes(b"x" * 100)
+    with pytest.raises(ConfigError, match="cannot be loaded") as refused:
+        load(folder)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("model_type", ["new", "no-such-model", None])
+def test_an_unknown_family_is_refused_without_a_question_on_stdin(
+    model_type: str | None, fresh: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fresh("bert")
+    tiny.edit_json(
+        folder / "config.json",
+        model_type=model_type or ...,
+        auto_map={"AutoConfig": "code.Config", "AutoModel": "code.Model"},
+    )
+    (folder / "code.py").write_text("raise SystemExit('remote code was run')")
+    monkeypatch.setattr(sys, "stdin", None)  # asking would fail in another way
+    with pytest.raises(ConfigError):
+        load(folder)
+
+
+def test_code_in_the_folder_is_not_run_unasked(fresh: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = fresh("bert")
+    tiny.edit_json(folder / "config.json", auto_map={"AutoConfig": "code.Config", "AutoModel": "code.Model"})
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("family", ["bert", "xlmr"])
+def test_more_tokens_than_positions_are_refused_with_the_number_that_fits(
+    family: str, checkpoint: Callable[[str], Path]
+) -> None:
+    load(checkpoint(family), max_model_len=128)
+    with pytest.raises(ConfigError, match="--max-model-len 128"):
+        load(checkpoint(family), max_model_len=129)
+
+
+def test_a_rope_that_depends_on_the_batch_is_refused_beyond_its_fixed_part(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    dynamic: dict[str, Any] = {
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    }
+    load(checkpoint("qwen3"), max_model_len=128, **dynamic)
+    with pytest.raises(ConfigError, match="--max-model-len 128"):
+        load(checkpoint("qwen3"), max_model_len=129, **dynamic)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_are_frozen_and_of_the_dtype_that_was_asked_for(
+    dtype: torch.dtype, checkpoint: Callable[[str], Path]
+) -> None:
+    module = load(checkpoint("modernbert"), dtype=dtype).module
+    assert not module.training
+    for weight in module.parameters():
+        assert weight.dtype == dtype
+        assert not weight.requires_grad
+    assert torch.get_default_dtype() == torch.float32, "nobody else's dtype was touched"

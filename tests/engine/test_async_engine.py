@@ -1,0 +1,763 @@
+"""AsyncEngine over stand-in runners: whatever comes, goes, breaks or hangs, each request gets exactly one answer."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tiny
+from carpool.engine import async_engine
+from carpool.engine.async_engine import AsyncEngine
+from carpool.engine.batch import Batch
+from carpool.engine.build import build
+from carpool.engine.chat import ChatTemplate
+from carpool.engine.config import EngineConfig
+from carpool.engine.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    Draining,
+    EmptyInput,
+    EngineDead,
+    InferenceFailed,
+    InputTooLong,
+    InvalidInput,
+    InvalidParameter,
+    NotReady,
+    Overloaded,
+    Unavailable,
+    UnsupportedTask,
+)
+from carpool.engine.model_info import ModelInfo
+from carpool.engine.outputs import PoolingResult
+from carpool.engine.params import Matryoshka, PoolingParams, Task, TokenizationParams
+from carpool.engine.prepared import Prepared
+from carpool.engine.tokenizer import Tokenizer
+from carpool.engine.worker import Row
+
+POISON, DEADLY = 91, 92  # token ids: the first fails its sequence, the second kills the worker's thread
+TOKENIZATION = TokenizationParams()
+MODEL = ModelInfo(
+    root="here/stand-in", architectures=("StandIn",), tasks=frozenset[Task]({"embed"}), max_model_len=64,
+    vocab_size=113, embedding_size=2, matryoshka=Matryoshka(2), pooling="mean", normalize=False, dtype="float32",
+    device="cpu", workers=1, parameters=0, max_num_batched_tokens=64, max_num_seqs=8, attention="none",
+)  # fmt: skip
+
+
+class StandIn:
+    """A runner that answers each sequence with (its length, the sum of its ids), when the gate is open."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.running = threading.Event()  # set while a batch is inside
+        self.batches: list[list[list[int]]] = []
+        self.error_at_bind: BaseException | None = None
+        self.slow = 0.0
+
+    def bind(self) -> None:
+        if self.error_at_bind:
+            raise self.error_at_bind
+
+    def run(self, batch: Batch) -> list[Row]:
+        ids = [seq.token_ids for seq in batch.sequences]
+        self.batches.append(ids)
+        self.running.set()
+        assert self.gate.wait(30), "a test forgot to open the gate"
+        if self.slow:
+            time.sleep(self.slow)
+        self.running.clear()
+        if any(DEADLY in row for row in ids):
+            raise SystemExit("the thread is gone")
+        return [InferenceFailed("poisoned") if POISON in row else answer(row) for row in ids]
+
+
+def answer(ids: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.array([len(ids), sum(ids)], dtype=np.float32)
+
+
+@dataclass
+class BuiltStandIn:
+    runners: list[StandIn] = field(default_factory=lambda: [StandIn()])
+    model: ModelInfo = MODEL
+    chat: ChatTemplate = field(default_factory=lambda: ChatTemplate(None, None, given=False))
+    tokenizer: Tokenizer = field(
+        default_factory=lambda: Tokenizer(tiny.wordpiece(), max_model_len=64, vocab_size=113)
+    )
+
+
+@dataclass
+class Ledger:
+    """An observer that keeps count."""
+
+    rode: int = 0
+    tokens: int = 0
+    cancelled: int = 0
+    batches: int = 0
+
+    def batch_done(self, tokens: int, sequences: int, forward_seconds: float) -> None:
+        assert forward_seconds >= 0
+        self.batches += 1
+        self.rode += sequences
+        self.tokens += tokens
+
+    def sequences_cancelled(self, count: int) -> None:
+        assert count > 0
+        self.cancelled += count
+
+
+@dataclass
+class Scene:
+    """A running engine, its parts, and a short way to ask it something."""
+
+    engine: AsyncEngine
+    built: BuiltStandIn
+    ledger: Ledger
+
+    @property
+    def runner(self) -> StandIn:
+        return self.built.runners[0]
+
+    def ask(self, *ids: list[int], **options: Any) -> asyncio.Task[PoolingResult]:
+        return asyncio.ensure_future(self.engine.pool(list(ids), PoolingParams(), TOKENIZATION, **options))
+
+    async def occupy(self) -> asyncio.Task[PoolingResult]:
+        """Shut the gates and give one worker a batch to stand there with."""
+        for runner in self.built.runners:
+            runner.gate.clear()
+        task = self.ask([1])
+        await until(lambda: any(runner.running.is_set() for runner in self.built.runners))
+        return task
+
+    def open(self) -> None:
+        for runner in self.built.runners:
+            runner.gate.set()
+
+
+async def until(true: Callable[[], object]) -> None:
+    """Let the loop run until something is so."""
+    async with asyncio.timeout(20):
+        while not true():
+            await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def scene(
+    workers: int = 1, model: ModelInfo = MODEL, config: EngineConfig | None = None
+) -> AsyncIterator[Scene]:
+    built = BuiltStandIn([StandIn() for _ in range(workers)], model)
+    ledger = Ledger()
+    engine = AsyncEngine(config or EngineConfig(), ledger, build=lambda _: built)
+    await engine.start()
+    for runner in built.runners:
+        runner.batches.clear()  # warm-up is over
+    ledger.rode = ledger.tokens = ledger.batches = 0
+    try:
+        yield Scene(engine, built, ledger)
+    finally:
+        for runner in built.runners:
+            runner.gate.set()
+        await engine.stop(5)
+
+
+def assert_nothing_left(engine: AsyncEngine) -> None:
+    assert (engine.waiting_tokens, engine.waiting_sequences) == (0, 0)
+    assert not engine._pending
+    assert engine._all_answered.is_set()
+    scheduler = engine._scheduler
+    assert scheduler is not None
+    assert not scheduler._requests
+    assert not scheduler._clients
+
+
+# ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_answers_come_in_the_order_of_the_prompts() -> None:
+    async with scene() as s:
+        prompts = [[i % 90] * (1 + i * 7 % 30) for i in range(40)]  # lengths that the scheduler will sort
+        result = await s.ask(*prompts)
+        assert result.prompt_token_ids == prompts
+        assert result.prompt_tokens == sum(map(len, prompts))
+        for ids, row in zip(prompts, result.rows, strict=True):
+            np.testing.assert_array_equal(row, answer(ids))
+        assert_nothing_left(s.engine)
+
+
+async def test_texts_are_tokenised_on_the_way() -> None:
+    async with scene() as s:
+        result = await s.engine.pool(["the cat", "a"], PoolingParams(), TOKENIZATION)
+        assert result.prompt_token_ids == s.built.tokenizer.encode(["the cat", "a"])
+        assert [row[0] for row in result.rows] == [4, 3]
+
+
+async def test_long_work_of_the_tokenizer_is_kept_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene() as s:
+        threads = []
+        prepare = s.built.tokenizer.prepare
+
+        def watched(*args: Any) -> Prepared:
+            threads.append(threading.current_thread())
+            return prepare(*args)
+
+        monkeypatch.setattr(s.built.tokenizer, "prepare", watched)
+        for texts in (["a"], ["a " * 50] * 100):
+            await s.engine.pool(texts, PoolingParams(), TOKENIZATION)
+        assert threads[0] is threading.main_thread()
+        assert threads[1] is not threading.main_thread()
+
+
+async def test_requests_of_one_turn_of_the_loop_ride_together() -> None:
+    async with scene() as s:
+        await asyncio.gather(*(s.ask([i, i]) for i in range(8)))
+        assert [len(batch) for batch in s.runner.batches] == [8]
+
+
+async def test_what_arrives_while_workers_are_busy_rides_together_next() -> None:
+    async with scene() as s:
+        first = await s.occupy()
+        rest = [s.ask([i]) for i in range(5)]
+        await until(lambda: s.engine.waiting_sequences == 5)
+        s.open()
+        await asyncio.gather(first, *rest)
+        assert [len(batch) for batch in s.runner.batches] == [1, 5]
+
+
+async def test_idle_workers_share_what_arrives() -> None:
+    async with scene(workers=2, model=replace(MODEL, max_num_batched_tokens=4096, max_num_seqs=256)) as s:
+        await s.ask(*[[5] * 50] * 20)
+        assert [len(runner.batches) for runner in s.built.runners] == [1, 1]
+
+
+async def test_progress_adds_up_to_the_number_of_prompts() -> None:
+    async with scene() as s:
+        told: list[int] = []
+        await s.ask(*[[1] * 20] * 9, on_progress=told.append)
+        assert sum(told) == 9
+
+
+async def test_timings_cover_the_wait() -> None:
+    async with scene() as s:
+        first = await s.occupy()
+        second = s.ask([1])
+        await until(lambda: s.engine.waiting_sequences)
+        await asyncio.sleep(0.02)
+        s.open()
+        await first
+        timings = (await second).timings
+        assert timings.queue >= 0.02
+        assert min(timings.tokenize, timings.forward) >= 0
+
+
+async def test_the_observer_sees_every_token_and_sequence() -> None:
+    async with scene() as s:
+        await asyncio.gather(s.ask([1] * 60, [2] * 3), s.ask([3] * 7))
+        assert (s.ledger.tokens, s.ledger.rode, s.ledger.cancelled) == (70, 3, 0)
+        assert s.ledger.batches == len(s.runner.batches)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    requests=st.lists(
+        st.tuples(
+            st.lists(st.integers(1, 64), min_size=1, max_size=12),  # lengths
+            st.sampled_from(["whole", "whole", "poisoned", "cancelled", "hurried"]),
+            st.integers(0, 6),  # turns of the loop before the next one
+        ),
+        min_size=1,
+        max_size=25,
+    ),
+    workers=st.integers(1, 3),
+)
+def test_each_request_gets_exactly_one_answer(
+    requests: list[tuple[list[int], str, int]], workers: int
+) -> None:
+    async def story() -> None:
+        async with scene(workers) as s:
+            tasks = []
+            submitted = 0
+            for lengths, fate, turns in requests:
+                prompts = [[n] * n for n in lengths]
+                if fate == "poisoned":
+                    prompts[-1] = [POISON]
+                submitted += len(prompts)
+                task = s.ask(*prompts, timeout=0.0005 if fate == "hurried" else None)
+                tasks.append(task)
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                if fate == "cancelled":
+                    submitted -= len(prompts) * (turns == 0)  # it had not even begun
+                    task.cancel()
+            answers = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
+            for (lengths, fate, _), given_answer in zip(requests, answers, strict=True):
+                if isinstance(given_answer, PoolingResult):
+                    assert fate != "poisoned"
+                    assert [row[0] for row in given_answer.rows] == lengths
+                else:
+                    expected = {
+                        "poisoned": InferenceFailed,
+                        "cancelled": asyncio.CancelledError,
+                        "hurried": DeadlineExceeded,
+                    }
+                    assert isinstance(given_answer, expected[fate])
+            await until(lambda: len(s.engine._flight.idle) == workers)
+            assert_nothing_left(s.engine)
+            hurried = any(
+                fate == "hurried" for _, fate, _ in requests
+            )  # these may end before they are queued
+            gone = s.ledger.rode + s.ledger.cancelled
+            assert gone <= submitted if hurried else gone == submitted
+
+    asyncio.run(story())
+
+
+# ── cancellation ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_cancelled_request_leaves_the_queue_and_nobody_else_does() -> None:
+    async with scene() as s:
+        first = await s.occupy()
+        leaver, stayer = s.ask(*[[5] * 20] * 200), s.ask([6] * 3)
+        await until(lambda: s.engine.waiting_sequences == 201)
+        leaver.cancel()
+        await until(leaver.done)
+        assert (s.engine.waiting_tokens, s.engine.waiting_sequences) == (3, 1)
+        assert s.ledger.cancelled == 200
+        s.open()
+        await first
+        assert (await stayer).rows[0].tolist() == [3, 18]
+        assert s.ledger.rode == 2
+        assert_nothing_left(s.engine)
+
+
+async def test_a_request_cancelled_while_it_runs_costs_its_batch_nothing() -> None:
+    async with scene() as s:
+        s.runner.gate.clear()
+        leaver, stayer = s.ask([1]), s.ask([2])
+        await until(s.runner.running.is_set)
+        leaver.cancel()
+        await until(leaver.done)
+        s.open()
+        assert (await stayer).rows[0].tolist() == [1, 2]
+        assert s.ledger.cancelled == 0, "it was running, not waiting"
+        assert_nothing_left(s.engine)
+
+
+# ── failure of one ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_failing_sequence_fails_its_request_alone() -> None:
+    async with scene() as s:
+        bad, good = s.ask([1], [POISON], [2]), s.ask([3])
+        with pytest.raises(InferenceFailed, match="poisoned"):
+            await bad
+        assert (await good).rows[0].tolist() == [1, 3]
+        assert len(s.runner.batches) == 1, "they rode together"
+        assert s.engine.state == "ready"
+
+
+async def test_what_waits_of_a_failed_request_does_not_run() -> None:
+    async with scene() as s:
+        with pytest.raises(InferenceFailed):
+            await s.ask([POISON], *[[1] * 60] * 50)
+        await until(lambda: len(s.engine._flight.idle) == 1)
+        assert len(s.runner.batches) <= 2
+        assert s.ledger.rode + s.ledger.cancelled == 51
+
+
+# ── death ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_lost_worker_is_the_end_for_all() -> None:
+    async with scene(workers=2) as s:
+        first = await s.occupy()
+        rest = [s.ask([DEADLY] * 50), *(s.ask([i] * 50) for i in range(9))]
+        died = asyncio.ensure_future(s.engine.died())
+        await until(lambda: s.engine.waiting_sequences == 9)
+        assert not died.done()
+        s.open()
+        answers = await asyncio.gather(first, *rest, return_exceptions=True)
+        assert isinstance(answers[1], EngineDead)
+        for given_answer in answers:  # some may have been answered before
+            assert isinstance(given_answer, EngineDead | PoolingResult)
+        assert any(isinstance(given_answer, EngineDead) for given_answer in answers[2:])
+        await asyncio.wait_for(died, 5)
+        assert s.engine.state == "dead"
+        with pytest.raises(EngineDead):
+            await s.ask([1])
+        assert_nothing_left(s.engine)
+
+
+async def test_a_hanging_worker_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene() as s:
+        monkeypatch.setattr(async_engine, "_HUNG_AFTER_S", 0.03)
+        first = await s.occupy()
+        waiting = s.ask([2])
+        for task in (first, waiting):
+            with pytest.raises(EngineDead, match="hangs"):
+                await task
+        await asyncio.wait_for(s.engine.died(), 5)
+        assert s.engine.state == "dead"
+        s.open()
+        await until(
+            lambda: len(s.engine._flight.idle) == 1
+        )  # it comes back after all: too late, and harmless
+        assert s.engine.state == "dead"
+
+
+async def test_a_slow_worker_is_not_a_hanging_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watchdog watches one batch at a time, however many come."""
+    async with scene() as s:
+        monkeypatch.setattr(async_engine, "_HUNG_AFTER_S", 0.5)
+        s.runner.slow = 0.02
+        await s.ask(*[[1] * 60] * 40)
+        assert s.engine.state == "ready"
+
+
+async def test_stopping_a_dead_engine_leaves_it_dead() -> None:
+    async with scene() as s:
+        with pytest.raises(EngineDead):
+            await s.ask([DEADLY])
+        assert await s.engine.stop(1)
+        assert s.engine.state == "dead"
+
+
+# ── deadlines ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_deadline_passes_while_waiting() -> None:
+    async with scene() as s:
+        first = await s.occupy()
+        late = s.ask([2], [3], timeout=0.02)
+        patient = s.ask([4], timeout=30)
+        with pytest.raises(DeadlineExceeded):
+            await late
+        assert (s.engine.waiting_sequences, s.ledger.cancelled) == (1, 2)
+        s.open()
+        await asyncio.gather(first, patient)
+        assert s.ledger.rode == 2
+
+
+async def test_a_deadline_passes_while_running() -> None:
+    async with scene() as s:
+        s.runner.gate.clear()
+        with pytest.raises(DeadlineExceeded):
+            await s.ask([2], timeout=0.02)
+        s.open()
+        await s.ask([3])
+        assert_nothing_left(s.engine)
+
+
+async def test_what_the_scheduler_finds_expired_is_answered_and_counted() -> None:
+    """The loop was held up, so that the worker's result comes before the request's own timer."""
+    async with scene() as s:
+        first = await s.occupy()
+        late = s.ask([2], [3], timeout=0.01)
+        await until(lambda: s.engine.waiting_sequences == 2)
+        s.open()
+        time.sleep(0.05)
+        await first
+        with pytest.raises(DeadlineExceeded):
+            await late
+        assert s.ledger.rode == 1
+        assert s.ledger.cancelled == 2
+        assert_nothing_left(s.engine)
+
+
+async def test_an_answered_request_leaves_no_timer_behind() -> None:
+    """A million requests with an hour's patience must not stay in memory for that hour."""
+    loop: Any = asyncio.get_running_loop()
+    async with scene() as s:
+        before = [timer for timer in loop._scheduled if not timer.cancelled()]
+        await s.ask([1], timeout=3600)
+        assert [timer for timer in loop._scheduled if not timer.cancelled()] == before
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0])
+async def test_a_deadline_that_has_passed_already_is_refused(timeout: float) -> None:
+    async with scene() as s:
+        with pytest.raises(DeadlineExceeded):
+            await s.ask([1], timeout=timeout)
+        assert s.runner.batches == []
+
+
+# ── admission ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_full_queue_refuses_and_an_empty_one_takes_anything() -> None:
+    async with scene(config=EngineConfig(max_queued_tokens=10)) as s:
+        first = await s.occupy()
+        big = s.ask(*[[1] * 60] * 20)  # far more than 10, but nothing waits
+        await until(lambda: s.engine.waiting_sequences == 20)
+        with pytest.raises(Overloaded) as refused:
+            await s.ask([1])
+        assert refused.value.retry_after >= 1
+        s.open()
+        await asyncio.gather(first, big)
+        first = await s.occupy()
+        fits = [s.ask([1] * 5), s.ask([2] * 5)]
+        await until(lambda: s.engine.waiting_tokens == 10)
+        with pytest.raises(Overloaded):
+            await s.ask([1])
+        s.open()
+        await asyncio.gather(first, *fits)
+
+
+async def test_the_queue_may_hold_a_minute_of_measured_work_by_default() -> None:
+    async with scene() as s:
+        assert s.engine.tokens_per_second > 0
+        assert s.engine.max_queued_tokens == int(60 * s.engine.tokens_per_second)
+
+
+INVALID: list[tuple[Any, PoolingParams, dict[str, Any], type[InvalidInput], str]] = [
+    ([], PoolingParams(), {}, EmptyInput, "You must pass at least one prompt"),
+    ([[]], PoolingParams(), {}, EmptyInput, "no tokens"),
+    ([[1] * 65], PoolingParams(), {}, InputTooLong, "64"),
+    ([[1]], PoolingParams(dimensions=1), {}, InvalidParameter, "does not support matryoshka"),
+    ([[1]], PoolingParams(), {"task": "token_embed"}, UnsupportedTask, "token_embed"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "params", "options", "error", "message"), INVALID)
+async def test_what_cannot_be_served_is_refused_before_it_is_queued(
+    prompts: Any, params: PoolingParams, options: dict[str, Any], error: type[InvalidInput], message: str
+) -> None:
+    async with scene() as s:
+        with pytest.raises(error, match=message):
+            await s.engine.pool(prompts, params, TOKENIZATION, **options)
+        assert s.runner.batches == []
+        assert_nothing_left(s.engine)
+
+
+async def test_token_ids_can_be_refused_outright() -> None:
+    async with scene(config=EngineConfig(token_id_input=False)) as s:
+        with pytest.raises(InvalidInput, match="--no-token-id-input"):
+            await s.ask([1])
+        await s.engine.pool(["a"], PoolingParams(), TOKENIZATION)
+
+
+# ── start and stop ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_nothing_is_taken_before_the_model_is_ready() -> None:
+    loading = threading.Event()
+
+    def slow_build(_: EngineConfig) -> BuiltStandIn:
+        assert loading.wait(10)
+        return BuiltStandIn()
+
+    engine = AsyncEngine(EngineConfig(), build=slow_build)
+    start = asyncio.ensure_future(engine.start())
+    await asyncio.sleep(0)
+    with pytest.raises(NotReady):
+        _ = engine.model
+    for refused in (
+        engine.pool([[1]], PoolingParams(), TOKENIZATION),
+        engine.tokenize(["a"], TOKENIZATION),
+        engine.detokenize([1]),
+    ):
+        with pytest.raises(NotReady):
+            await refused
+    loading.set()
+    await start
+    assert engine.state == "ready"
+    assert await engine.stop(1)
+
+
+async def test_a_refused_model_says_why_at_start() -> None:
+    def no(_: EngineConfig) -> BuiltStandIn:
+        raise ConfigError("not this one")
+
+    with pytest.raises(ConfigError, match="not this one"):
+        await AsyncEngine(EngineConfig(), build=no).start()
+
+
+@pytest.mark.parametrize("how", ["every batch fails", "the thread cannot start", "the thread dies"])
+async def test_a_model_that_cannot_run_a_single_batch_is_refused_at_start(how: str) -> None:
+    built = BuiltStandIn()
+    if how == "every batch fails":
+        built.model = replace(MODEL, vocab_size=1)
+        built.runners[0].run = lambda batch: [InferenceFailed("broken")] * len(batch.sequences)  # type: ignore[method-assign]
+    elif how == "the thread cannot start":
+        built.runners[0].error_at_bind = RuntimeError("no device")
+    else:
+        built.runners[0].run = lambda batch: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    engine = AsyncEngine(EngineConfig(), build=lambda _: built)
+    with pytest.raises(ConfigError):
+        await asyncio.wait_for(engine.start(), 5)
+    assert engine.state != "ready"
+
+
+async def test_draining_finishes_what_was_accepted_and_takes_no_more() -> None:
+    async with scene() as s:
+        first = await s.occupy()
+        waiting = s.ask(*[[2] * 30] * 5)
+        await until(lambda: s.engine.waiting_sequences == 5)
+        stop = asyncio.ensure_future(s.engine.stop(10))
+        await until(lambda: s.engine.state == "draining")
+        with pytest.raises(Draining):
+            await s.ask([3])
+        assert not stop.done()
+        s.open()
+        assert await stop is True
+        assert s.engine.state == "stopped"
+        assert first.done()
+        assert len((await waiting).rows) == 5
+        assert not any(worker.is_alive() for worker in s.engine._workers)
+        with pytest.raises(Unavailable):
+            await s.ask([4])
+
+
+async def test_what_a_stop_cannot_finish_in_time_is_refused_not_forgotten() -> None:
+    async with scene() as s:
+        first = await s.occupy()
+        waiting = s.ask([2])
+        await until(lambda: s.engine.waiting_sequences)
+        assert await s.engine.stop(0.01) is False
+        for task in (first, waiting):
+            with pytest.raises(Draining):
+                await task
+        assert_nothing_left(s.engine)
+        assert s.engine.state == "stopped"
+
+
+async def test_work_still_in_the_tokenizer_when_draining_starts_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with scene() as s:
+        inside, go_on = threading.Event(), threading.Event()
+        prepare = s.built.tokenizer.prepare
+
+        def slow(*args: Any) -> Prepared:
+            inside.set()
+            assert go_on.wait(10)
+            return prepare(*args)
+
+        monkeypatch.setattr(s.built.tokenizer, "prepare", slow)
+        task = asyncio.ensure_future(s.engine.pool(["a " * 20] * 200, PoolingParams(), TOKENIZATION))
+        await until(inside.is_set)
+        s.engine.drain()
+        go_on.set()
+        with pytest.raises(Draining):
+            await task
+
+
+async def test_stopping_while_it_loads_leaves_no_threads() -> None:
+    loading = threading.Event()
+    built = BuiltStandIn()
+
+    def slow_build(_: EngineConfig) -> BuiltStandIn:
+        assert loading.wait(10)
+        return built
+
+    engine = AsyncEngine(EngineConfig(), build=slow_build)
+    start = asyncio.ensure_future(engine.start())
+    await asyncio.sleep(0)
+    await engine.stop(1)
+    loading.set()
+    await asyncio.wait_for(start, 5)
+    assert engine.state == "stopped"
+    assert not any(worker.is_alive() for worker in engine._workers)
+
+
+@pytest.mark.parametrize("timeout", [0.0, 5.0])
+async def test_stopping_during_warm_up_ends_it(timeout: float) -> None:
+    """Whether its first batch is finished in time or not."""
+    built = BuiltStandIn()
+    built.runners[0].gate.clear()
+    engine = AsyncEngine(EngineConfig(), build=lambda _: built)
+    start = asyncio.ensure_future(engine.start())
+    await until(built.runners[0].running.is_set)
+    stop = asyncio.ensure_future(engine.stop(timeout))
+    await until(lambda: engine.state == "draining")
+    if timeout:
+        built.runners[0].gate.set()
+    assert await stop is (timeout > 0)
+    built.runners[0].gate.set()
+    await asyncio.wait_for(start, 5)
+    assert engine.state == "stopped"
+    assert_nothing_left(engine)
+
+
+def test_a_worker_that_outlives_its_loop_ends_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch under way at the end of a timed-out stop is left behind; its thread must not die screaming."""
+    screams: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", screams.append)
+    built = BuiltStandIn()
+
+    async def story() -> AsyncEngine:
+        engine = AsyncEngine(EngineConfig(), build=lambda _: built)
+        await engine.start()
+        built.runners[0].gate.clear()
+        task = asyncio.ensure_future(engine.pool([[1]], PoolingParams(), TOKENIZATION))
+        await until(built.runners[0].running.is_set)
+        assert await engine.stop(0) is False
+        with pytest.raises(Draining):
+            await task
+        return engine
+
+    engine = asyncio.run(story())
+    built.runners[0].gate.set()
+    for worker in engine._workers:
+        worker._thread.join(5)
+        assert not worker.is_alive()
+    assert screams == []
+
+
+# ── tokens and text ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_tokenize_and_detokenize_are_each_others_inverse() -> None:
+    async with scene() as s:
+        (ids,) = await s.engine.tokenize(["the cat sat"], TokenizationParams(add_special_tokens=False))
+        assert s.engine.tokens(ids) == ["the", "cat", "sat"]
+        assert await s.engine.detokenize(ids) == "the cat sat"
+
+
+# ── with a real model ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_two_workers_give_one_workers_results(checkpoint: Callable[[str], Path]) -> None:
+    """Over more than 1,000 batches of mixed lengths, tasks and widths."""
+    rng = random.Random(5)
+    requests = [
+        [
+            [rng.randrange(113) for _ in range(rng.choice([1, 2, 5, 9, 9, 20, 32]))]
+            for _ in range(rng.randint(1, 6))
+        ]
+        for _ in range(1000)
+    ]
+    config = EngineConfig(
+        model=str(checkpoint("bert")), max_model_len=32, max_num_batched_tokens=32, dtype="float32",
+        hf_overrides={"num_hidden_layers": 1},
+    )  # fmt: skip
+    results = []
+    for workers in (1, 2):
+        ledger = Ledger()
+        engine = AsyncEngine(replace(config, cpu_workers=workers), ledger, build=build)
+        await engine.start()
+        tasks: list[asyncio.Future[PoolingResult]] = []
+        for i, prompts in enumerate(requests):
+            task: Task = "token_embed" if i % 10 == 0 else "embed"
+            tasks.append(
+                asyncio.ensure_future(
+                    engine.pool(prompts, PoolingParams(use_activation=i % 3 > 0), TOKENIZATION, task=task)
+                )
+            )
+        results.append(await asyncio.gather(*tasks))
+        assert ledger.batches > 1000
+        assert await engine.stop(5)
+    for one, two in zip(*results, strict=True):
+        for a, b in zip(one.rows, two.rows, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * float(np.abs(a).max()))

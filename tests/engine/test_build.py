@@ -1,0 +1,265 @@
+"""Build: what is resolved from the checkpoint, the machine and the user, and what is refused before anything serves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+from carpool.engine.batch import Batch
+from carpool.engine.build import Parts, build
+from carpool.engine.config import EngineConfig, PoolerConfig
+from carpool.engine.errors import ConfigError
+from carpool.engine.params import PoolingParams
+from carpool.engine.sequence import Sequence
+from oracle import Oracle
+
+TANH = "torch.nn.modules.activation.Tanh"
+
+
+def made(path: Path, **options: Any) -> Parts:
+    return build(EngineConfig(**{"model": str(path), "cpu_workers": 1, "dtype": "float32", **options}))
+
+
+def embed(parts: Parts, text: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    (ids,) = parts.tokenizer.encode([text])
+    (row,) = parts.runners[0].run(Batch((Sequence(0, 0, ids, PoolingParams()),)))
+    assert isinstance(row, np.ndarray)
+    return row
+
+
+# ── what is resolved ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("family", "pooling"),
+    [("xlmr", "cls"), ("qwen2", "last"), ("bert", "mean"), ("roberta", "cls"), ("mistral", "weighted_mean")],
+)
+def test_the_pooling_is_the_files_else_the_classs(
+    family: str, pooling: str, parts: Callable[[str], Parts]
+) -> None:
+    assert parts(family).model.pooling == pooling
+
+
+@pytest.mark.parametrize("family", ["xlmr", "bert", "qwen2"])
+def test_the_users_pooling_wins_over_both(family: str, checkpoint: Callable[[str], Path]) -> None:
+    parts = made(checkpoint(family), pooler_config=PoolerConfig(pooling_type="MEAN", use_activation=False))
+    oracle = Oracle(checkpoint(family), ["mean"], normalize=False)
+    assert (parts.model.pooling, parts.model.normalize) == ("mean", False)
+    expected = oracle.embed(oracle.ids("the cat sat"))
+    np.testing.assert_allclose(
+        embed(parts, "the cat sat"), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+    )
+
+
+def test_a_causal_model_that_is_told_to_look_both_ways_does(checkpoint: Callable[[str], Path]) -> None:
+    """As gte-Qwen2 says of itself; its pooling stays its class's."""
+    parts = made(checkpoint("qwen2"), hf_overrides={"is_causal": False})
+    assert parts.model.pooling == "last"
+    causal = made(checkpoint("qwen2"))
+    ids = parts.tokenizer.encode(["the cat sat"])[0]
+    firsts = []
+    for built in (parts, causal):
+        for tail in ("on a mat", "in spain"):
+            full = ids[:-1] + built.tokenizer.encode([tail])[0]
+            (rows,) = built.runners[0].run(Batch((Sequence(0, 0, full, PoolingParams(), "token_embed"),)))
+            assert isinstance(rows, np.ndarray)
+            firsts.append(rows[0])
+    assert not np.allclose(firsts[0], firsts[1], atol=1e-3)
+    np.testing.assert_allclose(firsts[2], firsts[3], atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", tiny.ST_MODES)
+@pytest.mark.parametrize("dialect", ["old", "new"])
+def test_every_pooling_mode_computes_what_it_names(
+    mode: str, dialect: str, fresh: Callable[[str], Path]
+) -> None:
+    folder = fresh("bert")
+    tiny.sentence_transformers_files(folder, [mode], dialect=dialect, normalize=False)
+    oracle = Oracle(folder, [mode], normalize=False)
+    expected = oracle.embed(oracle.ids("the cat sat on a mat"))
+    np.testing.assert_allclose(
+        embed(made(folder), "the cat sat on a mat"), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+    )
+
+
+def test_several_modes_and_dense_layers_are_applied_in_order(fresh: Callable[[str], Path]) -> None:
+    folder = fresh("bert")
+    modes = ["mean", "cls", "max"]  # listed so on purpose: not the order of the old dialect
+    dense = [(96, 20, TANH), (20, 8, "torch.nn.modules.linear.Identity")]
+    tiny.sentence_transformers_files(folder, modes, dialect="new", dense=dense)
+    oracle = Oracle(folder, modes, activations=[torch.tanh, lambda x: x])
+    parts = made(folder)
+    assert (parts.model.pooling, parts.model.embedding_size) == ("mean+cls+max", 8)
+    np.testing.assert_allclose(embed(parts, "a cat"), oracle.embed(oracle.ids("a cat")), rtol=0, atol=1e-5)
+
+
+def test_facts_about_the_model_are_told(checkpoint: Callable[[str], Path]) -> None:
+    model = made(checkpoint("bert"), max_num_seqs=7).model
+    folder = checkpoint("bert")
+    assert (model.root, model.architectures, model.vocab_size) == (str(folder), ("BertModel",), 113)
+    assert (model.embedding_size, model.max_model_len, model.max_num_seqs) == (32, 128, 7)
+    assert (model.max_num_batched_tokens, model.dtype, model.device) == (2048, "float32", "cpu")
+    weights = load_file(folder / "model.safetensors")
+    assert model.parameters == sum(w.numel() for name, w in weights.items() if not name.startswith("pooler."))
+    assert model.notices == ()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, None])
+def test_a_runner_for_each_worker(workers: int | None, checkpoint: Callable[[str], Path]) -> None:
+    parts = made(checkpoint("bert"), cpu_workers=workers)
+    assert len(parts.runners) == parts.model.workers == (workers or len(os.sched_getaffinity(0)))
+    assert len({id(runner._backbone.module) for runner in parts.runners}) == len(parts.runners)
+
+
+def test_the_tokenizer_may_come_from_elsewhere(
+    checkpoint: Callable[[str], Path], fresh: Callable[[str], Path]
+) -> None:
+    folder = fresh("bert")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    parts = made(folder, tokenizer=str(checkpoint("bert")))
+    assert parts.tokenizer.encode(["the cat"]) == made(checkpoint("bert")).tokenizer.encode(["the cat"])
+
+
+@pytest.mark.parametrize(
+    ("options", "length", "tokens"),
+    [
+        ({}, 100, 2048),  # max_seq_length of sentence-transformers
+        ({"max_model_len": 30}, 30, 2048),
+        ({"max_model_len": 128}, 128, 2048),  # more than it was meant for, no more than it has
+        ({"max_num_batched_tokens": 100}, 100, 100),
+    ],
+)
+def test_lengths(
+    options: dict[str, Any], length: int, tokens: int, checkpoint: Callable[[str], Path]
+) -> None:
+    parts = made(checkpoint("roberta"), **options)
+    assert (parts.model.max_model_len, parts.model.max_num_batched_tokens) == (length, tokens)
+    assert parts.tokenizer._max_model_len == length
+
+
+def test_a_batch_holds_at_least_one_prompt_of_any_length(fresh: Callable[[str], Path]) -> None:
+    folder = fresh("qwen3")
+    tiny.edit_json(folder / "config.json", max_position_embeddings=5000)
+    assert made(folder).model.max_num_batched_tokens == 5000
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_auto_is_the_checkpoints_dtype(
+    dtype: str, fresh: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("carpool.engine.device._native_16_bit", lambda _: {"bfloat16"})
+    folder = fresh("bert")
+    tiny.edit_json(folder / "config.json", dtype=dtype)
+    parts = made(folder, dtype="auto")
+    assert parts.model.dtype == dtype
+    assert {str(w.dtype) for w in parts.runners[0]._backbone.module.parameters()} == {f"torch.{dtype}"}
+
+
+def test_a_dtype_that_is_emulated_is_noticed(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("carpool.engine.device._native_16_bit", lambda _: set())
+    (notice,) = made(checkpoint("bert"), dtype="bfloat16").model.notices
+    assert "bfloat16" in notice
+
+
+# ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_model_len": 129}, ["129", "128"]),
+        ({"max_num_batched_tokens": 99}, ["99", "100"]),
+        ({"pooler_config": PoolerConfig(dimensions=16)}, ["matryoshka"]),
+        ({"pooler_config": PoolerConfig(dimensions=0)}, ["matryoshka"]),
+        (
+            {"hf_overrides": {"matryoshka_dimensions": [8]}, "pooler_config": PoolerConfig(dimensions=9)},
+            ["[8]"],
+        ),
+        ({"tokenizer": "./no/such/tokenizer"}, ["no/such/tokenizer"]),
+    ],
+)
+def test_what_cannot_be_served_is_a_config_error(
+    options: dict[str, Any], words: list[str], checkpoint: Callable[[str], Path]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        made(checkpoint("roberta"), **options)
+    assert all(word in str(refused.value) for word in words)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_default_dimensions_of_the_pooler_config_are_cut_to(checkpoint: Callable[[str], Path]) -> None:
+    whole = embed(made(checkpoint("qwen3")), "a cat")
+    cut = embed(made(checkpoint("qwen3"), pooler_config=PoolerConfig(dimensions=8)), "a cat")
+    np.testing.assert_allclose(cut, whole[:8] / np.linalg.norm(whole[:8]), rtol=0, atol=1e-6)
+
+
+# ── Dense layers on disk ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def dense_folder(fresh: Callable[[str], Path]) -> Path:
+    folder = fresh("bert")
+    tiny.sentence_transformers_files(folder, dense=[(32, 16, TANH)])
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["linear.", "dense.", ""])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_every_spelling_of_dense_weights(prefix: str, file: str, dense_folder: Path) -> None:
+    expected = embed(made(dense_folder), "a cat")
+    path = dense_folder / "2_Dense" / "model.safetensors"
+    weights = {prefix + name.removeprefix("linear."): weight for name, weight in load_file(path).items()}
+    path.unlink()
+    if file == "model.safetensors":
+        save_file(weights, path)
+    else:
+        torch.save(weights, path.with_name(file))
+    np.testing.assert_array_equal(embed(made(dense_folder), "a cat"), expected)
+
+
+@pytest.mark.parametrize("damage", ["no weights", "no bias", "another shape", "a pickle with code"])
+def test_dense_weights_that_are_not_right_are_refused(damage: str, dense_folder: Path) -> None:
+    path = dense_folder / "2_Dense" / "model.safetensors"
+    weights = load_file(path)
+    path.unlink()
+    if damage == "no bias":
+        save_file({"linear.weight": weights["linear.weight"]}, path)
+    elif damage == "another shape":
+        save_file({**weights, "linear.weight": weights["linear.weight"].T.contiguous()}, path)
+    elif damage == "a pickle with code":
+        torch.save({"linear.weight": Harmful()}, path.with_name("pytorch_model.bin"))
+    with pytest.raises(ConfigError, match="2_Dense"):
+        made(dense_folder)
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pytest.fail, ("code from a checkpoint was run",)
+
+
+@pytest.mark.parametrize(
+    "activation", ["os.system", "torch.nn.modules.activation.NoSuch", "torch.nn.modules.linear.Linear",
+                   "Tanh", "torch.nn.modules.activation.F", "torch.nn.modules.activation.warnings"]
+)  # fmt: skip
+def test_an_activation_that_is_none_is_refused(activation: str, dense_folder: Path) -> None:
+    tiny.edit_json(dense_folder / "2_Dense" / "config.json", activation_function=activation)
+    with pytest.raises(ConfigError, match="Activation"):
+        made(dense_folder)
+
+
+def test_a_dense_layer_that_does_not_fit_the_pooled_width_is_refused(fresh: Callable[[str], Path]) -> None:
+    folder = fresh("bert")
+    tiny.sentence_transformers_files(folder, ["mean", "cls"], dense=[(32, 16, TANH)])
+    with pytest.raises(ConfigError, match=r"2_Dense takes .*32.*64"):
+        made(folder)

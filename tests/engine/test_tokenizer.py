@@ -1,0 +1,381 @@
+"""The tokenizer: what is kept of a long text, what is refused, and that nothing of it is ever changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tiny
+from carpool.engine.errors import (
+    ConfigError,
+    EmptyInput,
+    InputTooLong,
+    InvalidInput,
+    InvalidParameter,
+    TokenOutOfVocabulary,
+)
+from carpool.engine.params import Side, TokenizationParams
+from carpool.engine.tokenizer import Tokenizer
+
+VOCABULARY = 1000
+KINDS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
+    "bert": tiny.wordpiece,
+    "xlmr": tiny.unigram,
+    "eos": lambda: tiny.byte_bpe(after=["</s>"]),
+    "bos": lambda: tiny.byte_bpe(before=["<s>"]),
+    "bare": tiny.byte_bpe,
+}
+AFFIXES = {"bert": ((2,), (3,)), "xlmr": ((0,), (2,)), "eos": ((), (1,)), "bos": ((1,), ()), "bare": ((), ())}
+
+
+def make(kind: str, max_model_len: int = 8, **options: object) -> Tokenizer:
+    settings = {"vocab_size": VOCABULARY, "max_model_len": max_model_len, **options}
+    return Tokenizer(KINDS[kind](), **settings)  # type: ignore[arg-type]
+
+
+def cut(k: int | None = -1, side: Side | None = None, *, specials: bool = True) -> TokenizationParams:
+    return TokenizationParams(truncate_prompt_tokens=k, truncation_side=side, add_special_tokens=specials)
+
+
+# ── special tokens ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tokens_around_a_text_are_found(kind: str) -> None:
+    affixes = make(kind)._affixes
+    assert (affixes.prefix, affixes.suffix) == AFFIXES[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("limit", range(9))
+def test_cut_by_default_as_the_library_itself_would(kind: str, side: Side, limit: int) -> None:
+    """Special tokens stay, the text's own go from the tokenizer's side; exactly `limit` tokens."""
+    text = "the cat sat on a mat in spain"
+    tokenizer = make(kind, truncation_side=side)
+    around = sum(map(len, AFFIXES[kind]))
+    if limit == 0:
+        with pytest.raises(EmptyInput):
+            tokenizer.prepare([text], cut(0))
+        return
+    (ids,) = tokenizer.prepare([text], cut(limit)).token_ids
+    assert len(ids) == limit
+    if limit > around:
+        library = KINDS[kind]()
+        library.enable_truncation(limit, direction=side)
+        assert ids == library.encode(text).ids
+
+
+@pytest.mark.parametrize(("side", "expected"), [("right", slice(0, 4)), ("left", slice(-4, None))])
+def test_an_explicit_side_slices_blindly(side: Side, expected: slice) -> None:
+    tokenizer = make("bert")
+    (full,) = tokenizer.encode(["the cat sat on a mat"])
+    assert tokenizer.prepare(["the cat sat on a mat"], cut(4, side)).token_ids == [full[expected]]
+
+
+@pytest.mark.parametrize("side", ["left", "right", None])
+def test_without_special_tokens_only_the_text_is_cut(side: Side | None) -> None:
+    tokenizer = make("bert")
+    (full,) = tokenizer.encode(["the cat sat"], add_special_tokens=False)
+    kept = full[-2:] if side == "left" else full[:2]
+    assert tokenizer.prepare(["the cat sat"], cut(2, side, specials=False)).token_ids == [kept]
+
+
+def test_what_fits_is_not_touched() -> None:
+    tokenizer = make("bert")
+    assert tokenizer.prepare(["the cat"], cut(4)).token_ids == tokenizer.encode(["the cat"])
+
+
+def test_minus_one_cuts_at_the_models_maximum() -> None:
+    (ids,) = make("bert", max_model_len=5).prepare(["the cat sat on a mat"], cut(-1)).token_ids
+    assert (len(ids), ids[0], ids[-1]) == (5, 2, 3)
+
+
+def test_more_than_the_maximum_cannot_be_asked_for() -> None:
+    with pytest.raises(InvalidParameter, match="9 > 8") as refused:
+        make("bert").prepare(["a"], cut(9))
+    assert refused.value.param == "truncate_prompt_tokens"
+
+
+@pytest.mark.parametrize("params", [cut(None), cut(8)])
+def test_an_empty_text_is_its_special_tokens(params: TokenizationParams) -> None:
+    assert make("bert").prepare([""], params).token_ids == [[2, 3]]
+
+
+@pytest.mark.parametrize(("kind", "specials"), [("bare", True), ("bert", False)])
+def test_an_empty_text_without_special_tokens_is_refused(kind: str, specials: bool) -> None:
+    with pytest.raises(EmptyInput) as refused:
+        make(kind).prepare(["a", ""], cut(None, specials=specials))
+    assert refused.value.param == "input[1]"
+
+
+# ── token ids ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("bad", [-1, VOCABULARY, 2**31, 2**63, 2**64, -(2**70)])
+def test_an_id_outside_the_vocabulary_is_refused(bad: int) -> None:
+    with pytest.raises(TokenOutOfVocabulary, match=f"^Token id {bad} is out of vocabulary") as refused:
+        make("bert").prepare([[1], [5, bad]], cut(None))
+    assert refused.value.param == "input[1]"
+
+
+def test_every_id_of_the_vocabulary_is_taken_and_gets_no_company() -> None:
+    assert make("bert").prepare([[0, VOCABULARY - 1]], cut(None)).token_ids == [[0, VOCABULARY - 1]]
+
+
+@pytest.mark.parametrize(("side", "kept"), [(None, [1, 2, 3]), ("right", [1, 2, 3]), ("left", [3, 4, 5])])
+def test_ids_are_sliced(side: Side | None, kept: list[int]) -> None:
+    assert make("bert").prepare([[1, 2, 3, 4, 5]], cut(3, side)).token_ids == [kept]
+
+
+def test_ids_of_the_caller_are_not_changed() -> None:
+    ids = [[1, 2, 3, 4]]
+    make("bert").prepare(ids, TokenizationParams(truncate_prompt_tokens=2, padding="max_length"))
+    assert ids == [[1, 2, 3, 4]]
+
+
+def test_a_text_cannot_bring_an_id_that_the_model_has_no_row_for() -> None:
+    """A tokenizer may know tokens that were added after the model was made."""
+    whole = make("bert").encode(["the cat"])
+    tokenizer = make("bert", vocab_size=max(whole[0]))
+    with pytest.raises(TokenOutOfVocabulary, match=f"^Token id {max(whole[0])} ") as refused:
+        tokenizer.prepare(["a", "the cat"], cut(None))
+    assert refused.value.param == "input[1]"
+    assert make("bert", vocab_size=max(whole[0]) + 1).prepare(["the cat"], cut(None)).token_ids == whole
+
+
+# ── lengths ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("prompts", [["a a a a a a a"], [[1] * 9]])
+def test_too_long_names_both_numbers(prompts: list[str] | list[list[int]]) -> None:
+    with pytest.raises(InputTooLong, match=r"\b8 tokens.*\b9 tokens") as refused:
+        make("bert").prepare(prompts, cut(None))
+    assert refused.value.param == "input"
+
+
+def test_of_several_prompts_the_one_to_blame_is_named() -> None:
+    with pytest.raises(InputTooLong) as refused:
+        make("bert").prepare(["a", "a", "a " * 20], cut(None))
+    assert refused.value.param == "input[2]"
+
+
+def test_exactly_the_maximum_is_taken() -> None:
+    assert len(make("bert").prepare(["a a a a a a"], cut(None)).token_ids[0]) == 8
+
+
+def test_no_prompts_are_refused() -> None:
+    with pytest.raises(EmptyInput, match="at least one prompt"):
+        make("bert").prepare([], cut(None))
+
+
+def test_padding_appends_the_pad_token_up_to_the_maximum() -> None:
+    tokenizer = make("xlmr", max_model_len=6, pad_id=1)
+    padded = TokenizationParams(padding="max_length")
+    assert tokenizer.prepare([[0, 2], [0, 5, 5, 5, 5, 2]], padded).token_ids == [
+        [0, 2, 1, 1, 1, 1],
+        [0, 5, 5, 5, 5, 2],
+    ]
+    assert len(tokenizer.prepare(["a"], padded).token_ids[0]) == 6
+    with pytest.raises(InputTooLong):
+        tokenizer.prepare([[1] * 7], padded)
+
+
+# ── what is not text ─────────────────────────────────────────────────────────────────────────────────────────
+
+SURROGATE = "a \ud83d b"
+
+
+@pytest.mark.parametrize(
+    ("texts", "blamed"),
+    [([SURROGATE], "input"), (["a", SURROGATE], "input[1]"), (["a " * 2000, SURROGATE], "input[1]")],
+)
+def test_a_lone_surrogate_is_not_text(texts: list[str], blamed: str) -> None:
+    with pytest.raises(InvalidInput, match="lone surrogate") as refused:
+        make("bert").prepare(texts, cut(-1))
+    assert refused.value.param == blamed
+
+
+@pytest.mark.parametrize("tail", ["a " * 5000 + SURROGATE, " " * 5000 + SURROGATE])
+def test_a_lone_surrogate_is_found_behind_what_would_be_cut_off(tail: str) -> None:
+    with pytest.raises(InvalidInput, match="lone surrogate") as refused:
+        make("bert").prepare(["a", tail], cut(-1))
+    assert refused.value.param == "input[1]"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", ["\x00", "😀", "\u202e", "a\u0301", "\ufeff", "\U0010ffff", "雨"])
+def test_odd_text_is_still_text(kind: str, text: str) -> None:
+    make(kind, max_model_len=64).prepare(["a" + text], cut(None))
+
+
+# ── the short cut for long texts ─────────────────────────────────────────────────────────────────────────────
+
+_PIECES = st.sampled_from(
+    ["the ", "cat ", "a", " ", "   ", "\n", "\n\n\n", "\t", "\u3000", "\xa0", "x" * 150 + " ", "é", "雨", ". ",
+     "\u0301", "[SEP]", "<s>", "night\n", " " * 97, "\n" * 97, "zq-" * 40]
+)  # fmt: skip
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    pieces=st.lists(st.tuples(_PIECES, st.integers(1, 60)), min_size=1, max_size=14),
+    limit=st.integers(1, 8) | st.just(-1),
+    side=st.sampled_from([None, "left", "right"]),
+    own_side=st.sampled_from(["left", "right"]),
+    specials=st.booleans(),
+    lowercase=st.booleans(),
+)
+def test_a_long_text_is_cut_as_if_it_had_been_read_to_the_end(
+    kind: str,
+    pieces: list[tuple[str, int]],
+    limit: int,
+    side: Side | None,
+    own_side: Side,
+    specials: bool,
+    lowercase: bool,
+) -> None:
+    text = "".join(piece * times for piece, times in pieces)
+    quick, thorough = (make(kind, truncation_side=own_side, lowercase=lowercase) for _ in range(2))
+    thorough._longest_token = 10**9  # no text is long in its eyes
+    params = cut(limit, side, specials=specials)
+    results: list[object] = []
+    for tokenizer in (quick, thorough):
+        try:
+            results.append(tokenizer.prepare([text, "a"], params).token_ids)
+        except EmptyInput as error:
+            results.append([[str(error)]])
+    assert results[0] == results[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    pieces=st.lists(st.tuples(_PIECES, st.integers(1, 60)), min_size=1, max_size=14),
+)
+def test_a_long_text_is_refused_or_taken_as_if_it_had_been_read_to_the_end(
+    kind: str, pieces: list[tuple[str, int]]
+) -> None:
+    text = "".join(piece * times for piece, times in pieces)
+    tokenizer = make(kind)
+    fits = len(tokenizer.encode([text])[0]) <= 8
+    if fits and tokenizer.encode([text])[0]:
+        assert tokenizer.prepare([text], cut(None)).token_ids == tokenizer.encode([text])
+    else:
+        with pytest.raises((InputTooLong, EmptyInput)):
+            tokenizer.prepare([text], cut(None))
+
+
+@pytest.mark.parametrize("length", range(101, 402, 12))
+def test_a_long_text_is_never_cut_within_a_word(length: int) -> None:
+    """BERT makes one unknown token of a word beyond 100 letters, and many of half of it."""
+    text = ("x" * length + " ") * 30
+    tokenizer = make("bert")
+    for limit in (3, 5, 8):
+        (full,) = tokenizer.encode([text])
+        assert tokenizer.prepare([text], cut(limit)).token_ids == [[*full[: limit - 1], 3]]
+
+
+def test_a_hopelessly_long_text_is_not_read_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make("bert")
+    read = []
+    encode = tokenizer.encode
+
+    def watched(texts: list[str], specials: bool = True) -> list[list[int]]:
+        read.extend(texts)
+        return encode(texts, specials)
+
+    monkeypatch.setattr(tokenizer, "encode", watched)
+    with pytest.raises(InputTooLong):
+        tokenizer.prepare(["the cat " * 100_000], cut(None))
+    assert sum(map(len, read)) < 5000
+
+
+# ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_saved_truncation_and_padding_are_cleared(family: str, checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint(family)
+    tokenizer = Tokenizer.load(folder, trust_remote_code=False, max_model_len=100, vocab_size=VOCABULARY)
+    plain = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert plain.truncation is not None, "this test needs a file that asks for them"
+    assert plain.padding is not None
+    plain.no_truncation()
+    plain.no_padding()
+    for texts in (["a"], tiny.TEXTS):
+        assert tokenizer.encode(texts) == [plain.encode(text).ids for text in texts]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_tokenizers_own_side_is_read_from_its_files(side: Side, fresh: Callable[[str], Path]) -> None:
+    folder = fresh("bert")
+    tiny.edit_json(folder / "tokenizer_config.json", truncation_side=side)
+    tokenizer = Tokenizer.load(folder, trust_remote_code=False, max_model_len=8, vocab_size=VOCABULARY)
+    cat, mat = (tokenizer.encode([word], False)[0][0] for word in ("cat", "mat"))
+    assert tokenizer.prepare(["cat sat mat"], cut(3)).token_ids == [[2, mat if side == "left" else cat, 3]]
+
+
+def test_the_pad_id_is_read_from_its_files(checkpoint: Callable[[str], Path]) -> None:
+    tokenizer = Tokenizer.load(
+        checkpoint("xlmr"), trust_remote_code=False, max_model_len=4, vocab_size=VOCABULARY
+    )
+    assert tokenizer.prepare([[0]], TokenizationParams(padding="max_length")).token_ids == [[0, 1, 1, 1]]
+
+
+def test_text_is_lowered_if_the_model_wants_it() -> None:
+    kept, lowered = (make("xlmr", max_model_len=64, lowercase=lower) for lower in (False, True))
+    assert lowered.encode(["The CAT"]) == kept.encode(["the cat"]) != kept.encode(["The CAT"])
+
+
+@pytest.mark.parametrize("damage", ["missing", "not json", "empty"])
+def test_a_tokenizer_that_cannot_be_loaded_says_so(damage: str, fresh: Callable[[str], Path]) -> None:
+    folder = fresh("qwen3")
+    if damage == "missing":
+        (folder / "tokenizer.json").unlink()
+    else:
+        (folder / "tokenizer.json").write_text("{" if damage == "not json" else "")
+    with pytest.raises(ConfigError, match="tokenizer"):
+        Tokenizer.load(folder, trust_remote_code=False, max_model_len=8, vocab_size=VOCABULARY)
+
+
+# ── threads ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    tokenizer = make("bert", max_model_len=64)
+    jobs = [
+        (["the cat sat on a mat in spain " * (1 + i % 5), "a"][: 1 + i % 2], cut(1 + i % 12, side))
+        for i in range(120)
+        for side in (None, "left", "right")
+    ]
+    expected = [tokenizer.prepare(texts, params).token_ids for texts, params in jobs]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            assert list(pool.map(lambda job: tokenizer.prepare(*job).token_ids, jobs)) == expected
+
+
+# ── back to text ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("unknown", [-1, 5000, 2**40])
+def test_unknown_ids_are_skipped_on_the_way_back(unknown: int) -> None:
+    tokenizer = make("bert")
+    (ids,) = tokenizer.encode(["the cat"])
+    assert tokenizer.decode([*ids, unknown]) == "[CLS] the cat [SEP]"
+    assert tokenizer.tokens([ids[1], unknown]) == ["the", ""]
+
+
+@pytest.mark.parametrize("kind", ["eos", "bare"])
+@settings(max_examples=50, deadline=None)
+@given(text=st.text(min_size=1, max_size=30).filter(lambda text: text.isprintable()))
+def test_byte_level_tokens_give_the_text_back(kind: str, text: str) -> None:
+    tokenizer = make(kind)
+    assert tokenizer.decode(tokenizer.encode([text], add_special_tokens=False)[0]) == text
