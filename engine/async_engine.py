@@ -322,7 +322,7 @@ class AsyncEngine:
             raise planned.blame(error) from None
         scores = await self._off_loop(partial(planned.scores, result.rows), planned.task == "token_embed")
         ids = planned.token_ids(result.prompt_token_ids)
-        return ScoreResult(scores, result.prompt_tokens, result.timings, ids)
+        return ScoreResult(scores, planned.prompt_tokens(result.prompt_token_ids), result.timings, ids)
 
     def _plan(
         self,

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,8 @@ Row = NDArray[np.float32]
 class Plan:
     """`prompts` to run as `task`; `pairs` are places in `prompts` of each pair's two sides, or of the pair twice.
 
-    `fields` name what each prompt was made of, for those who have to say what is wrong with it.
+    Equal prompts are run once, so that equal documents score the same to the last bit; `asked` has the place of each
+    prompt as it was asked for. `fields` name what a prompt was made of, for those who have to say what is wrong.
     """
 
     task: Task
@@ -38,6 +39,27 @@ class Plan:
     pairs: list[tuple[int, int]]
     measure: Callable[[Row, Row], float]
     fields: list[str]
+    asked: list[int]
+
+    @classmethod
+    def of(
+        cls,
+        task: Task,
+        prompts: Seq[str] | Seq[tuple[str, str]],
+        pairs: Seq[tuple[int, int]],
+        measure: Callable[[Row, Row], float],
+        fields: Seq[str],
+    ) -> Plan:
+        """`pairs` and `fields` are about `prompts` as they are asked for, equal ones included."""
+        place: dict[str | tuple[str, str], int] = {}
+        asked = [place.setdefault(prompt, len(place)) for prompt in prompts]
+        named = [fields[asked.index(i)] for i in range(len(place))] if len(place) < len(asked) else list(fields)
+        distinct = cast("list[str] | list[tuple[str, str]]", list(place))
+        return cls(task, distinct, [(asked[a], asked[b]) for a, b in pairs], measure, named, asked)
+
+    def prompt_tokens(self, prompts: Seq[list[int]]) -> int:
+        """How many tokens were asked for, equal prompts counted each."""
+        return sum(len(prompts[i]) for i in self.asked)
 
     def scores(self, rows: Seq[Row]) -> list[float]:
         """One score a pair, in order."""
@@ -79,21 +101,21 @@ def plan(
     pairs = [(0 if one else i, len(queries) + i) for i in range(len(documents))]
     prompts, fields = [*queries, *documents], _names("queries", queries) + _names("documents", documents)
     if kind == "bi-encoder":
-        return Plan("embed", prompts, pairs, cosine, fields)
-    return Plan("token_embed", prompts, pairs, max_sim, fields)
+        return Plan.of("embed", prompts, pairs, cosine, fields)
+    return Plan.of("token_embed", prompts, pairs, max_sim, fields)
 
 
 def _cross_encoder(
     model: ModelInfo, pairs: list[tuple[str, str]], chat: ChatTemplate, kwargs: Mapping[str, Any] | None
 ) -> Plan:
     both = [(i, i) for i in range(len(pairs))]
-    prompts: list[str] | list[tuple[str, str]] = pairs
+    prompts: Seq[str] | Seq[tuple[str, str]] = pairs
     if chat.given:
         prompts = [chat.render_pair(query, document, kwargs) for query, document in pairs]
     elif model.pairs == "concatenated":
         prompts = [query + document for query, document in pairs]
     fields = _names("documents", prompts)
-    return Plan("classify", prompts, both, lambda row, _: float(row[0]), fields)
+    return Plan.of("classify", prompts, both, lambda row, _: float(row[0]), fields)
 
 
 def _names(field: str, items: Seq[object]) -> list[str]:
