@@ -343,7 +343,7 @@ class AsyncEngine:
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """A conversation as the text that the model's chat template makes of it."""
+        """A conversation as the text that the model's chat template makes of it. May be called from any thread."""
         return self._loaded().chat.render(
             messages,
             add_generation_prompt=add_generation_prompt,
