@@ -320,6 +320,8 @@ class AsyncEngine:
             )
         except InvalidInput as error:
             raise planned.blame(error) from None
+        if on_progress and (spared := len(planned.asked) - len(planned.prompts)):
+            on_progress(spared)
         scores = await self._off_loop(partial(planned.scores, result.rows), planned.task == "token_embed")
         ids = planned.token_ids(result.prompt_token_ids)
         return ScoreResult(scores, planned.prompt_tokens(result.prompt_token_ids), result.timings, ids)
@@ -355,7 +357,7 @@ class AsyncEngine:
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """A conversation as the text that the model's chat template makes of it."""
+        """A conversation as the text that the model's chat template makes of it. May be called from any thread."""
         return self._loaded().chat.render(
             messages,
             add_generation_prompt=add_generation_prompt,

@@ -190,5 +190,14 @@ def test_scores_and_ids_come_back_pair_by_pair() -> None:
     rows = [row([1, 0]), row([2, 0]), row([0, 3])]
     assert planned.scores(rows) == [1.0, 0.0]
     assert planned.token_ids([[1], [2, 3], [4]]) == [[1, 2, 3], [1, 4]]
-    crossed = Plan("classify", ["qd"], [(0, 0)], lambda row, _: float(row[0]), ["documents"])
+    crossed = Plan.of("classify", ["qd"], [(0, 0)], lambda row, _: float(row[0]), ["documents"])
     assert crossed.token_ids([[1, 2]]) == [[1, 2]]
+
+
+def test_equal_documents_run_once_score_the_same_and_are_counted_each() -> None:
+    planned = plan(BI, ["q"], ["d", "e", "d"], NO_TEMPLATE)
+
+    assert planned.prompts == ["q", "d", "e"]
+    scores = planned.scores([row([1, 2]), row([2, 1]), row([0, 3])])
+    assert scores[0] == scores[2]
+    assert planned.prompt_tokens([[1], [2, 2], [3, 3, 3]]) == 1 + 2 + 3 + 2

@@ -17,9 +17,9 @@ from carpool.server.app import ROUTES
 from fakes import FAKES, FakeEngine
 from serving import Answer, Served, assert_error, serving
 
-PART = {"type": "text", "text": "hi"}
-CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [PART]}]
-COMMON = {
+PART: dict[str, Any] = {"type": "text", "text": "hi"}
+CHAT: list[Any] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [PART]}]
+COMMON: dict[str, Any] = {
     "model": "all-MiniLM-L6-v2",
     "truncate_prompt_tokens": 5,
     "truncation_side": "left",
@@ -31,7 +31,7 @@ COMMON = {
     "user": "u",
     "mm_processor_kwargs": {},
 }
-CHATTY = {
+CHATTY: dict[str, Any] = {
     "add_special_tokens": False,
     "add_generation_prompt": True,
     "continue_final_message": False,
@@ -41,7 +41,7 @@ VECTORS = {"encoding_format": "base64", "embed_dtype": "float16", "endianness": 
 PAIRS = {"max_tokens_per_query": 3, "max_tokens_per_doc": 3, "instruction": "do", "chat_template_kwargs": {}}
 TEI = {"truncate": True, "truncation_direction": "Left"}
 
-EMBEDDINGS = [
+EMBEDDINGS: list[Any] = [
     {"input": ["a", "b"], **COMMON, **VECTORS, "truncation": True, "truncate": "END"},
     {"input": [[5, 6], [7]], **COMMON},
     {"input": [5, 6], "encoding_format": "bytes"},
@@ -49,13 +49,13 @@ EMBEDDINGS = [
     {"input": [CHAT, CHAT], **CHATTY},
 ]
 POOLING = [{**body, "task": "encode"} for body in EMBEDDINGS] + [{"data": {"a": 1}}]
-CLASSIFY = [{"input": ["a", "b"], **COMMON}, {"messages": [CHAT, CHAT], **CHATTY}]
-SCORE = [
+CLASSIFY: list[Any] = [{"input": ["a", "b"], **COMMON}, {"messages": [CHAT, CHAT], **CHATTY}]
+SCORE: list[Any] = [
     {"text_1": "a", "text_2": ["b", {"content": [PART]}], **COMMON, **PAIRS},
     {"queries": ["a", "b"], "documents": ["c", "d"]},
     {"data_1": "a", "data_2": "b", "items": ["c"]},
 ]
-RERANK = [
+RERANK: list[Any] = [
     {"query": "a", "documents": ["b", {"text": "c"}, {"content": [PART]}], "top_n": 1, **COMMON, **PAIRS},
     {
         "query": {"content": [PART]},
