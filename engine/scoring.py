@@ -53,7 +53,9 @@ class Plan:
         """`pairs` and `fields` are about `prompts` as they are asked for, equal ones included."""
         place: dict[str | tuple[str, str], int] = {}
         asked = [place.setdefault(prompt, len(place)) for prompt in prompts]
-        named = [fields[asked.index(i)] for i in range(len(place))] if len(place) < len(asked) else list(fields)
+        named = (
+            [fields[asked.index(i)] for i in range(len(place))] if len(place) < len(asked) else list(fields)
+        )
         distinct = cast("list[str] | list[tuple[str, str]]", list(place))
         return cls(task, distinct, [(asked[a], asked[b]) for a, b in pairs], measure, named, asked)
 
