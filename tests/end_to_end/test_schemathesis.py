@@ -36,7 +36,7 @@ from carpool.server.config import ServerConfig
 from carpool.server.http import Runner
 from carpool.server.openapi import describe
 
-EXAMPLES = int(os.environ.get("CARPOOL_TEST_EXAMPLES", "8"))
+EXAMPLES = int(os.environ.get("CARPOOL_TEST_EXAMPLES", "5"))
 KEY = "secret"
 NAME = "org/served"
 VOCABULARY = tiny.wordpiece().get_vocab_size()
