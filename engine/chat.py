@@ -57,7 +57,7 @@ class ChatTemplate:
         """One conversation as text. Raises InvalidInput if there is no template or it does not fit."""
         if self._template is None:
             raise InvalidInput(
-                "This model has no chat template: send `input`, or start the server with --chat-template.",
+                "This model has no chat template: send text, or start the server with --chat-template.",
                 "messages",
             )
         if add_generation_prompt and continue_final_message:

@@ -5,6 +5,7 @@ Each field carries its help text; flags, environment variables and YAML keys are
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,7 +63,7 @@ class ServerConfig:
             raise ConfigError("--api-key must not be empty.")
         if "" in self.served_model_name:
             raise ConfigError("--served-model-name must not be empty.")
-        if self.root_path and (not self.root_path.startswith("/") or set(self.root_path) & set("{}?#")):
+        if self.root_path and not re.fullmatch(r"(/[\w.~-]+)+/?", self.root_path, re.ASCII):
             raise ConfigError(f"--root-path must be a path such as /embed, got {self.root_path}.")
         object.__setattr__(self, "root_path", self.root_path.rstrip("/"))
 

@@ -22,6 +22,7 @@ Input = str | list[str | int | Message | list[int | Message]]
 TokenId = Annotated[int, msgspec.Meta(ge=0, description="an integer of at least 0")]
 S = TypeVar("S", bound=msgspec.Struct)
 
+MOST_DIGITS = 4300  # that Python turns into an int
 INTEGER = re.compile(r"\s*[+-]?\d+(?:_\d+)*(?:\.0+)?\s*")
 BOOLEANS = {
     **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
@@ -168,7 +169,7 @@ def lax_int(value: Any) -> Any:
             return int(value)
         case float() if value.is_integer():
             return int(value)
-        case str() if INTEGER.fullmatch(value):
+        case str() if len(value) <= MOST_DIGITS and INTEGER.fullmatch(value):
             return int(value.partition(".")[0])
     return value
 

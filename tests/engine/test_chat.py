@@ -72,7 +72,7 @@ def test_a_template_that_comes_with_a_call_is_never_a_files_name(
 
 
 def test_without_a_template_a_conversation_is_refused(made: Callable[..., ChatTemplate]) -> None:
-    with pytest.raises(InvalidInput, match="no chat template: send `input`") as refused:
+    with pytest.raises(InvalidInput, match="no chat template: send text") as refused:
         made(None).render(MESSAGES)
     assert refused.value.param == "messages"
 

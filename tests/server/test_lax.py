@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from carpool.server.errors import InvalidRequest
-from carpool.server.lax import read_struct, shown
+from carpool.server.lax import read_struct, read_token_id, shown
 from carpool.server.protocol import DetokenizeRequest, EmbeddingRequest, PoolingRequest
 
 
@@ -227,3 +227,13 @@ def test_unknown_fields_are_ignored() -> None:
 )
 def test_values_are_quoted_briefly(value: Any, text: str) -> None:
     assert shown(value) == text
+
+
+@pytest.mark.parametrize("digits", [4300, 4301, 100_000])
+def test_a_token_id_of_very_many_digits_is_refused_or_read_but_never_an_accident(digits: int) -> None:
+    text = "9" * digits
+    if digits <= 4300:
+        assert read_token_id(text, "input[0]") == int(text)
+    else:
+        with pytest.raises(InvalidRequest, match="must be a token id"):
+            read_token_id(text, "input[0]")
