@@ -16,6 +16,7 @@ from carpool.engine.config import EngineConfig
 from carpool.engine.device import resolve_device, resolve_dtype
 from carpool.engine.errors import ConfigError, InvalidParameter
 from carpool.engine.hub import BUNDLED_NAME, locate
+from carpool.engine.memory import bound_primitive_cache
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.loader import Loaded, Loader
@@ -49,6 +50,7 @@ class Parts:
 
 def build(config: EngineConfig) -> Parts:
     """Load and check the model. Raises ConfigError with one sentence if it cannot be served as asked."""
+    bound_primitive_cache()
     folder = locate(config.model, config.revision)
     checkpoint = Checkpoint.read(folder, config.hf_overrides, config.pooler_config)
     pooler = config.pooler_config
