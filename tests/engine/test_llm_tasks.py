@@ -16,9 +16,10 @@ import tiny_heads
 from carpool.engine.errors import ConfigError, InvalidInput, InvalidParameter, UnsupportedTask
 from carpool.engine.llm import LLM
 from carpool.engine.params import PoolingParams
+from goldens import SHARED
 from head_oracle import HeadOracle, close
 
-REFERENCE = Path("/work/shared/reference")
+REFERENCE = SHARED / "reference"
 TEXTS = ["the cat sat on a mat", "a", "rain in spain"]
 # The reference's models, and the tiny ones that stand for them.
 STAND_INS = {
