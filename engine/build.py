@@ -29,7 +29,7 @@ from carpool.engine.poolers.embed import EmbedHead, EmbedPool, TokenEmbedPool
 from carpool.engine.poolers.methods import METHODS
 from carpool.engine.poolers.pooler import Pool, Pooler
 from carpool.engine.runner import ModelRunner
-from carpool.engine.tokenizer import Tokenizer
+from carpool.engine.tokenizer import Tokenizer, load_fast
 from carpool.kernels.ops import attention_in_use
 
 _QWEN_STEP_TAG = (
@@ -64,9 +64,9 @@ def build(config: EngineConfig) -> Parts:
     dtype, notice = resolve_dtype(config.dtype, checkpoint.stored_dtype, device)
     max_model_len = _max_model_len(config, checkpoint)
     words = locate(config.tokenizer) if config.tokenizer else folder
-    tokenizer = Tokenizer.load(
-        words,
-        trust_remote_code=config.trust_remote_code,
+    fast = load_fast(words, trust_remote_code=config.trust_remote_code)
+    tokenizer = Tokenizer.of(
+        fast,
         max_model_len=max_model_len,
         vocab_size=checkpoint.vocab_size,
         lowercase=checkpoint.lowercase,
@@ -90,11 +90,11 @@ def build(config: EngineConfig) -> Parts:
     if architecture.kind == "embed":
         pools = _embed_pools(checkpoint, config, modes, backbone.hidden_size, device)
     else:
-        pools = _classify_pools(checkpoint, config, architecture, loaded, modes[0])
+        pools = _classify_pools(checkpoint, config, architecture, loaded, modes[0], num_labels)
     runner = ModelRunner(backbone, Pooler(pools), device)
     workers = _workers(config, device)
     template = config.chat_template
-    chat = ChatTemplate.load(words, template, trust_remote_code=config.trust_remote_code)
+    chat = ChatTemplate.of(fast, template)
     return Parts(
         ModelInfo(
             root=config.model or str(folder),
@@ -159,9 +159,10 @@ def _classify_pools(
     architecture: Architecture,
     loaded: Loaded,
     mode: PoolingMode,
+    num_labels: int,
 ) -> dict[Task, Pool]:
     pooler, kind = config.pooler_config, architecture.kind
-    named = activation_of(checkpoint.config, _num_labels(loaded) or loaded.backbone.hidden_size)
+    named = activation_of(checkpoint.config, num_labels or loaded.backbone.hidden_size)
     head = ClassifyHead(
         loaded.head or nn.Identity(),
         activation(named) if "." in named else activation_named(named),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from carpool.engine.errors import ConfigError, InvalidInput
+from carpool.engine.tokenizer import load_fast
 
 Message = Mapping[str, Any]  # {"role": …, "content": text or list of parts}
 
@@ -31,9 +32,11 @@ class ChatTemplate:
     @classmethod
     def load(cls, path: Path, template: str | None, *, trust_remote_code: bool) -> ChatTemplate:
         """`template` is Jinja or a file of it; None takes the one the tokenizer brings, if any."""
-        from transformers import AutoTokenizer
+        return cls.of(load_fast(path, trust_remote_code=trust_remote_code), template)
 
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    @classmethod
+    def of(cls, tokenizer: Any, template: str | None) -> ChatTemplate:
+        """As `load`, with a tokenizer of transformers that is loaded already."""
         own = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
         return cls(tokenizer, _read(template) if template else own, bool(template))
 

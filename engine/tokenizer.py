@@ -74,16 +74,14 @@ class Tokenizer:
     def load(
         cls, path: str | Path, *, trust_remote_code: bool, token_types: bool = True, **limits: Any
     ) -> Tokenizer:
-        """From a model folder, by transformers, which knows each family's own rules for special tokens."""
-        from transformers import AutoTokenizer
+        """From a model folder: see `load_fast` and `of`."""
+        fast = load_fast(path, trust_remote_code=trust_remote_code)
+        return cls.of(fast, token_types=token_types, **limits)
 
-        try:
-            fast = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-        except Exception as error:  # transformers raises whatever went wrong inside
-            raise ConfigError(f"The tokenizer in {path} cannot be loaded: {_first_line(error)}") from error
-        backend = getattr(fast, "backend_tokenizer", None)
-        if backend is None:
-            raise ConfigError(f"The tokenizer in {path} has no fast version; save one with tokenizer.json.")
+    @classmethod
+    def of(cls, fast: Any, *, token_types: bool = True, **limits: Any) -> Tokenizer:
+        """From a tokenizer of transformers, whose rules it takes over; what becomes of `fast` later is its own."""
+        backend = fast.backend_tokenizer
         return cls(
             tokenizers.Tokenizer.from_str(backend.to_str()),
             truncation_side="left" if fast.truncation_side == "left" else "right",
@@ -294,6 +292,19 @@ class Tokenizer:
     def _is_known(self, token: int) -> bool:
         """Whether the library can be asked about it: it raises for numbers that are not 32-bit."""
         return 0 <= token < self._backend.get_vocab_size(with_added_tokens=True)
+
+
+def load_fast(path: str | Path, *, trust_remote_code: bool) -> Any:
+    """The folder's tokenizer, by transformers, which knows each family's own rules for special tokens."""
+    from transformers import AutoTokenizer
+
+    try:
+        fast = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises whatever went wrong inside
+        raise ConfigError(f"The tokenizer in {path} cannot be loaded: {_first_line(error)}") from error
+    if getattr(fast, "backend_tokenizer", None) is None:
+        raise ConfigError(f"The tokenizer in {path} has no fast version; save one with tokenizer.json.")
+    return fast
 
 
 def _find_affixes(backend: tokenizers.Tokenizer) -> Affixes:
