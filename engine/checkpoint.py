@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carpool.engine.config import PoolerConfig
+from carpool.engine.dialects import translate
 from carpool.engine.errors import ConfigError
 from carpool.engine.params import Matryoshka
 
@@ -60,7 +61,8 @@ class Checkpoint:
     """A model folder, understood. `pooling` is empty when no file names one: the model's class decides."""
 
     path: Path
-    config: Mapping[str, Any]  # config.json with the user's overrides merged in
+    config: Mapping[str, Any]  # config.json with the user's overrides merged in, in transformers' words
+    dialect: str | None = None  # what config.json was written in, if in other words than transformers'
     architectures: tuple[str, ...]
     pooling: tuple[PoolingMode, ...]
     normalize: bool
@@ -104,7 +106,9 @@ class Checkpoint:
     @classmethod
     def _read(cls, path: Path, overrides: Mapping[str, Any], pooler: PoolerConfig) -> Checkpoint:
         st = _SentenceTransformers.read(path, has_scorer=bool(overrides.get("classifier_from_token")))
-        config = _merge(_merge(_read_json(path / "config.json"), st.cross_encoder), overrides)
+        config, dialect = translate(
+            _merge(_merge(_read_json(path / "config.json"), st.cross_encoder), overrides)
+        )
         pooling = (_USER_MODES[pooler.pooling],) if pooler.pooling else st.pooling
         width = _final_width(_hidden_size(config) * max(1, len(pooling)), st.dense)
         longest = _longest(path, config)
@@ -113,6 +117,7 @@ class Checkpoint:
         checkpoint = cls(
             path=path,
             config=config,
+            dialect=dialect,
             architectures=tuple(config.get("architectures") or ()),
             pooling=pooling,
             normalize=normalize,

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoModel,
@@ -33,6 +33,9 @@ from carpool.engine.checkpoint import Checkpoint, PoolingMode
 from carpool.engine.errors import ConfigError
 from carpool.engine.models.attention import NAME
 from carpool.engine.models.backbone import Backbone
+from carpool.engine.models.patches import patch
+from carpool.engine.models.renames import RENAMES
+from carpool.engine.models.weights import stored
 from carpool.engine.poolers.classifier import (
     ReplayedHead,
     head_from_tokens,
@@ -118,24 +121,29 @@ class Loader:
 
     def _reward_head(self, checkpoint: Checkpoint) -> nn.Module | None:
         """None for a plain model that was told to be one (`--convert reward`): its hidden states are the result."""
-        stored = _stored(checkpoint, _REWARD_HEAD)
-        if not stored and not any(
-            re.search(r"RewardModel(ing)?$", name) for name in checkpoint.architectures
-        ):
+        head = stored(checkpoint.path, _REWARD_HEAD)
+        if not head and not any(re.search(r"RewardModel(ing)?$", name) for name in checkpoint.architectures):
             return None
-        return head_from_weights(stored).to(self.device)
+        return head_from_weights(head).to(self.device)
 
     def _model(
         self, auto: Any, checkpoint: Checkpoint, config: PreTrainedConfig, **options: Any
     ) -> PreTrainedModel:
+        rename = RENAMES.get(checkpoint.dialect or "")
         try:
-            model, info = auto.from_pretrained(
-                str(checkpoint.path),
+            own: dict[str, Any]
+            if rename is None:
+                source, own = auto, {"trust_remote_code": self.trust_remote_code}
+            else:
+                source = auto._model_mapping[type(config)]
+                own = {"state_dict": rename(stored(checkpoint.path), config)}
+            model, info = source.from_pretrained(
+                str(checkpoint.path) if rename is None else None,
                 config=config,
                 dtype=self.dtype,
                 attn_implementation=NAME,
-                trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
+                **own,
                 **options,
             )
         except Exception as error:  # transformers raises whatever went wrong inside
@@ -159,6 +167,7 @@ class Loader:
         return loaded
 
     def _backbone(self, module: PreTrainedModel) -> Backbone:
+        patch(module)
         backbone = Backbone(module)
         if backbone.max_positions is not None and self.max_model_len > backbone.max_positions:
             raise ConfigError(
@@ -169,11 +178,15 @@ class Loader:
 
     def _config(self, checkpoint: Checkpoint) -> PreTrainedConfig:
         """The model's configuration with the user's overrides; never asks on standard input."""
+        known = CONFIG_MAPPING.keys()
         try:
-            config = AutoConfig.from_pretrained(
-                str(checkpoint.path), trust_remote_code=self.trust_remote_code
-            )
-            merged: PreTrainedConfig = type(config).from_dict(dict(checkpoint.config))
+            if (kind := checkpoint.config.get("model_type")) in known and not self.trust_remote_code:
+                config_class: Any = CONFIG_MAPPING[kind]
+            else:
+                config_class = type(
+                    AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=self.trust_remote_code)
+                )
+            merged: PreTrainedConfig = config_class.from_dict(dict(checkpoint.config))
             return merged
         except Exception as error:
             raise ConfigError(
@@ -197,9 +210,9 @@ def _class_pooling(full: PreTrainedModel) -> tuple[PoolingMode | None, bool]:
 def _honour_bias(full: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """A causal model's `score` layer has no bias in transformers; some checkpoints bring one."""
     score = getattr(full, "score", None)
-    stored = _stored(checkpoint, _SCORE_BIAS)
-    if isinstance(score, nn.Linear) and score._parameters.get("bias") is None and stored:
-        score.bias = nn.Parameter(stored["score.bias"].to(score.weight), requires_grad=False)
+    bias = stored(checkpoint.path, _SCORE_BIAS)
+    if isinstance(score, nn.Linear) and score._parameters.get("bias") is None and bias:
+        score.bias = nn.Parameter(bias["score.bias"].to(score.weight), requires_grad=False)
 
 
 def _without_pooler(config: PreTrainedConfig) -> dict[str, Any]:
@@ -224,15 +237,6 @@ def _refuse_batch_dependent_rope(config: PreTrainedConfig, max_model_len: int) -
             f"This model's {kind} rotary embedding depends on the longest prompt of a batch beyond {original} "
             f"tokens; serve it with --max-model-len {original}."
         )
-
-
-def _stored(checkpoint: Checkpoint, wanted: re.Pattern[str]) -> dict[str, Tensor]:
-    """The checkpoint's tensors whose names match, from its safetensors files."""
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(checkpoint.path.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            tensors |= {key: file.get_tensor(key) for key in file.keys() if wanted.match(key)}  # noqa: SIM118
-    return tensors
 
 
 def _first_line(error: Exception) -> str:
