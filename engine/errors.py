@@ -85,3 +85,8 @@ class DeadlineExceeded(EngineError):
 
 class InferenceFailed(EngineError):
     """The model raised, or produced a number that is not finite. The log has the details."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what libraries append; its class's name if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,8 +8,35 @@ has a row of the same name.
 from __future__ import annotations
 
 from carpool.engine.dialects.dialect import Config, Dialect
+from carpool.engine.dialects.gte import GTE
+from carpool.engine.dialects.internlm import INTERNLM2
+from carpool.engine.dialects.jina import JINA_LEARNED, JINA_ROTARY
+from carpool.engine.dialects.jina_bert import JINA_BERT, JINA_BERT_CODE
+from carpool.engine.dialects.jina_v5 import JINA_V5
+from carpool.engine.dialects.llama import BIDIRECTIONAL_LLAMA
+from carpool.engine.dialects.nomic import NOMIC
+from carpool.engine.dialects.nomic_moe import NOMIC_MOE
+from carpool.engine.dialects.qwen import BIDIRECTIONAL_QWEN3
+from carpool.engine.dialects.refused import GRITLM, NV_EMBED
+from carpool.engine.dialects.towers import CLIP, SIGLIP
 
-DIALECTS: tuple[Dialect, ...] = ()  # the first that fits
+DIALECTS: tuple[Dialect, ...] = (  # the first that fits
+    GRITLM,
+    NV_EMBED,
+    NOMIC_MOE,
+    JINA_BERT_CODE,
+    JINA_BERT,
+    INTERNLM2,
+    BIDIRECTIONAL_LLAMA,
+    BIDIRECTIONAL_QWEN3,
+    JINA_V5,
+    GTE,
+    NOMIC,
+    JINA_ROTARY,
+    JINA_LEARNED,
+    CLIP,
+    SIGLIP,
+)
 
 
 def translate(config: Config) -> tuple[Config, str | None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 _ALL = re.compile("")
 
@@ -24,3 +24,14 @@ def stored(folder: Path, wanted: re.Pattern[str] = _ALL) -> dict[str, Tensor]:
             pickled = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             tensors |= {key: tensor for key, tensor in pickled.items() if wanted.match(key)}
     return tensors
+
+
+def unmap(*models: nn.Module | None) -> None:
+    """Copy what weights are still mapped from the checkpoint's files: the last one to go takes the mapping with it.
+
+    For models whose large weights were copied into another layout: a mapping is kept whole, and counts as resident.
+    """
+    for model in models:
+        for weight in () if model is None else model.parameters():
+            if weight.layout == torch.strided:
+                weight.data = weight.data.clone()
