@@ -24,7 +24,27 @@ def varlen_attention(
     causal: bool = False,
     window: int | None = None,
     softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention within each sequence of a packed row: see `kernels.reference.varlen_attention`."""
-    attend = native.varlen_attention if native.serves(query, key, value) else reference.varlen_attention
-    return attend(query, key, value, runs, scale=scale, causal=causal, window=window, softcap=softcap)
+    if bias is None and sinks is None and native.serves(query, key, value):
+        return native.varlen_attention(
+            query, key, value, runs, scale=scale, causal=causal, window=window, softcap=softcap
+        )
+    return reference.varlen_attention(
+        query,
+        key,
+        value,
+        runs,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        bias=bias,
+        sinks=sinks,
+    )
+
+
+attention_to_first = reference.attention_to_first
+disentangled_attention = reference.disentangled_attention  # no other implementation yet

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from carpool.engine.models.attention import layout
+from carpool.engine.models.lora import base_layer, riding
 from carpool.engine.packing import PackedBatch
 
 
 class Backbone:
     """One replica: its own modules, configuration and buffers over weights that all replicas share."""
+
+    packing: Literal["packed", "padded"] = "packed"
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -22,7 +26,11 @@ class Backbone:
         anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
         self._extra: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
         self._takes_positions = anything or "position_ids" in takes
-        self._takes_types = "token_type_ids" in takes
+        # GPT-2 takes them as well and embeds them as if they were words.
+        self._takes_types = "token_type_ids" in takes and any(
+            isinstance(base_layer(getattr(child, "token_type_embeddings", None)), nn.Embedding)
+            for child in module.modules()
+        )
         self._pad_id = _position_pad_id(module)
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -35,7 +43,7 @@ class Backbone:
             inputs["token_type_ids"] = (
                 torch.zeros_like(batch.input_ids)[None] if types is None else types[None]
             )
-        with layout(batch.runs):
+        with layout(batch.runs, batch.unseen), riding(batch.adapters, batch.lengths):
             hidden: Tensor = self.module(**inputs).last_hidden_state
         return hidden[0]
 
@@ -52,8 +60,11 @@ class Backbone:
 
     def replica(self) -> Backbone:
         """A second one for another thread: weights aliased, everything else copied."""
+        return Backbone(self._copied())
+
+    def _copied(self) -> nn.Module:
         shared: dict[int, Any] = {id(weight): weight for weight in self.module.parameters()}
-        return Backbone(copy.deepcopy(self.module, shared))
+        return copy.deepcopy(self.module, shared)
 
     @property
     def hidden_size(self) -> int:
@@ -64,13 +75,18 @@ class Backbone:
     @property
     def is_causal(self) -> bool:
         """Whether its attention layers look only backwards by their class's nature."""
-        return any(getattr(module, "is_causal", False) for module in self.module.modules())
+        natures = [getattr(module, "is_causal", None) for module in self.module.modules()]
+        if any(nature is not None for nature in natures):
+            return any(natures)
+        # No attention layer says: a recurrent model, or one of the oldest classes. What it is trained for tells.
+        kind = type(self.module.config)
+        return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
 
     @property
     def max_positions(self) -> int | None:
         """Tokens that a table of learned positions has rows for; None where positions are computed."""
         for module in self.module.modules():
-            table = getattr(module, "position_embeddings", None)
+            table = base_layer(getattr(module, "position_embeddings", None))
             if isinstance(table, nn.Embedding):
                 return table.num_embeddings - (0 if self._pad_id is None else self._pad_id + 1)
         return None
@@ -79,7 +95,7 @@ class Backbone:
 def _position_pad_id(module: nn.Module) -> int | None:
     """The pad id that offsets positions in the RoBERTa family; None elsewhere."""
     for child in module.modules():
-        table = getattr(child, "position_embeddings", None)
+        table = base_layer(getattr(child, "position_embeddings", None))
         if isinstance(table, nn.Embedding) and isinstance(getattr(child, "padding_idx", None), int):
             return int(child.padding_idx)  # type: ignore[arg-type]
     return None

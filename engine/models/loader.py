@@ -2,7 +2,7 @@
 
 Three guards stand here and in `attention.py` and `probe.py`, because each of these faults gives plausible wrong
 numbers: missing weights are fatal, attention arguments that we do not compute raise, and a model whose packed
-sequences see each other is refused.
+sequences see each other is not packed.
 """
 
 from __future__ import annotations
@@ -11,26 +11,31 @@ import inspect
 import re
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
     AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
 
+import carpool.engine.models.native  # noqa: F401  (registers our own classes)
 from carpool.engine.architecture import Architecture, Scorer
-from carpool.engine.checkpoint import Checkpoint, PoolingMode
-from carpool.engine.errors import ConfigError
+from carpool.engine.checkpoint import Checkpoint
+from carpool.engine.errors import ConfigError, first_line
 from carpool.engine.models.attention import NAME
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.patches import patch
@@ -42,16 +47,19 @@ from carpool.engine.poolers.classifier import (
     head_from_weights,
     keep_words,
 )
+from carpool.engine.side_files import PoolingMode
 
 # Weights that a published checkpoint may lack: BERT's own pooler is not used, and position ids are computed.
 _MAY_MISS = re.compile(r"(^|\.)(pooler\.|position_ids$)")
 _REWARD_HEAD = re.compile(r"^(score|v_head)\.")
+_PROJECTION = re.compile(r"^(colbert_)?linear\.(weight|bias)$")
 _SCORE_BIAS = re.compile(r"^score\.bias$")
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """`head` takes float32 rows [R, H] to logits; None for a model that has none.
+    """`head` takes float32 rows [R, H] to logits (a masked language model's to its vocabulary's) or, a ColBERT's, to
+    vectors; None for a model that has none.
 
     `pooling` is what a classifier's class pools for its head, where that is not left to the kind of its backbone;
     `late`: it pools the logits of all rows instead.
@@ -87,11 +95,14 @@ class Loader:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         config = self._config(checkpoint)
-        _refuse_batch_dependent_rope(config, self.max_model_len)
         match architecture.kind:
-            case "embed":
-                model = self._model(AutoModel, checkpoint, config, **_without_pooler(config))
-                return Loaded(self._backbone(model))
+            case "embed" | "bge_m3" | "multi_vector":
+                model = self._model(_embedder(config), checkpoint, config, **_without_pooler(config))
+                head = self._projection(checkpoint) if architecture.kind == "multi_vector" else None
+                return Loaded(self._backbone(model), head)
+            case "sparse":
+                full = self._model(AutoModelForMaskedLM, checkpoint, config)
+                return Loaded(self._backbone(full.base_model), ReplayedHead(full, per_token=True))
             case "classify" if scorer is not None:
                 full = self._language_model(checkpoint, config)
                 rows = full.get_output_embeddings().weight[list(token_ids)].float()
@@ -101,7 +112,7 @@ class Loader:
                 _honour_bias(full, checkpoint)
                 pooling, late = _class_pooling(full)
                 backbone = self._backbone(full.base_model)
-                return Loaded(backbone, ReplayedHead(full, per_token=False), pooling, late)
+                return Loaded(backbone, _classifier(full), pooling, late)
             case "token_classify":
                 full = self._model(AutoModelForTokenClassification, checkpoint, config)
                 return Loaded(self._backbone(full.base_model), ReplayedHead(full, per_token=True))
@@ -126,6 +137,18 @@ class Loader:
             return None
         return head_from_weights(head).to(self.device)
 
+    def _projection(self, checkpoint: Checkpoint) -> nn.Module | None:
+        """A ColBERT's, beside its backbone's weights; None where it is a module of sentence-transformers."""
+        if checkpoint.dense:
+            return None
+        tensors = stored(checkpoint.path, _PROJECTION)
+        if not tensors:
+            raise ConfigError(
+                "The checkpoint says it is a ColBERT and has neither a linear.weight nor a Dense module to make its "
+                "vectors with."
+            )
+        return head_from_weights(tensors, ("linear", "colbert_linear")).to(self.device)
+
     def _model(
         self, auto: Any, checkpoint: Checkpoint, config: PreTrainedConfig, **options: Any
     ) -> PreTrainedModel:
@@ -137,28 +160,35 @@ class Loader:
             else:
                 source = auto._model_mapping[type(config)]
                 own = {"state_dict": rename(stored(checkpoint.path), config)}
-            model, info = source.from_pretrained(
+            load = partial(
+                source.from_pretrained,
                 str(checkpoint.path) if rename is None else None,
                 config=config,
                 dtype=self.dtype,
-                attn_implementation=NAME,
                 output_loading_info=True,
                 **own,
                 **options,
             )
+            try:
+                model, info = load(attn_implementation=NAME)
+            except KeyError as unknown:
+                if unknown.args != (NAME,):
+                    raise
+                # One of the oldest classes, which has a table of layers by it. The probe will say that it is one.
+                model, info = load(attn_implementation="eager")
         except Exception as error:  # transformers raises whatever went wrong inside
             raise ConfigError(
-                f"The model in {checkpoint.path} cannot be loaded: {_first_line(error)}"
+                f"The model in {checkpoint.path} cannot be loaded: {first_line(error)}{self._without(checkpoint)}"
             ) from error
         # A head that is replayed does use BERT's pooler.
-        heedless = auto is AutoModel or auto is AutoModelForTokenClassification
+        heedless = auto in (AutoModel, AutoModelForTextEncoding, AutoModelForTokenClassification)
         missing = sorted(name for name in info["missing_keys"] if not (_MAY_MISS.search(name) and heedless))
         missing = [name for name in missing if not name.endswith("position_ids")]
         if missing:
             raise ConfigError(
                 f"The checkpoint lacks {len(missing)} of the weights that {type(model).__name__} needs "
-                f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}): it is damaged, or made for another "
-                "class."
+                f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''})"
+                f"{self._without(checkpoint) or ': it is damaged, or made for another class.'}"
             )
         model.eval()
         for weight in model.parameters():
@@ -180,8 +210,13 @@ class Loader:
         """The model's configuration with the user's overrides; never asks on standard input."""
         known = CONFIG_MAPPING.keys()
         try:
-            if (kind := checkpoint.config.get("model_type")) in known and not self.trust_remote_code:
+            kind = checkpoint.config.get("model_type")
+            if kind in known and (checkpoint.dialect or not self.trust_remote_code):
                 config_class: Any = CONFIG_MAPPING[kind]
+            elif checkpoint.own_code and not self.trust_remote_code:
+                raise ValueError(
+                    f"transformers has no class for model_type {kind!r}{self._without(checkpoint)}"
+                )
             else:
                 config_class = type(
                     AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=self.trust_remote_code)
@@ -190,8 +225,14 @@ class Loader:
             return merged
         except Exception as error:
             raise ConfigError(
-                f"The config.json in {checkpoint.path} is not one carpool can serve: {_first_line(error)}"
+                f"The config.json in {checkpoint.path} is not one carpool can serve: {first_line(error)}"
             ) from error
+
+    def _without(self, checkpoint: Checkpoint) -> str:
+        """How the sentence on what went wrong ends where the checkpoint's own code would be needed; else empty."""
+        if self.trust_remote_code or not checkpoint.own_code:
+            return ""
+        return f". It was published with code of its own ({checkpoint.own_code}), and cannot be served without it."
 
 
 def _class_pooling(full: PreTrainedModel) -> tuple[PoolingMode | None, bool]:
@@ -203,8 +244,26 @@ def _class_pooling(full: PreTrainedModel) -> tuple[PoolingMode | None, bool]:
             return "mean", False
         case "late":
             return "mean", True
-    # Classes made of a causal model score its last token, also where it was told to look both ways.
-    return ("last", False) if isinstance(getattr(full, "score", None), nn.Linear) else (None, False)
+    # Classes made of a causal model score its last token, also where it was told to look both ways; BART's score that
+    # of its decoder.
+    last = isinstance(getattr(full, "score", None), nn.Linear) or hasattr(full, "classification_head")
+    return ("last", False) if last else (None, False)
+
+
+def _classifier(full: PreTrainedModel) -> nn.Module:
+    """The head of a sequence classifier, which must be one of single rows."""
+    if isinstance(own := getattr(full, "classification_head", None), nn.Module):
+        return own.float()
+    name, width = type(full).__name__, int(full.config.get_text_config().hidden_size)
+    head = ReplayedHead(full, per_token=False)
+    try:
+        with torch.inference_mode():
+            head(torch.zeros(1, width, device=next(head.parameters()).device))
+    except Exception as error:
+        raise ConfigError(
+            f"{name} cannot be served: its head wants more than the hidden state of one token ({first_line(error)})."
+        ) from error
+    return head
 
 
 def _honour_bias(full: PreTrainedModel, checkpoint: Checkpoint) -> None:
@@ -215,6 +274,13 @@ def _honour_bias(full: PreTrainedModel, checkpoint: Checkpoint) -> None:
         score.bias = nn.Parameter(bias["score.bias"].to(score.weight), requires_grad=False)
 
 
+def _embedder(config: PreTrainedConfig) -> Any:
+    """The auto class that embeds: of an encoder and a decoder (T5), the encoder alone."""
+    encoder = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    alone = encoder is not None and encoder.__name__.endswith("EncoderModel")
+    return AutoModelForTextEncoding if alone else AutoModel
+
+
 def _without_pooler(config: PreTrainedConfig) -> dict[str, Any]:
     """BERT-likes compute a pooler that nobody reads; most can be told not to."""
     model_class = MODEL_MAPPING.get(type(config), None)
@@ -222,22 +288,3 @@ def _without_pooler(config: PreTrainedConfig) -> dict[str, Any]:
         return {}
     takes = inspect.signature(model_class.__init__).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
-
-
-def _refuse_batch_dependent_rope(config: PreTrainedConfig, max_model_len: int) -> None:
-    """Some rotary embeddings stretch with the longest sequence of the batch: neighbours would change results."""
-    text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
-    kind = rope.get("rope_type") if isinstance(rope, dict) else None
-    original = (
-        rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", 0) or 0
-    )
-    if kind in ("dynamic", "longrope") and max_model_len > original:
-        raise ConfigError(
-            f"This model's {kind} rotary embedding depends on the longest prompt of a batch beyond {original} "
-            f"tokens; serve it with --max-model-len {original}."
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

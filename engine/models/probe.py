@@ -1,48 +1,137 @@
-"""The isolation probe: does a packed sequence come out as it does alone? Asked of every model at load.
+"""The probe: does a sequence come out in company as it does alone, and alone as transformers has it? Asked at load.
 
-It needs no reference: a model whose code bypasses the attention registry, mixes neighbouring tokens, or bends
-its positions by the batch gives itself away by disagreeing with itself.
+The first needs no reference: a model whose code bypasses the attention registry, mixes neighbouring tokens, bends its
+positions by the batch or remembers what it saw gives itself away by disagreeing with itself. The second is for what is
+wrong in company and alone alike: a patch that a new version of transformers has outrun, or something in the masks that
+are not built.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 
-from carpool.engine.errors import ConfigError
-from carpool.engine.models.attention import UnknownAttentionArgument
+from carpool.engine.models import attention
 from carpool.engine.models.backbone import Backbone
-from carpool.engine.packing import pack_ids
+from carpool.engine.models.masks import attending_by, mask_fault
+from carpool.engine.models.padded import PaddedBackbone
+from carpool.engine.models.patches import patch, unpatch
+from carpool.engine.models.stretching import StretchingBackbone
+from carpool.engine.packing import PackedBatch, pack_ids
 
-# Largest relative difference between packed and alone. Rounding gives 1e-6 in float32 and 1e-2 in bfloat16
+# Largest relative difference between company and alone. Rounding gives 1e-6 in float32 and 1e-2 in bfloat16
 # (products are blocked differently for other row counts); a leak gives 0.1 and more.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+_LONGEST = 1024  # tokens; a probe over twice a longer limit would take minutes with a large model
 
 
-def check_isolation(
-    backbone: Backbone, *, vocab_size: int, max_model_len: int, window: int | None = None
-) -> None:
-    """Raise ConfigError unless random sequences, packed, come out as each does alone.
+class Probe:
+    """Random sequences for one model, the same for every way of running it."""
 
-    Lengths straddle the sliding `window`, so that a window that reaches into a neighbour shows.
-    """
-    device = next(backbone.module.parameters()).device
-    generator = torch.Generator().manual_seed(7)
-    lengths = [9, 30, 1, 100 if window is None or window > 512 else 2 * window]
-    lengths = [min(length, max_model_len) for length in lengths]
-    low = min(5, vocab_size - 1)
-    sequences = [torch.randint(low, vocab_size, (n,), generator=generator).tolist() for n in lengths]
-    name = type(backbone.module).__name__
-    try:
-        with torch.inference_mode():
-            packed_batch = pack_ids(sequences, device)
-            packed = torch.split(backbone.forward(packed_batch), lengths)
-            alone = [backbone.forward(pack_ids([ids], device)) for ids in sequences]
-    except UnknownAttentionArgument as error:
-        raise ConfigError(f"{name} cannot be served: {error}.") from error
-    for together, single in zip(packed, alone, strict=True):
-        difference = float(
-            (together.float() - single.float()).norm() / single.float().norm().clamp_min(1e-12)
-        )
-        if not difference <= _TOLERANCE.get(single.dtype, 1e-3):
-            raise ConfigError(
-                f"{name} cannot be served packed: texts of one batch change each other's results "
-                f"(relative difference {difference:.1e}). It does not use transformers' attention registry throughout."
+    def __init__(self, *, vocab_size: int, max_model_len: int, limits: Iterable[int] = ()) -> None:
+        """Lengths straddle the `limits`, windows and rotary ones: what begins beyond one shows."""
+        self._limits, self._max_model_len = list(limits), max_model_len
+        beyond = [2 * limit for limit in self._limits if 2 * limit <= _LONGEST]
+        # The long ones between short ones: what reaches back shows, and what reaches ahead. Two of equal length, and
+        # two so near that a padded batch pads one of them.
+        lengths = [9, *(beyond or [100]), 1, 30, 9, 24]
+        low = min(5, vocab_size - 1)
+        generator = torch.Generator().manual_seed(7)
+        self.sequences: list[list[int]] = [
+            torch.randint(low, vocab_size, (min(n, max_model_len),), generator=generator).tolist()
+            for n in lengths
+        ]
+
+    def fault(self, backbone: Backbone) -> str | None:
+        """What is wrong with running the model this way, as the end of a sentence; None if nothing is."""
+        try:
+            with torch.inference_mode():
+                return self._leak(backbone) or self._untruth(backbone)
+        except Exception as error:  # whatever its code raises
+            return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+    def _leak(self, backbone: Backbone) -> str | None:
+        device = next(backbone.module.parameters()).device
+        first = _forward(backbone, pack_ids(self.sequences[:1], device))
+        company = _forward(backbone, pack_ids(self.sequences, device))
+        alone = [_forward(backbone, pack_ids([ids], device)) for ids in self.sequences]
+        for together, single in zip(torch.split(company, [len(x) for x in alone]), alone, strict=True):
+            if not (off := _difference(together, single)) <= _TOLERANCE.get(single.dtype, 1e-3):
+                return f"texts of one batch change each other's results (relative difference {off:.1e})"
+        if not (off := _difference(alone[0], first)) <= _TOLERANCE.get(first.dtype, 1e-3):
+            return f"a text's result changes with what was asked before (relative difference {off:.1e})"
+        return None
+
+    def _untruth(self, backbone: Backbone) -> str | None:
+        """A difference from what transformers makes of the model; our own classes have nothing to be compared with."""
+        if backbone.packing == "packed":
+            fault = mask_fault(
+                backbone, self.sequences[0], max_model_len=self._max_model_len, limits=self._limits
             )
+            if fault:
+                return fault
+        if type(backbone.module).__module__.startswith("carpool."):
+            return None
+        batch = pack_ids(self.sequences[1:2], next(backbone.module.parameters()).device)
+        ours, theirs = backbone.forward(batch), _stock(backbone, batch)
+        apart = (ours.float() - theirs.float()).norm(dim=-1) / theirs.float().norm(dim=-1).clamp_min(1e-12)
+        # A few tokens may differ by more, since rounding may send them to other experts; half lie beyond a limit.
+        if not (off := float(apart.quantile(0.75))) <= (1e-3 if theirs.dtype == torch.float32 else 0.1):
+            return f"results differ from those of transformers' own attention (relative difference {off:.1e})"
+        return None
+
+
+def keeps_unseen(backbone: Backbone, vocab_size: int) -> bool:
+    """Whether tokens that are not to be looked at (an expanded query's) are indeed not, by any other."""
+    device = next(backbone.module.parameters()).device
+    low, high = min(5, vocab_size - 2), vocab_size - 1
+    one, other = (
+        [low, high, low, high],
+        [low, high, high, high],
+    )  # the third and fourth are not to be looked at
+    with torch.inference_mode():
+        rows = [backbone.forward(pack_ids([ids], device, unseen=[2])) for ids in (one, other)]
+    seen, same = [0, 1, 3], _TOLERANCE.get(rows[0].dtype, 1e-3)
+    return _difference(rows[0][seen], rows[1][seen]) <= same
+
+
+def _forward(backbone: Backbone, batch: PackedBatch) -> Tensor:
+    """Packed, every layer that attends must do so through us: one that does not may leak less than the probe sees."""
+    with attention.witnessed() as callers:
+        hidden = backbone.forward(batch)
+    if backbone.packing == "packed":
+        called = {id(module) for module in callers}
+        layers = [module for module in backbone.module.modules() if _attends(module)]
+        silent = [module for module in layers if id(module) not in called]
+        if silent or not called:
+            kind = type(silent[0]).__name__ if silent else "the model"
+            raise RuntimeError(f"{kind} does not attend through transformers' attention registry")
+    return hidden
+
+
+def _stock(backbone: Backbone, batch: PackedBatch) -> Tensor:
+    """[T, H]: the batch by transformers' own layers and its eager attention, which defines what a model computes."""
+    module = backbone.module
+    patched = unpatch(module)
+    try:
+        with attending_by(module, "eager"):
+            stock: Backbone = PaddedBackbone(module, attention="eager", pads=False)
+            if isinstance(backbone, StretchingBackbone):
+                stock = StretchingBackbone(stock, backbone.limit)
+            return stock.forward(batch)
+    finally:
+        if patched:
+            patch(module)
+
+
+def _attends(module: nn.Module) -> bool:
+    """transformers' attention layers say whether they are causal; so do ours."""
+    nature: Any = getattr(module, "is_causal", None)
+    return isinstance(nature, bool) and next(module.parameters(), None) is not None
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    return float((one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-12))

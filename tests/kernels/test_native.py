@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,6 +72,19 @@ def test_what_it_cannot_take_goes_to_the_twin() -> None:
     assert not native.serves(query, key, value)
     out = ops.varlen_attention(query, key, value, [(5, 1), (9, 1)], scale=1.0)
     assert torch.equal(out, reference.varlen_attention(query, key, value, [(5, 1), (9, 1)], scale=1.0))
+
+
+@needs_native
+@pytest.mark.parametrize("asks", [{"bias": torch.ones(2, 27) * torch.arange(27)}, {"sinks": torch.ones(2)}])
+def test_what_it_knows_nothing_of_goes_to_the_twin(asks: dict[str, Any]) -> None:
+    query, key, value = make([5, 9], 2, 2, 32, torch.float32)
+
+    assert native.serves(query, key, value)
+    out = ops.varlen_attention(query, key, value, [(5, 1), (9, 1)], scale=1.0, **asks)
+    assert torch.equal(
+        out, reference.varlen_attention(query, key, value, [(5, 1), (9, 1)], scale=1.0, **asks)
+    )
+    assert not torch.allclose(out, native.varlen_attention(query, key, value, [(5, 1), (9, 1)], scale=1.0))
 
 
 @needs_native

@@ -12,9 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from carpool.engine.build import Parts
-from carpool.engine.errors import ConfigError
-from carpool.engine.models.attention import NAME, UnknownAttentionArgument, layout, packed_attention
-from carpool.engine.models.probe import check_isolation
+from carpool.engine.models.attention import (
+    NAME,
+    UnknownAttentionArgument,
+    layout,
+    packed_attention,
+    under_way,
+    witnessed,
+)
+from carpool.engine.models.probe import Probe
 from carpool.engine.packing import pack_ids
 from carpool.kernels.reference import varlen_attention
 
@@ -57,6 +63,8 @@ def expected(**options: Any) -> Tensor:
         ({"is_causal": True}, {"causal": True}),
         ({"dropout": 0.0, "position_ids": torch.zeros(1), "use_cache": False, "head_mask": None}, {}),
         ({"s_aux": None, "position_bias": None}, {}),
+        ({"s_aux": torch.arange(4.0)}, {"sinks": torch.arange(4.0)}),
+        ({"position_bias": torch.ones(4, 9).cumsum(1)}, {"bias": torch.ones(4, 9).cumsum(1)}),
     ],
 )
 def test_every_argument_that_carries_meaning_is_passed_on(
@@ -75,10 +83,16 @@ def test_an_argument_decides_on_causality_then_the_layer(
     torch.testing.assert_close(attend(Layer(layers), is_causal=argument), expected(causal=causal))
 
 
-@pytest.mark.parametrize("name", ["s_aux", "position_bias", "block_mask", "something_new"])
+@pytest.mark.parametrize("name", ["block_mask", "something_new"])
 def test_an_argument_that_is_not_known_raises(name: str) -> None:
     with pytest.raises(UnknownAttentionArgument, match=f"Layer passes {name}"):
         attend(None, **{name: torch.ones(1)})
+
+
+def test_a_bias_over_the_whole_row_raises() -> None:
+    """It comes of a layer that knows nothing of packing: one by distance is [N, 2M - 1]."""
+    with pytest.raises(UnknownAttentionArgument, match="Layer passes position_bias"):
+        attend(None, position_bias=torch.ones(1, 4, 8, 8))
 
 
 def test_a_mask_raises() -> None:
@@ -95,6 +109,27 @@ def test_a_layout_ends_with_its_block_also_when_that_raises() -> None:
     with pytest.raises(ZeroDivisionError), layout(RUNS):
         _ = 1 / 0
     test_without_a_layout_nothing_is_computed()
+
+
+def test_a_layout_knows_where_every_token_stands() -> None:
+    with layout(((2, 2), (3, 1))):
+        row = under_way()
+    assert row.longest == 3
+    assert row.positions(torch.device("cpu")).tolist() == [0, 1, 0, 1, 0, 1, 2]
+    assert row.distances(torch.device("cpu")).tolist() == [-2, -1, 0, 1, 2]
+    pairs, single = row.split(torch.arange(7)[:, None])
+    assert pairs[..., 0].tolist() == [[0, 1], [2, 3]]
+    assert single[..., 0].tolist() == [[4, 5, 6]]
+
+
+def test_witnesses_see_the_layers_that_attend_and_only_within_their_block() -> None:
+    one, two = Layer(False), Layer(False)
+    attend(one)
+    with witnessed() as seen:
+        attend(two)
+        attend(one)
+    attend(two)
+    assert seen == [two, one]
 
 
 def test_each_thread_has_its_own_layout() -> None:
@@ -119,11 +154,11 @@ def test_its_name_means_nothing_else_to_transformers() -> None:
     assert "/" not in NAME
 
 
-def test_a_model_that_starts_to_pass_something_new_is_refused(parts: Callable[[str], Parts]) -> None:
+def test_a_model_that_starts_to_pass_something_new_is_not_packed(parts: Callable[[str], Parts]) -> None:
     """Planted: an argument that the model's own code hands down to its attention."""
     backbone = parts("qwen3").runners[0]._backbone.replica()
-    backbone._extra["s_aux"] = torch.zeros(4)
-    with pytest.raises(UnknownAttentionArgument, match="s_aux"):
+    backbone._extra["block_mask"] = torch.zeros(4)
+    with pytest.raises(UnknownAttentionArgument, match="block_mask"):
         backbone.forward(pack_ids([[1, 2]], torch.device("cpu")))
-    with pytest.raises(ConfigError, match=r"Qwen3Model cannot be served: .*s_aux"):
-        check_isolation(backbone, vocab_size=100, max_model_len=64)
+    fault = Probe(vocab_size=100, max_model_len=64).fault(backbone)
+    assert fault == "Qwen3Attention passes block_mask to its attention, which carpool does not compute"

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import tiny
 from carpool.engine.build import Parts
-from carpool.engine.models.attention import layout
+from carpool.engine.models.attention import witnessed
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.packing import pack_ids
 from oracle import Oracle
@@ -84,7 +85,28 @@ def test_every_layers_attention_is_ours(family: str, backbone: Callable[[str], B
     """A layer that computes its own would see the whole row."""
     batch = pack_ids([[5, 6]], CPU)
     one = backbone(family)
-    with torch.inference_mode(), layout(batch.runs) as counted:
-        one.module(input_ids=batch.input_ids[None], **one._extra)
+    with torch.inference_mode(), witnessed() as callers:
+        one.forward(batch)
     config: Any = one.module.config
-    assert counted.calls == config.num_hidden_layers
+    assert len(callers) == config.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("kind", "causal"),
+    [
+        ("MambaModel", True),
+        ("XLNetModel", True),
+        ("MPNetModel", False),
+        ("DebertaV2Model", False),
+        ("RemBertModel", False),
+    ],
+)
+def test_where_no_layer_says_what_it_sees_what_the_model_is_trained_for_tells(
+    kind: str, causal: bool
+) -> None:
+    """A recurrent model has no attention to ask, and its last token is the one that has read everything."""
+    model_class = getattr(transformers, kind)
+    with torch.device("meta"):
+        model = model_class(model_class.config_class(num_hidden_layers=1))
+    assert not any(hasattr(module, "is_causal") for module in model.modules())
+    assert Backbone(model).is_causal is causal

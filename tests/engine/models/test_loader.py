@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import tiny
@@ -17,7 +18,7 @@ from carpool.engine.checkpoint import Checkpoint
 from carpool.engine.config import PoolerConfig
 from carpool.engine.errors import ConfigError
 from carpool.engine.models.backbone import Backbone
-from carpool.engine.models.loader import Loader
+from carpool.engine.models.loader import Loaded, Loader
 from carpool.engine.packing import pack_ids
 
 CPU = torch.device("cpu")
@@ -65,7 +66,9 @@ def test_weights_of_another_architecture_under_a_known_name_are_refused(fresh: C
         folder / "config.json",
         auto_map={"AutoModel": "jinaai/xlm-roberta-flash-implementation--modeling.Model"},
     )
-    with pytest.raises(ConfigError, match=r"lacks .* weights that XLMRobertaModel needs"):
+    with pytest.raises(
+        ConfigError, match=r"lacks .* weights that XLMRobertaModel needs .* code of its own .*modeling\.Model"
+    ):
         load(folder)
 
 
@@ -103,9 +106,16 @@ def test_damaged_weights_are_refused(damage: str, fresh: Callable[[str], Path]) 
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("model_type", ["new", "no-such-model", None])
+@pytest.mark.parametrize(
+    ("model_type", "needs"),
+    [
+        ("new", "made for another class"),
+        ("no-such-model", r"no-such-model.* code of its own \(code\.Model\)"),
+        (None, r"code of its own \(code\.Model\)"),
+    ],
+)
 def test_an_unknown_family_is_refused_without_a_question_on_stdin(
-    model_type: str | None, fresh: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    model_type: str | None, needs: str, fresh: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = fresh("bert")
     tiny.edit_json(
@@ -115,7 +125,7 @@ def test_an_unknown_family_is_refused_without_a_question_on_stdin(
     )
     (folder / "code.py").write_text("raise SystemExit('remote code was run')")
     monkeypatch.setattr(sys, "stdin", None)  # asking would fail in another way
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=needs):
         load(folder)
 
 
@@ -136,17 +146,6 @@ def test_more_tokens_than_positions_are_refused_with_the_number_that_fits(
         load(checkpoint(family), max_model_len=129)
 
 
-def test_a_rope_that_depends_on_the_batch_is_refused_beyond_its_fixed_part(
-    checkpoint: Callable[[str], Path],
-) -> None:
-    dynamic: dict[str, Any] = {
-        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    }
-    load(checkpoint("qwen3"), max_model_len=128, **dynamic)
-    with pytest.raises(ConfigError, match="--max-model-len 128"):
-        load(checkpoint("qwen3"), max_model_len=129, **dynamic)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_are_frozen_and_of_the_dtype_that_was_asked_for(
     dtype: torch.dtype, checkpoint: Callable[[str], Path]
@@ -157,3 +156,70 @@ def test_weights_are_frozen_and_of_the_dtype_that_was_asked_for(
         assert weight.dtype == dtype
         assert not weight.requires_grad
     assert torch.get_default_dtype() == torch.float32, "nobody else's dtype was touched"
+
+
+T5: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 60}
+
+
+@pytest.mark.parametrize(
+    "kind", ["T5EncoderModel", "T5Model", "T5ForConditionalGeneration", "MT5Model", "UMT5Model"]
+)
+def test_of_an_encoder_and_a_decoder_the_encoder_embeds(kind: str, tmp_path: Path) -> None:
+    model_class = getattr(transformers, kind)
+    full = model_class(model_class.config_class(**T5))
+    tiny.inflate(full)
+    full.save_pretrained(tmp_path)
+    backbone = load(tmp_path)
+    assert type(backbone.module).__name__.endswith("T5EncoderModel")
+    assert not any("decoder" in name for name, _ in backbone.module.named_parameters())
+    ids = [5, 6, 7, 8, 9]
+    stock = full.get_encoder().eval()
+    stock.config._attn_implementation = "eager"
+    with torch.inference_mode():
+        own = backbone.forward(pack_ids([ids, [9, 9]], CPU))[:5]
+        truth = stock(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    torch.testing.assert_close(own, truth, rtol=1e-5, atol=1e-5)
+
+
+def test_an_encoder_that_lacks_a_weight_is_refused_whatever_its_decoder_has(tmp_path: Path) -> None:
+    full = transformers.T5Model(transformers.T5Config(**T5))
+    full.save_pretrained(tmp_path)
+    name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    rewrite(tmp_path, lambda key: None if key == name else key)
+    with pytest.raises(ConfigError, match="relative_attention_bias"):
+        load(tmp_path)
+
+
+def test_a_class_with_a_table_of_layers_by_attention_is_loaded_by_another_name(tmp_path: Path) -> None:
+    """GPT-Neo looks its layers up by the name of the attention, and does not know ours."""
+    config = transformers.GPTNeoConfig(
+        vocab_size=60, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    )
+    transformers.GPTNeoModel(config).save_pretrained(tmp_path)
+    assert load(tmp_path).module.config._attn_implementation == "eager"  # type: ignore[union-attr]
+
+
+def classifier(path: Path, kind: str, **config: Any) -> Loaded:
+    model_class = getattr(transformers, kind)
+    model_class(model_class.config_class(vocab_size=60, num_labels=3, **config)).save_pretrained(path)
+    checkpoint = Checkpoint.read(path, {}, PoolerConfig())
+    loader = Loader(dtype=torch.float32, device=CPU, max_model_len=64, trust_remote_code=False)
+    return loader.load(checkpoint, Architecture.of(checkpoint.architectures, "classify"))
+
+
+def test_a_head_that_wants_more_than_one_row_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    sizes = {"d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48}
+    with pytest.raises(ConfigError, match=r"^XLNetForSeq\w+ cannot be served: its head wants") as refused:
+        classifier(tmp_path, "XLNetForSequenceClassification", **sizes)
+    assert "\n" not in str(refused.value)
+
+
+def test_barts_head_scores_the_last_token_of_its_decoder(tmp_path: Path) -> None:
+    loaded = classifier(
+        tmp_path, "BartForSequenceClassification", d_model=32, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        max_position_embeddings=64, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    assert loaded.pooling == "last"
+    assert loaded.head is not None
+    assert loaded.head(torch.zeros(2, 32)).shape == (2, 3)
