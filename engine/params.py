@@ -5,7 +5,7 @@ from typing import Literal
 
 from carpool.engine.errors import InvalidParameter
 
-Task = Literal["embed", "token_embed", "classify", "token_classify"]
+Task = Literal["embed", "token_embed", "sparse_embed", "classify", "token_classify"]
 Side = Literal["left", "right"]
 Padding = Literal["max_length", "do_not_pad"]
 
@@ -41,15 +41,37 @@ class TokenizationParams:
     first k of the whole sequence and "left" the last k, special tokens not spared.
     `max_tokens_per_query`, `max_tokens_per_doc`: of a scored pair, cut each side to so many tokens of its own; 0 is
     off.
+    `prompt`: what the caller put before each text; a model whose files leave prompts out of its pooling needs to know.
     `padding`: "max_length" appends the pad token, as content, up to the model's maximum (SigLIP needs it).
     """
 
     truncate_prompt_tokens: int | None = None
     truncation_side: Side | None = None
     add_special_tokens: bool = True
+    prompt: str = ""
     padding: Padding | None = None
     max_tokens_per_query: int = 0
     max_tokens_per_doc: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoRARequest:
+    """Which adapter a prompt rides on, as the reference spells it. It must have been loaded at start.
+
+    Adapters are known here by `lora_name` alone; `lora_path` may be left out, and is checked if it is not.
+    """
+
+    lora_name: str
+    lora_int_id: int = 1
+    lora_path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskAdapter:
+    """What a task of the checkpoint's own means: the adapter to ride on, and the `prompt` before each text."""
+
+    adapter: str
+    prompt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,15 @@ class Sequence:
     client: str = ""  # whose share it is charged to
     overtaken_at: float | None = None  # set by the scheduler: when a later one first rode ahead of it
     type_start: int | None = None  # of a pair: where its second text, of token type 1, begins
+    adapter: int = 0  # which adapter it rides on, counted from 1; 0 is the model as it stands
+    unseen: int | None = None  # from here on its tokens look and are not looked at (a query's expansion)
+
+    skip: int = 0  # tokens at its beginning that are not pooled: a prompt before the text
+
+    @property
+    def work(self) -> tuple[object, ...]:
+        """All that its hidden states depend on: of sequences of equal work in one batch, one is run."""
+        return tuple(self.token_ids), self.type_start, self.adapter, self.unseen
 
     @property
     def num_tokens(self) -> int:

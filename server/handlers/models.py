@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aiohttp import web
+from msgspec import UNSET
 
 from carpool.server.answer import json_answer
 from carpool.server.call import served_name
@@ -12,7 +13,8 @@ from carpool.server.protocol import ModelCard, ModelList, ModelPermission
 
 
 async def list_models(request: web.Request) -> web.Response:
-    return json_answer(ModelList(data=[_card(request.app, name) for name in request.app[CONFIG].model_names]))
+    names = (*request.app[CONFIG].model_names, *request.app[ENGINE].model.lora_modules)
+    return json_answer(ModelList(data=[_card(request.app, name) for name in names]))
 
 
 async def show_model(request: web.Request) -> web.Response:
@@ -24,10 +26,13 @@ async def show_model(request: web.Request) -> web.Response:
 def _card(app: web.Application, name: str) -> ModelCard:
     model = app[ENGINE].model
     created = app[STARTED_AT]
+    adapter = model.lora_modules.get(name)
     return ModelCard(
         id=name,
         created=created,
-        root=model.root,
+        root=model.root if adapter is None else adapter,
+        parent=None if adapter is None else app[CONFIG].model_names[0],
         max_model_len=model.max_model_len,
+        adapter_tasks=sorted(model.task_adapters) if model.task_adapters and adapter is None else UNSET,
         permission=[ModelPermission(f"modelperm-{fresh_label()}", created)],
     )

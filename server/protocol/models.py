@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 
 class ModelPermission(Struct, gc=False):
@@ -30,8 +30,9 @@ class ModelCard(Struct, kw_only=True, gc=False):
     created: int
     owned_by: str = "carpool"
     root: str
-    parent: None = None
+    parent: str | None = None  # of an adapter: the model it sits on
     max_model_len: int
+    adapter_tasks: list[str] | UnsetType = UNSET  # what `task` may say; left out where it says nothing
     permission: list[ModelPermission]
 
 

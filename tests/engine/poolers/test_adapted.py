@@ -1,0 +1,43 @@
+"""AdaptedPool: each sequence meets the head of its own adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from carpool.engine.params import PoolingParams
+from carpool.engine.poolers.adapted import AdaptedPool
+from carpool.engine.poolers.pooler import Rows
+from carpool.engine.sequence import Sequence
+
+HIDDEN, BOUNDS = torch.zeros(9, 4), torch.tensor([0, 3, 6, 9])
+
+
+class Names:
+    """A pool that answers with its own number and what it was asked."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __call__(
+        self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]
+    ) -> Rows:
+        assert hidden is HIDDEN
+        assert cu_seqlens is BOUNDS
+        return [
+            np.array([self.number, place, seq.index], dtype=np.float32)
+            for place, seq in zip(places, sequences, strict=True)
+        ]
+
+
+def test_each_sequence_meets_its_own_head() -> None:
+    """Adapter 1 brings none; results come back in order, at the places they were asked for."""
+    pool = AdaptedPool({0: Names(0), 2: Names(2), 3: Names(3)})
+    adapters = [2, 0, 3, 1, 2]
+    sequences = [Sequence(0, i, [7], PoolingParams(), adapter=adapter) for i, adapter in enumerate(adapters)]
+    places = [2, 0, 1, 0, 1]
+    rows = [row.tolist() for row in pool(HIDDEN, BOUNDS, places, sequences)]
+    assert rows == [[2, 2, 0], [0, 0, 1], [3, 1, 2], [0, 0, 3], [2, 1, 4]]
