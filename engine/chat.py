@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from carpool.engine.errors import ConfigError, InvalidInput
-from carpool.engine.tokenizer import load_fast
+from carpool.engine.fast_tokenizer import load_fast
+from carpool.engine.framed import Framed
 
 Message = Mapping[str, Any]  # {"role": …, "content": text or list of parts}
 
@@ -19,11 +20,10 @@ _RESERVED = frozenset({"chat_template", "tools", "tokenize", "messages", "conver
 class ChatTemplate:
     """Renders messages with transformers' sandboxed Jinja. Usable from any thread."""
 
-    def __init__(self, tokenizer: Any, template: str | None, given: bool) -> None:
-        """`tokenizer`: a transformers one. `given`: the template is the user's own (--chat-template)."""
+    def __init__(self, tokenizer: Any, template: str | None) -> None:
+        """`tokenizer`: a transformers one."""
         self._tokenizer = tokenizer
         self._template = template
-        self.given = given
         # Some templates walk a message's parts themselves; all others want its text.
         self._wants_parts = bool(
             template and re.search(r"for \w+ in (message|m)(\.content|\[.content.\])", template)
@@ -38,11 +38,15 @@ class ChatTemplate:
     def of(cls, tokenizer: Any, template: str | None) -> ChatTemplate:
         """As `load`, with a tokenizer of transformers that is loaded already."""
         own = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-        return cls(tokenizer, _read(template) if template else own, bool(template))
+        return cls(tokenizer, _read(template) if template else own)
 
     def replaced(self, template: str) -> ChatTemplate:
         """The same with a Jinja template (never a file's name) that comes with one call."""
-        return ChatTemplate(self._tokenizer, template, True)
+        return ChatTemplate(self._tokenizer, template)
+
+    def for_pairs(self, **asking: Any) -> PairTemplate:
+        """It as what pairs to be scored are put into; `asking` are PairTemplate's options."""
+        return PairTemplate(self, **asking)
 
     @property
     def present(self) -> bool:
@@ -71,20 +75,15 @@ class ChatTemplate:
         if not messages:
             raise InvalidInput("messages must not be empty.", "messages")
         shaped = [self._shape(message, i) for i, message in enumerate(messages)]
-        return self._apply(
+        return self.apply(
             shaped,
             _allowed(kwargs),
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
 
-    def render_pair(self, query: str, document: str, kwargs: Mapping[str, Any] | None) -> str:
-        """A query and a document to be scored, as the user's template asks a model to judge them."""
-        assert self.given, "the tokenizer's own chat template is not meant for scoring"
-        messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]
-        return self._apply(messages, _allowed(kwargs))
-
-    def _apply(self, messages: Seq[Message], kwargs: Mapping[str, Any], **options: bool) -> str:
+    def apply(self, messages: Seq[Message], kwargs: Mapping[str, Any], **options: bool) -> str:
+        """What the template makes of the messages just as they are. Raises InvalidInput if it does not take them."""
         try:
             text: str = self._tokenizer.apply_chat_template(
                 list(messages), chat_template=self._template, tokenize=False, **options, **kwargs
@@ -104,6 +103,71 @@ class ChatTemplate:
         if self._wants_parts:
             return {**message, "content": [{"type": "text", "text": text} for text in texts]}
         return {**message, "content": "\n".join(texts)}
+
+
+class PairTemplate:
+    """Asks by a Jinja template: a query and a document are messages of these two roles."""
+
+    def __init__(
+        self,
+        chat: ChatTemplate,
+        *,
+        specials: bool = True,
+        options: Mapping[str, Any] | None = None,
+        prompt: str | None = None,
+        parts: bool = False,
+        instruction_is_system: bool = False,
+    ) -> None:
+        """`specials`: the tokenizer's own special tokens go around what is rendered, as the reference has it.
+
+        `options` are variables of every rendering; `parts`: the template wants content as a list of parts;
+        `instruction_is_system`: an instruction is a system message as well, and `prompt` the one for want of another.
+        """
+        self._chat = chat
+        self._specials = specials
+        self._options = options or {}
+        self._prompt = prompt
+        self._parts = parts
+        self._instruction_is_system = instruction_is_system
+
+    def frames(self, pairs: Seq[tuple[str, str]], kwargs: Mapping[str, Any] | None) -> list[Framed]:
+        """Each query with its document, and what the template puts behind both, which is not to be cut."""
+        allowed = _allowed(kwargs)
+        blank = self._render(_BLANK, _BLANK, allowed)
+        framed = []
+        for query, document in pairs:
+            text = self._render(query, document, allowed)
+            framed.append(Framed((text,), (0,), _common_end(text, blank), self._specials))
+        return framed
+
+    @property
+    def carries_pairs(self) -> bool:
+        """Whether both texts come out: templates of conversations drop roles that they do not know."""
+        try:
+            blank = self._render(_BLANK, _BLANK, {})
+            return blank not in (self._render("query", _BLANK, {}), self._render(_BLANK, "document", {}))
+        except InvalidInput:
+            return False
+
+    def _render(self, query: str, document: str, kwargs: Mapping[str, Any]) -> str:
+        system = kwargs.get("instruction") or self._prompt if self._instruction_is_system else None
+        roles = (("system", system), ("query", query), ("document", document))
+        messages = [
+            {"role": role, "content": self._content(text)} for role, text in roles if text is not None
+        ]
+        return self._chat.apply(messages, {**self._options, **kwargs})
+
+    def _content(self, text: str) -> Any:
+        return [{"type": "text", "text": text}] if self._parts else text
+
+
+_BLANK = "\ue000"  # a character of nobody's: what it stands in for cannot be mistaken for the template's own
+
+
+def _common_end(text: str, other: str) -> str:
+    both = enumerate(zip(reversed(text), reversed(other), strict=False))
+    same = next((i for i, (a, b) in both if a != b), min(len(text), len(other)))
+    return text[len(text) - same :]
 
 
 def text_of(part: Any, param: str) -> str:

@@ -4,6 +4,9 @@ import torch
 
 from carpool.engine.errors import ConfigError
 
+# Their activations go beyond float16's largest number.
+_OVERFLOWING = ("gemma2", "gemma3", "gemma3_text")
+
 
 def resolve_device(name: str) -> torch.device:
     """ "auto" is the GPU where there is one."""
@@ -14,13 +17,22 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def resolve_dtype(name: str, stored: str | None, device: torch.device) -> tuple[torch.dtype, str | None]:
+def resolve_dtype(
+    name: str, stored: str | None, device: torch.device, model_type: str = ""
+) -> tuple[torch.dtype, str | None]:
     """The dtype to run in, and a notice where that is not what was stored or will be slow.
 
     "auto" is the checkpoint's when that is 16-bit and the device computes it natively, else float32.
     """
     named = {"float": "float32", "half": "float16"}.get(name, name)
     native = {"float32"} | _native_16_bit(device)
+    if model_type in _OVERFLOWING and named == "float16":
+        raise ConfigError(
+            f"float16 overflows in models of type {model_type}: use --dtype bfloat16 or float32."
+        )
+    if model_type in _OVERFLOWING and named == "auto" and stored == "float16":
+        safe = "bfloat16" if "bfloat16" in native else "float32"
+        return getattr(torch, safe), f"float16 overflows in models of type {model_type}: running in {safe}."
     if named != "auto":
         slow = f"{named} is emulated on this CPU and will be slow." if named not in native else None
         return getattr(torch, named), slow

@@ -13,6 +13,7 @@ import tiny
 import tiny_heads
 from carpool.engine.chat import ChatTemplate, text_of
 from carpool.engine.errors import ConfigError, InvalidInput
+from carpool.engine.framed import Framed
 
 CHATML = (
     "{%- for message in messages %}{{- '<|' + message['role'] + '|>' + message['content'] + '\\n' }}{%- endfor %}"
@@ -43,7 +44,6 @@ def test_the_models_own_template_renders_as_transformers_does(fresh: Callable[[s
         assert own.render(MESSAGES, **options) == theirs.apply_chat_template(
             MESSAGES, tokenize=False, **options
         )
-    assert not own.given
     assert own.render(MESSAGES) == "<|user|>hi\n<|assistant|>ho\n"
 
 
@@ -54,7 +54,6 @@ def test_the_users_template_wins_over_the_models(fresh: Callable[[str], Path], t
     jinja.write_text("{{ messages | length }} messages")
     for template in (str(jinja), "{{ messages | length }} messages"):
         given_one = ChatTemplate.load(path, template, trust_remote_code=False)
-        assert given_one.given
         assert given_one.render(MESSAGES) == "2 messages"
 
 
@@ -159,6 +158,57 @@ def test_arguments_of_the_renderer_in_the_callers_words_are_refused_or_harmless(
 
 
 def test_a_pair_is_rendered_from_the_roles_query_and_document(made: Callable[..., ChatTemplate]) -> None:
-    template = made(tiny_heads.SCORE_TEMPLATE)
-    assert template.render_pair("q", "d", None) == "judge: q ? d ="
-    assert template.render_pair("{{ 7 * 7 }}", "d", {"instruction": "see"}) == "see: {{ 7 * 7 }} ? d ="
+    template = made(tiny_heads.SCORE_TEMPLATE).for_pairs()
+    assert template.frames([("q", "d")], None) == [Framed(("judge: q ? d =",), (0,), " =", True)]
+    (asked,) = template.frames([("{{ 7 * 7 }}", "d")], {"instruction": "see"})
+    assert asked.parts == ("see: {{ 7 * 7 }} ? d =",)
+
+
+@pytest.mark.parametrize(
+    ("template", "tail"),
+    [
+        ("{{ messages[0].content }}|{{ messages[1].content }}<end>", "<end>"),
+        ("{{ messages[1].content }} for {{ messages[0].content }}?", "?"),  # the query may come last
+        ("{{ messages[1].content }}{{ messages[0].content }}", ""),
+        ("{{ messages[1].content | upper }}!", "!"),
+    ],
+)
+def test_what_a_template_puts_behind_both_texts_is_known(
+    template: str, tail: str, made: Callable[..., ChatTemplate]
+) -> None:
+    pairs = [("the query", "a document"), ("", ""), ("<end>", "<end>"), ("?", "!")]
+    for framed in made(template).for_pairs().frames(pairs, None):
+        assert framed.tail.endswith(tail)
+        assert framed.parts[0].endswith(framed.tail)
+    (plain, *_) = made(template).for_pairs().frames(pairs, None)
+    assert plain.tail == tail
+
+
+def test_an_instruction_can_be_a_system_message(made: Callable[..., ChatTemplate]) -> None:
+    listing = "{% for message in messages %}{{ message.role }}={{ message.content }};{% endfor %}{{ end }}"
+
+    def text(kwargs: dict[str, Any] | None, **asking: Any) -> str:
+        (framed,) = made(listing).for_pairs(options={"end": "."}, **asking).frames([("q", "d")], kwargs)
+        assert not asking or not framed.specials
+        return framed.parts[0]
+
+    own: dict[str, Any] = {"specials": False, "instruction_is_system": True, "prompt": "judge"}
+    assert text(None) == text({"instruction": "see"}) == "query=q;document=d;."
+    assert text(None, **own) == "system=judge;query=q;document=d;."
+    assert text({"instruction": "see", "end": "!"}, **own) == "system=see;query=q;document=d;!"
+
+
+@pytest.mark.parametrize(
+    ("template", "carries"),
+    [
+        (CHATML, True),
+        (tiny_heads.SCORE_TEMPLATE, True),
+        ("{% for message in messages if message.role == 'query' %}{{ message.content }}{% endfor %}", False),
+        ("{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}!", False),
+        ("{{ raise_exception('no such role') }}", False),
+    ],
+)
+def test_whether_a_template_has_a_place_for_a_pair_is_tried(
+    template: str, carries: bool, made: Callable[..., ChatTemplate]
+) -> None:
+    assert made(template).for_pairs().carries_pairs is carries

@@ -60,3 +60,19 @@ def test_the_dtype_and_whether_the_user_is_told(
 
 def test_what_this_cpu_computes_natively_is_known_without_running_it() -> None:
     assert device_module._native_16_bit(CPU) <= {"bfloat16", "float16"}
+
+
+def test_float16_is_kept_from_models_that_overflow_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for native, expected in (({"bfloat16", "float16"}, torch.bfloat16), ({"float16"}, torch.float32)):
+        monkeypatch.setattr(device_module, "_native_16_bit", lambda device, native=native: native)
+        for kind in ("gemma2", "gemma3_text"):
+            for name in ("float16", "half"):
+                with pytest.raises(
+                    ConfigError, match=f"float16 overflows in models of type {kind}.*bfloat16"
+                ):
+                    resolve_dtype(name, "float32", CPU, kind)
+            dtype, notice = resolve_dtype("auto", "float16", CPU, kind)
+            assert dtype is expected
+            assert "overflows" in (notice or "")
+            assert resolve_dtype("float32", "float16", CPU, kind) == (torch.float32, None)
+        assert resolve_dtype("float16", None, CPU, "gemma")[0] is torch.float16

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 import tiny
 from carpool.engine.errors import ConfigError, InputTooLong, InvalidInput, InvalidParameter
+from carpool.engine.framed import Framed
 from carpool.engine.params import TokenizationParams
 from carpool.engine.tokenizer import Tokenizer
 
@@ -174,6 +175,101 @@ def test_a_tokenizer_that_keeps_types_to_itself_gives_none(fresh: Callable[[str]
     ((ids, types),) = prepared(ours, [("the cat", "the mat")])
     assert (ids, types) == expected(AutoTokenizer.from_pretrained(path), "the cat", "the mat")
     assert not any(types)
+
+
+# ── pairs in a prompt ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def framed(tokenizer: Tokenizer, *prompts: Framed, **params: Any) -> list[list[int]]:
+    return tokenizer.prepare(list(prompts), TokenizationParams(**params)).token_ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=25, deadline=None)
+@given(parts=st.lists(st.one_of(words, anything), min_size=1, max_size=4), specials=st.booleans())
+def test_parts_are_tokenised_one_by_one(
+    family: str, parts: list[str], specials: bool, both: Callable[[str], tuple[Tokenizer, Any]]
+) -> None:
+    ours, theirs = both(family)
+    inner = [token for part in parts for token in theirs(part, add_special_tokens=False)["input_ids"]]
+    before, after = _around(theirs) if specials else ([], [])
+    if 0 < len(before + inner + after) <= LONGEST:
+        assert framed(ours, Framed(tuple(parts), (0,), specials=specials)) == [before + inner + after]
+
+
+def _around(theirs: Any) -> tuple[list[int], list[int]]:
+    (bare,), (full,) = theirs(["cat"], add_special_tokens=False)["input_ids"], theirs(["cat"])["input_ids"]
+    at = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    return full[:at], full[at + len(bare) :]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("specials", [True, False])
+@settings(max_examples=40, deadline=None)
+@given(query=words, document=words, limit=st.integers(14, LONGEST), side=st.sampled_from([None, "right"]))
+def test_parts_give_way_in_their_order_and_the_rest_stays(
+    family: str,
+    specials: bool,
+    query: str,
+    document: str,
+    limit: int,
+    side: str | None,
+    both: Callable[[str], tuple[Tokenizer, Any]],
+) -> None:
+    ours, theirs = both(family)
+
+    def of(text: str) -> list[int]:
+        ids: list[int] = theirs(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    before, after = _around(theirs) if specials else ([], [])
+    start, middle, end = of("a"), of("is"), of("?")
+    room = limit - len(before + after + start + middle + end)
+    kept = of(document)[: max(0, room - len(of(query)))]
+    asked = of(query)[: room - len(kept)]
+    prompt = Framed(("a", query, "is", document, "?"), (3, 1), specials=specials)
+    (found,) = framed(ours, prompt, truncate_prompt_tokens=limit, truncation_side=side)
+    assert found == [*before, *start, *asked, *middle, *kept, *end, *after]
+
+
+@settings(max_examples=40, deadline=None)
+@given(document=words, limit=st.integers(8, LONGEST))
+def test_a_tail_stays_behind_what_is_cut(
+    document: str, limit: int, both: Callable[[str], tuple[Tokenizer, Any]]
+) -> None:
+    ours, theirs = both("bert")
+    text = f"the cat {document} ? and peace"
+    tail = theirs("? and peace", add_special_tokens=False)["input_ids"]
+    whole = theirs(text)["input_ids"]
+    expected = whole if len(whole) <= limit else [*whole[: limit - len(tail) - 1], *tail, whole[-1]]
+    prompt = Framed((text,), (0,), "? and peace", specials=True)
+    assert framed(ours, prompt, truncate_prompt_tokens=limit) == [expected]
+
+
+def test_a_limit_below_what_must_stay_is_refused(both: Callable[[str], tuple[Tokenizer, Any]]) -> None:
+    ours, _ = both("bert")
+    prompt = Framed(("the", "cat", "sat on a mat"), (1,), specials=True)
+    assert len(framed(ours, prompt, truncate_prompt_tokens=7)[0]) == 7
+    with pytest.raises(InvalidParameter, match=r"6 leaves no room .* alone has 7 tokens") as refused:
+        framed(ours, prompt, truncate_prompt_tokens=6)
+    assert refused.value.param == "truncate_prompt_tokens"
+
+
+def test_a_left_side_is_cut_blindly(both: Callable[[str], tuple[Tokenizer, Any]]) -> None:
+    ours, _ = both("bert")
+    prompt = Framed(("the cat", "sat on a mat"), (0,), specials=True)
+    (whole,) = framed(ours, prompt)
+    for limit in (1, 3, 20):
+        assert framed(ours, prompt, truncate_prompt_tokens=limit, truncation_side="left") == [whole[-limit:]]
+
+
+def test_a_prompt_that_is_too_long_is_refused_and_named(both: Callable[[str], tuple[Tokenizer, Any]]) -> None:
+    ours, _ = both("bert")
+    with pytest.raises(InputTooLong, match=f"maximum context length is {LONGEST} tokens") as refused:
+        framed(ours, Framed(("a",), (0,)), Framed(("cat " * 70,), (0,)))
+    assert refused.value.param == "input[1]"
+    with pytest.raises(InvalidInput, match="lone surrogate"):
+        framed(ours, Framed(("a", "\ud800"), (0,)))
 
 
 # ── max_tokens_per_query, max_tokens_per_doc ─────────────────────────────────────────────────────────────────
