@@ -4,9 +4,13 @@
     *ForTokenClassification                                      one result a token
     *ForRewardModel, *ForRewardModeling, *RewardModel            one reward a token
     *ForProcessRewardModel                                       one a step tag
+    HF_ColBERT, ColBERT*                                         a vector a token, for late interaction
+    *SpladeSparseEmbeddingModel                                  a weight for each entry of the vocabulary
+    BgeM3EmbeddingModel                                          a vector, a vector a token, and a weight a token
     *ForTextEncoding, *EmbeddingModel, *Model, *ForCausalLM, …   embed
 
-The most specific suffix wins, and `--convert` overrules it. A *ForCausalLM that is asked for certain words at step
+The most specific name wins. The files beside config.json can say more than it (sentence-transformers' modules, BGE-M3's
+heads), and `--convert` overrules both. A *ForCausalLM that is asked for certain words at step
 tags (STEP with returned_token_ids) is a judge: its language model's own logits of those words are the result.
 """
 
@@ -21,7 +25,17 @@ from carpool.engine.config import Convert
 from carpool.engine.errors import ConfigError
 from carpool.engine.params import Task
 
-Kind = Literal["embed", "classify", "token_classify", "reward", "process_reward", "judge"]
+Kind = Literal[
+    "embed",
+    "multi_vector",
+    "sparse",
+    "bge_m3",
+    "classify",
+    "token_classify",
+    "reward",
+    "process_reward",
+    "judge",
+]
 Activation = Literal["identity", "sigmoid", "softmax"]
 
 _SUFFIXES: tuple[tuple[str, Kind], ...] = (  # the first that fits
@@ -31,6 +45,10 @@ _SUFFIXES: tuple[tuple[str, Kind], ...] = (  # the first that fits
     (r"ForProcessRewardModel", "process_reward"),
     (r"ForRewardModel(?:ing)?", "reward"),
     (r"RewardModel", "reward"),
+    (r"HF_ColBERT", "multi_vector"),
+    (r"^ColBERT\w*", "multi_vector"),
+    (r"SpladeSparseEmbeddingModel", "sparse"),
+    (r"BgeM3EmbeddingModel", "bge_m3"),
     (r"ForTextEncoding", "embed"),
     (r"Model", "embed"),  # EmbeddingModel, LMHeadModel, ChatModel …
     (r"ForCausalLM", "embed"),
@@ -40,12 +58,15 @@ _SUFFIXES: tuple[tuple[str, Kind], ...] = (  # the first that fits
 )
 # What a conversion has nothing to do for: the model's class computes it already.
 _FITS: Mapping[Kind, tuple[Kind, ...]] = {
-    "embed": ("embed",),
+    "embed": ("embed", "multi_vector", "sparse", "bge_m3"),
     "classify": ("classify", "token_classify"),
     "reward": ("reward", "process_reward"),
 }
 _TASKS: Mapping[Kind, tuple[Task, ...]] = {
     "embed": ("embed", "token_embed"),
+    "multi_vector": ("token_embed",),
+    "sparse": ("embed", "sparse_embed"),
+    "bge_m3": ("embed", "token_embed", "sparse_embed", "token_classify"),
     "classify": ("classify", "token_classify"),
     "token_classify": ("token_classify",),
     "reward": ("token_classify",),
@@ -61,17 +82,29 @@ class Architecture:
     kind: Kind
     tasks: tuple[Task, ...]
 
+    @property
+    def embeds(self) -> bool:
+        """Whether its results are vectors, and not classes or rewards."""
+        return self.kind in _FITS["embed"]
+
     @classmethod
-    def of(cls, architectures: tuple[str, ...], convert: Convert, step_words: bool = False) -> Architecture:
+    def of(
+        cls,
+        architectures: tuple[str, ...],
+        convert: Convert,
+        step_words: bool = False,
+        files: Kind | None = None,
+    ) -> Architecture:
         """By class name, unless `convert` says what to make of the model.
 
+        `files` is what the files beside config.json make of an embedding model.
         `step_words`: the pooler configuration asks for STEP and names returned_token_ids.
         """
-        kind = _kind(architectures, convert, step_words)
+        kind = _kind(architectures, convert, step_words, files)
         return cls(kind, _TASKS[kind])
 
 
-def _kind(architectures: tuple[str, ...], convert: Convert, step_words: bool) -> Kind:
+def _kind(architectures: tuple[str, ...], convert: Convert, step_words: bool, files: Kind | None) -> Kind:
     if (
         step_words
         and convert in ("auto", "reward")
@@ -81,6 +114,8 @@ def _kind(architectures: tuple[str, ...], convert: Convert, step_words: bool) ->
     own = next(
         (kind for name in architectures for suffix, kind in _SUFFIXES if re.search(suffix + "$", name)), None
     )
+    if files is not None and own in (None, *_FITS["embed"]):
+        own = files
     if convert != "auto" and convert != "none":
         return own if own in _FITS[convert] else convert
     if own is not None or not architectures:
@@ -93,10 +128,11 @@ def _kind(architectures: tuple[str, ...], convert: Convert, step_words: bool) ->
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """A head made of the language model's: the rows of `words`, put together by `method`."""
+    """A head made of the language model's: the rows of `words`, or of `token_ids`, put together by `method`."""
 
     words: tuple[str, ...]
     method: Literal["from_2_way_softmax", "no_post_processing"]
+    token_ids: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Scorer | None:
@@ -118,6 +154,11 @@ class Scorer:
                 f"classifier_from_token, got {list(words)}."
             )
         return cls(words, method)
+
+    @classmethod
+    def of_ids(cls, token_ids: tuple[int, ...]) -> Scorer:
+        """Of (false, true), or of (true,) alone."""
+        return cls((), "from_2_way_softmax" if len(token_ids) == 2 else "no_post_processing", token_ids)
 
 
 def activation_of(config: Mapping[str, Any], num_labels: int) -> Activation | str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from carpool.engine.config import EngineConfig
@@ -30,12 +31,14 @@ from carpool.engine.errors import (
     Overloaded,
     UnsupportedTask,
 )
+from carpool.engine.framed import Framed
+from carpool.engine.late_interaction import RoleText
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.outputs import PoolingResult, ScoreResult, Timings
 from carpool.engine.params import PoolingParams, Task, TokenizationParams
 from carpool.engine.prepared import Prepared
 from carpool.engine.scheduler import Scheduler
-from carpool.engine.scoring import Plan, plan
+from carpool.engine.scoring import Framer, Plan, pair_prompts, plan
 from carpool.engine.sequence import Sequence
 from carpool.engine.slicing import merge_rows, slice_ids
 from carpool.engine.stats import Observer, Unobserved
@@ -51,7 +54,7 @@ if TYPE_CHECKING:
 
 State = Literal["starting", "ready", "draining", "dead", "stopped"]
 T = TypeVar("T")
-Prompts = list[str] | list[list[int]] | list[tuple[str, str]]
+Prompts = list[str] | list[list[int]] | list[tuple[str, str]] | list[Framed] | list[RoleText]
 
 _INLINE_CHARS = 4_000  # tokenised on the loop: under half a millisecond, less than a trip to a thread
 _INLINE_IDS = 20_000
@@ -71,6 +74,9 @@ class Built(Protocol):
 
     @property
     def chat(self) -> ChatTemplate: ...
+
+    @property
+    def framer(self) -> Framer | None: ...
 
     @property
     def runners(self) -> Seq[Runner]: ...
@@ -168,7 +174,7 @@ class AsyncEngine:
                 return
             start = time.perf_counter()
             warm = Prepared(prompts)
-            await self._run(warm, PoolingParams(), parts.model.default_task, "", 0, None, None)
+            await self._run(warm, PoolingParams(), (parts.model.default_task,), "", 0, None, None)
             self.tokens_per_second = count * length / (time.perf_counter() - start)
         if not self.max_queued_tokens:
             self.max_queued_tokens = int(_QUEUE_SECONDS * self.tokens_per_second)
@@ -245,7 +251,8 @@ class AsyncEngine:
         params: PoolingParams,
         tokenization: TokenizationParams,
         *,
-        task: Task = "embed",
+        task: Task | tuple[Task, ...] = "embed",
+        adapter: str | None = None,
         client: str = "",
         priority: int = 0,
         timeout: float | None = None,
@@ -253,28 +260,36 @@ class AsyncEngine:
     ) -> PoolingResult:
         """Run the model on every prompt; answers come in the prompts' order, all or none.
 
-        `client` is whose share of the engine it is charged to; lower `priority` runs first; after `timeout`
-        seconds DeadlineExceeded is raised. `on_progress(n)` is told of n more prompts done.
-        Raises the errors of `engine.errors`. Cancelling the awaiting task drops what still waits.
+        Of several tasks each prompt is run once and has a row a task: see `PoolingResult`. `adapter` is the name of the
+        one to ride on; None is the model's default. `client` is whose share of the engine it is charged to; lower
+        `priority` runs first; after `timeout` seconds DeadlineExceeded is raised. `on_progress(n)` is told of n more
+        rows done. Raises the errors of `engine.errors`. Cancelling the awaiting task drops what still waits.
         """
         start = time.monotonic()
         self._admit_state()
         parts = self._loaded()
-        self._check(prompts, params, task)
-        longest = parts.model.max_embed_len if task == "embed" else -1
+        tasks = task if isinstance(task, tuple) else (task,)
+        self._check(prompts, params, tasks)
+        slot = _slot(parts.model, adapter)
+        longest = parts.model.max_embed_len if tasks == ("embed",) else -1
         prepare = partial(parts.tokenizer.prepare, prompts, tokenization, longest)
         prepared = await self._off_loop(prepare, _is_long(prompts))
         whole = prepared.token_ids
         sliced = longest != -1 and any(len(ids) > parts.model.max_model_len for ids in whole)
         if sliced:
             slices, counts = slice_ids(whole, parts.model.max_model_len)
+            if prepared.skip:
+                raise InvalidInput(
+                    "This model leaves prompts out of its pooling, so a text with a prompt cannot be sliced.",
+                    "input",
+                )
             prepared = Prepared(slices)
         spent = time.monotonic() - start
         if timeout is not None and spent >= timeout:
             raise DeadlineExceeded("The request's deadline passed before it could run.")
-        self._admit_tokens(prepared.num_tokens)
+        self._admit_tokens(prepared.num_tokens * len(tasks))
         left = None if timeout is None else timeout - spent
-        result = await self._run(prepared, params, task, client, priority, left, on_progress)
+        result = await self._run(prepared, params, tasks, client, priority, left, on_progress, slot)
         result.timings.tokenize = spent
         if sliced:
             lengths = list(map(len, prepared.token_ids))
@@ -291,6 +306,7 @@ class AsyncEngine:
         *,
         template: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
         client: str = "",
         priority: int = 0,
         timeout: float | None = None,
@@ -298,7 +314,7 @@ class AsyncEngine:
     ) -> ScoreResult:
         """A score for each query with its document, 1:1, 1:N or N:N, in the way the model is made for.
 
-        `template` renders the pairs in place of --chat-template; `template_kwargs` are for either. Raises as `pool`
+        `template` renders the pairs in place of the model's prompt; `template_kwargs` are for either. Raises as `pool`
         does; what is wrong with one text has `queries[i]` or `documents[i]` as its `param`.
         """
         start = time.monotonic()
@@ -313,6 +329,7 @@ class AsyncEngine:
                 params,
                 replace(tokenization, add_special_tokens=True),
                 task=planned.task,
+                adapter=adapter,
                 client=client,
                 priority=priority,
                 timeout=left,
@@ -322,7 +339,8 @@ class AsyncEngine:
             raise planned.blame(error) from None
         if on_progress and (spared := len(planned.asked) - len(planned.prompts)):
             on_progress(spared)
-        scores = await self._off_loop(partial(planned.scores, result.rows), planned.task == "token_embed")
+        measure = partial(planned.scores, result.rows, result.prompt_token_ids)
+        scores = await self._off_loop(measure, planned.task == "token_embed")
         ids = planned.token_ids(result.prompt_token_ids)
         return ScoreResult(scores, planned.prompt_tokens(result.prompt_token_ids), result.timings, ids)
 
@@ -346,8 +364,13 @@ class AsyncEngine:
             queries = parts.tokenizer.shorten(queries, tokenization.max_tokens_per_query)
         if tokenization.max_tokens_per_doc:
             documents = parts.tokenizer.shorten(documents, tokenization.max_tokens_per_doc)
-        chat = parts.chat.replaced(template) if template else parts.chat
-        return plan(parts.model, queries, documents, chat, template_kwargs)
+        framer = parts.chat.replaced(template).for_pairs() if template else parts.framer
+        return plan(parts.model, queries, documents, framer, template_kwargs)
+
+    async def pair_prompts(self, pairs: list[tuple[str, str]]) -> Prompts:
+        """Pairs of texts as the prompts that the model wants them in, to be given to `pool`."""
+        parts = self._loaded()
+        return await self._off_loop(partial(pair_prompts, parts.model, pairs, parts.framer), _is_long(pairs))
 
     def render(
         self,
@@ -365,15 +388,16 @@ class AsyncEngine:
             kwargs=kwargs,
         )
 
-    def _check(self, prompts: Prompts, params: PoolingParams, task: Task) -> None:
+    def _check(self, prompts: Prompts, params: PoolingParams, tasks: tuple[Task, ...]) -> None:
         model = self._loaded().model
-        if task not in model.tasks:
-            raise UnsupportedTask(f"The model does not support the task {task}.", "task")
+        for task in tasks:
+            if task not in model.tasks:
+                raise UnsupportedTask(f"The model does not support the task {task}.", "task")
         if not prompts:
             raise EmptyInput("You must pass at least one prompt", "input")
         if not self.config.token_id_input and isinstance(prompts[0], list):
             raise InvalidInput("This server takes text, not token ids (--no-token-id-input).", "input")
-        if "embed" in model.tasks:
+        if {"embed", "token_embed"} & model.tasks:
             model.matryoshka.check(params.dimensions, self.config.model or model.root)
 
     def _admit_state(self) -> None:
@@ -399,24 +423,26 @@ class AsyncEngine:
         self,
         prepared: Prepared,
         params: PoolingParams,
-        task: Task,
+        tasks: tuple[Task, ...],
         client: str,
         priority: int,
         timeout: float | None,
         on_progress: Callable[[int], object] | None,
+        adapter: int = 0,
     ) -> PoolingResult:
         assert self._scheduler is not None
         loop = asyncio.get_running_loop()
         now = time.monotonic()
         token_ids = prepared.token_ids
-        starts = prepared.type_starts or [None] * len(token_ids)
+        nowhere: list[int | None] = [None] * len(token_ids)
+        starts, unseen = prepared.type_starts or nowhere, prepared.unseen or nowhere
         request_id = self._next_request_id
         self._next_request_id += 1
-        empty: list[Row | None] = [None] * len(token_ids)
+        empty: list[Row | None] = [None] * (len(token_ids) * len(tasks))
         pending = _Pending(
             future=loop.create_future(),
             result=PoolingResult(empty, token_ids, Timings()),  # type: ignore[arg-type]
-            remaining=len(token_ids),
+            remaining=len(empty),
             arrival=now,
             on_progress=on_progress,
         )
@@ -426,10 +452,23 @@ class AsyncEngine:
             pending.timer = loop.call_later(timeout, self._expire, request_id)
         self._pending[request_id] = pending
         self._all_answered.clear()
-        for index, (ids, start) in enumerate(zip(token_ids, starts, strict=True)):
+        prompts = product(zip(token_ids, starts, unseen, strict=True), tasks)
+        for index, ((ids, start, end), task) in enumerate(prompts):
             self._scheduler.add(
                 Sequence(
-                    request_id, index, ids, params, task, now, deadline, priority, client, type_start=start
+                    request_id,
+                    index,
+                    ids,
+                    params,
+                    task,
+                    now,
+                    deadline,
+                    priority,
+                    client,
+                    type_start=start,
+                    adapter=adapter,
+                    unseen=end,
+                    skip=prepared.skip,
                 )
             )
         self._dispatch_soon()
@@ -544,9 +583,22 @@ def _call_on(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: 
         loop.call_soon_threadsafe(call, *args)
 
 
+def _slot(model: ModelInfo, adapter: str | None) -> int:
+    """The adapter's number, as sequences have it; 0 is the model as it stands."""
+    name = model.default_adapter if adapter is None else adapter
+    if name is None:
+        return 0
+    if name not in model.adapters:
+        loaded = f"loaded are {', '.join(model.adapters)}" if model.adapters else "none were loaded at start"
+        raise InvalidParameter(f"There is no adapter {name!r}: {loaded}.", "adapter")
+    return model.adapters.index(name) + 1
+
+
 def _is_long(prompts: Prompts) -> bool:
     if not prompts:
         return False
+    if isinstance(prompts[0], Framed):
+        return sum(len(part) for prompt in prompts for part in prompt.parts) > _INLINE_CHARS
     if isinstance(prompts[0], tuple):
         return sum(len(side) for pair in prompts for side in pair) > _INLINE_CHARS
     return sum(map(len, prompts)) > (_INLINE_CHARS if isinstance(prompts[0], str) else _INLINE_IDS)

@@ -4,36 +4,44 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from carpool.engine.architecture import Architecture, Scorer, activation_of, labels_of
+from carpool.engine.architecture import Architecture, labels_of
 from carpool.engine.chat import ChatTemplate
-from carpool.engine.checkpoint import Checkpoint, PoolingMode
+from carpool.engine.checkpoint import Checkpoint
 from carpool.engine.config import EngineConfig
 from carpool.engine.device import resolve_device, resolve_dtype
-from carpool.engine.errors import ConfigError, InvalidParameter
-from carpool.engine.hub import BUNDLED_NAME, locate
+from carpool.engine.errors import ConfigError
+from carpool.engine.fast_tokenizer import end_notice, load_fast
+from carpool.engine.hub import locate
 from carpool.engine.memory import bound_primitive_cache
-from carpool.engine.model_info import ModelInfo
+from carpool.engine.model_info import ModelInfo, PairShape
+from carpool.engine.models.adapters import check_adapters, load_adapters
 from carpool.engine.models.backbone import Backbone
+from carpool.engine.models.choice import choose
 from carpool.engine.models.loader import Loaded, Loader
-from carpool.engine.models.probe import check_isolation
+from carpool.engine.models.probe import keeps_unseen
+from carpool.engine.models.quantize import quantize
 from carpool.engine.models.surgery import operate
+from carpool.engine.models.weights import unmap
+from carpool.engine.pairing import Pairing
 from carpool.engine.params import Task
-from carpool.engine.poolers.classify import ClassifyHead, ClassifyPool, TokenClassifyPool, activation_named
-from carpool.engine.poolers.dense import activation, load_dense
-from carpool.engine.poolers.embed import EmbedHead, EmbedPool, TokenEmbedPool
-from carpool.engine.poolers.methods import METHODS
+from carpool.engine.poolers.adapted import AdaptedPool
+from carpool.engine.poolers.bge_m3 import Marks
 from carpool.engine.poolers.pooler import Pool, Pooler
+from carpool.engine.pools import head_width, make_pools, pooling_modes, pooling_name, similarity_of
 from carpool.engine.runner import ModelRunner
-from carpool.engine.tokenizer import Tokenizer, load_fast
+from carpool.engine.scoring import Framer
+from carpool.engine.tokenizer import Tokenizer
 from carpool.kernels.ops import attention_in_use
 
-_QWEN_STEP_TAG = (
-    151651  # <extra_0>, which the one published family of process reward models ends its steps with
+_UNEXPANDED = (
+    "Queries are not expanded, though the model's files ask for it: in this model, tokens that are not to be looked at "
+    "would be. Scores differ from PyLate's."
 )
 _DEFAULT_BATCH_TOKENS = 2048  # the best micro-batch on the CPUs measured: docs/log.md
 
@@ -45,6 +53,7 @@ class Parts:
     model: ModelInfo
     tokenizer: Tokenizer
     chat: ChatTemplate
+    framer: Framer | None
     runners: list[ModelRunner]
 
 
@@ -54,14 +63,20 @@ def build(config: EngineConfig) -> Parts:
     folder = locate(config.model, config.revision)
     checkpoint = Checkpoint.read(folder, config.hf_overrides, config.pooler_config)
     pooler = config.pooler_config
-    scorer = Scorer.of(checkpoint.config)
+    pairing = Pairing.of(config, checkpoint)
+    config, scorer = pairing.calibrated(config), pairing.scorer
     architecture = Architecture.of(
         checkpoint.architectures,
         "classify" if scorer and config.convert == "auto" else config.convert,
         step_words=bool(pooler.steps and pooler.returned_token_ids),
+        files=checkpoint.files,
     )
     device = resolve_device(config.device)
-    dtype, notice = resolve_dtype(config.dtype, checkpoint.stored_dtype, device)
+    if config.quantization and device.type != "cpu":
+        raise ConfigError("--quantization int8 is for CPUs: give --device cpu as well, or leave it out.")
+    dtype, notice = resolve_dtype(
+        config.dtype, checkpoint.stored_dtype, device, str(checkpoint.text_config.get("model_type"))
+    )
     max_model_len = _max_model_len(config, checkpoint)
     words = locate(config.tokenizer) if config.tokenizer else folder
     fast = load_fast(words, trust_remote_code=config.trust_remote_code)
@@ -70,31 +85,68 @@ def build(config: EngineConfig) -> Parts:
         max_model_len=max_model_len,
         vocab_size=checkpoint.vocab_size,
         lowercase=checkpoint.lowercase,
+        pads=bool(checkpoint.config.get("pads_prompts")),
         token_types=int(checkpoint.text_config.get("type_vocab_size") or 2) > 1,
+        leaves_out_prompts=checkpoint.leaves_out_prompts,
+        late=checkpoint.late if architecture.kind == "multi_vector" else None,
     )
-    token_ids = tokenizer.ids_of(scorer.words) if scorer else pooler.returned_token_ids or ()
+    chat = ChatTemplate.of(fast, config.chat_template)
+    framer = pairing.framer(config, chat, tokenizer)
+    token_ids: Seq[int] = pooler.returned_token_ids or ()
+    if scorer:
+        token_ids = scorer.token_ids or tokenizer.ids_of(scorer.words)
     loader = Loader(
         dtype=dtype, device=device, max_model_len=max_model_len, trust_remote_code=config.trust_remote_code
     )
     loaded = loader.load(checkpoint, architecture, scorer, token_ids)
-    backbone = loaded.backbone
-    swapped = operate(backbone.module) if config.surgery else {}
-    check_isolation(
-        backbone,
+    adapters = load_adapters(checkpoint, config, loaded)
+    windows = (checkpoint.text_config.get(key) for key in ("sliding_window", "local_attention"))
+    backbone, padded = choose(
+        loaded.backbone,
         vocab_size=checkpoint.vocab_size,
         max_model_len=max_model_len,
-        window=checkpoint.text_config.get("sliding_window") or checkpoint.text_config.get("local_attention"),
+        limits=[window for window in windows if isinstance(window, int) and window > 0],
     )
-    modes = _modes(checkpoint, loaded)
-    num_labels = _num_labels(loaded)
-    if architecture.kind == "embed":
-        pools = _embed_pools(checkpoint, config, modes, backbone.hidden_size, device)
-    else:
-        pools = _classify_pools(checkpoint, config, architecture, loaded, modes[0], num_labels)
+    loaded = replace(loaded, backbone=backbone)
+    unexpanded = None
+    if tokenizer.expands_unseen and not keeps_unseen(backbone, checkpoint.vocab_size):
+        tokenizer.scribes = {role: scribe.without_expansion() for role, scribe in tokenizer.scribes.items()}
+        unexpanded = _UNEXPANDED
+    parameters = _parameters(backbone)
+    swapped: dict[str, int] = {}
+    coarse: list[str] = []
+    if config.surgery:
+        swapped = operate(backbone, vocab_size=checkpoint.vocab_size, pack=not config.quantization)
+    if config.quantization:
+        swapped["int8"], coarse = quantize(backbone, vocab_size=checkpoint.vocab_size)
+    if device.type == "cpu" and swapped:
+        unmap(backbone.module, loaded.head)
+    modes = pooling_modes(checkpoint, loaded)
+    width = head_width(loaded)
+    num_labels = 0 if architecture.embeds else width
+    vector_size = width if architecture.embeds and width else checkpoint.matryoshka.size
+    marks = Marks.of(fast)
+    if adapters.names:
+        check_adapters(
+            backbone, len(adapters.names), vocab_size=checkpoint.vocab_size, max_model_len=max_model_len
+        )
+
+    def pools_of(head: nn.Module | None) -> dict[Task, Pool]:
+        own = replace(loaded, head=head)
+        return make_pools(checkpoint, config, architecture, own, modes, width, marks, device)
+
+    pools = pools_of(loaded.head)
+    if adapters.heads:
+        by_slot = {0: pools, **{slot: pools_of(head) for slot, head in adapters.heads.items()}}
+        pools = {task: AdaptedPool({slot: own[task] for slot, own in by_slot.items()}) for task in pools}
     runner = ModelRunner(backbone, Pooler(pools), device)
     workers = _workers(config, device)
-    template = config.chat_template
-    chat = ChatTemplate.of(fast, template)
+    blunt = (  # a language model is scored, and nobody said how its pairs are put together
+        architecture.kind == "classify"
+        and num_labels == 1
+        and loaded.pooling == "last"
+        and not {"use_sep_token", "use_pad_token"} & checkpoint.config.keys()
+    )
     return Parts(
         ModelInfo(
             root=config.model or str(folder),
@@ -104,100 +156,55 @@ def build(config: EngineConfig) -> Parts:
             max_model_len=max_model_len,
             max_embed_len=_max_embed_len(config, max_model_len),
             vocab_size=checkpoint.vocab_size,
-            embedding_size=checkpoint.matryoshka.size,
-            matryoshka=checkpoint.matryoshka,
+            embedding_size=vector_size,
+            matryoshka=replace(checkpoint.matryoshka, size=vector_size),
             labels=labels_of(checkpoint.config, num_labels),
             prompts=checkpoint.config.get("task_instructions") or checkpoint.prompts,
-            pooling="+".join(modes),
-            normalize=checkpoint.normalize,
-            pairs="concatenated" if _concatenates(checkpoint, loaded) else "separated",
+            adapters=adapters.names,
+            lora_modules=adapters.lora_modules,
+            task_adapters=adapters.tasks,
+            default_adapter=adapters.default,
+            pooling=pooling_name(checkpoint, architecture, modes),
+            normalize=checkpoint.normalize and architecture.kind != "sparse",
+            leaves_out_prompts=checkpoint.leaves_out_prompts,
+            similarity=similarity_of(checkpoint, architecture),
+            roles={role: scribe.skipped for role, scribe in tokenizer.scribes.items()},
+            pairs=_pairs(checkpoint, loaded),
             chat_template=chat.present,
-            score_template=bool(template),
+            score_template=framer is not None,
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             workers=workers,
-            parameters=_parameters(backbone),
+            parameters=parameters,
             max_num_batched_tokens=_max_num_batched_tokens(config, max_model_len),
             max_num_seqs=config.max_num_seqs,
-            attention=attention_in_use() if device.type == "cpu" else "torch",
+            packing=backbone.packing,
+            attention=_attention(backbone, device),
+            quantization=config.quantization,
             surgery=swapped,
-            notices=tuple(sentence for sentence in (notice, _native_notice(device)) if sentence),
+            notices=tuple(
+                sentence
+                for sentence in (
+                    notice,
+                    padded,
+                    unexpanded,
+                    _native_notice(device),
+                    *coarse,
+                    _code_notice(checkpoint, backbone, config),
+                    end_notice(words, fast),
+                    *pairing.notices(framer, config, blunt=blunt),
+                )
+                if sentence
+            ),
         ),
         tokenizer,
         chat,
+        framer,
         [runner, *(runner.replica() for _ in range(workers - 1))],
     )
 
 
-# ── pools ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _embed_pools(
-    checkpoint: Checkpoint,
-    config: EngineConfig,
-    modes: tuple[PoolingMode, ...],
-    hidden_size: int,
-    device: torch.device,
-) -> dict[Task, Pool]:
-    try:
-        checkpoint.matryoshka.check(config.pooler_config.dimensions, config.model or BUNDLED_NAME)
-    except InvalidParameter as error:
-        raise ConfigError(f"The pooler config's dimensions cannot be served: {error}") from error
-    dense = [load_dense(spec, device) for spec in checkpoint.dense]
-    head = EmbedHead(dense, checkpoint.normalize, config.pooler_config.dimensions)
-    pools: dict[Task, Pool] = {"embed": EmbedPool(modes, head)}
-    if not checkpoint.dense or checkpoint.dense[0].in_features == hidden_size:
-        pools["token_embed"] = TokenEmbedPool(
-            head
-        )  # a head made for several modes at once takes no single row
-    return pools
-
-
-def _classify_pools(
-    checkpoint: Checkpoint,
-    config: EngineConfig,
-    architecture: Architecture,
-    loaded: Loaded,
-    mode: PoolingMode,
-    num_labels: int,
-) -> dict[Task, Pool]:
-    pooler, kind = config.pooler_config, architecture.kind
-    named = activation_of(checkpoint.config, num_labels or loaded.backbone.hidden_size)
-    head = ClassifyHead(
-        loaded.head or nn.Identity(),
-        activation(named) if "." in named else activation_named(named),
-        by_default=pooler.activates if pooler.activates is not None else kind != "reward",
-        logit_mean=pooler.mean,
-        logit_sigma=pooler.logit_sigma or 1.0,
-    )
-    tokens = TokenClassifyPool(head)
-    if pooler.steps if pooler.steps is not None else kind == "process_reward":
-        default_tag = _QWEN_STEP_TAG if kind == "process_reward" else None
-        tag = default_tag if pooler.step_tag_id is None else pooler.step_tag_id
-        tokens = TokenClassifyPool(head, tag, None if kind == "judge" else pooler.returned_token_ids)
-    if "classify" not in architecture.tasks:
-        return {"token_classify": tokens}
-    return {"classify": ClassifyPool(METHODS[mode], head, loaded.late), "token_classify": tokens}
-
-
-def _modes(checkpoint: Checkpoint, loaded: Loaded) -> tuple[PoolingMode, ...]:
-    """The user's or the files' pooling, else the class's: the last token if it looks backwards, else the first.
-
-    A classifier that names its own in config.json has it in any case: its head was trained on nothing else.
-    """
-    if loaded.pooling and "classifier_pooling" in checkpoint.config:
-        return (loaded.pooling,)
-    return checkpoint.pooling or (loaded.pooling or ("last" if loaded.backbone.is_causal else "cls"),)
-
-
-def _num_labels(loaded: Loaded) -> int:
-    """The width of the head, found by asking it."""
-    if loaded.head is None:
-        return 0
-    hidden = loaded.backbone.hidden_size
-    weight = next(loaded.head.parameters())
-    with torch.inference_mode():
-        return int(loaded.head(torch.zeros(1, hidden, device=weight.device)).shape[-1])
+# ── tasks ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _default_task(config: EngineConfig, pools: Mapping[Task, Pool]) -> Task:
@@ -212,11 +219,13 @@ def _default_task(config: EngineConfig, pools: Mapping[Task, Pool]) -> Task:
 # ── score prompts ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _concatenates(checkpoint: Checkpoint, loaded: Loaded) -> bool:
-    """Whether a scored pair is one text, q + d, and not two texts with the tokenizer's separators."""
+def _pairs(checkpoint: Checkpoint, loaded: Loaded) -> PairShape:
+    """Whether a scored pair is one text, q + d, or two texts with the tokenizer's separators."""
     config = checkpoint.config
     flag = config.get("use_sep_token", config.get("use_pad_token"))
-    return not flag if flag is not None else loaded.pooling == "last"
+    if flag is None:
+        flag = loaded.pooling != "last" or checkpoint.pairs is not None  # so sentence-transformers has it
+    return "separated" if flag else "concatenated"
 
 
 # ── limits ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -257,6 +266,22 @@ def _workers(config: EngineConfig, device: torch.device) -> int:
 
 def _parameters(backbone: Backbone) -> int:
     return sum(weight.numel() for weight in backbone.module.parameters())
+
+
+def _code_notice(checkpoint: Checkpoint, backbone: Backbone, config: EngineConfig) -> str | None:
+    """Every weight has found its place, but what the checkpoint's own code would do with them nobody has read."""
+    if checkpoint.own_code is None or config.trust_remote_code:
+        return None
+    return (
+        f"The checkpoint was published with code of its own ({checkpoint.own_code}), which is not run: "
+        f"transformers' {type(backbone.module).__name__} computes in its place."
+    )
+
+
+def _attention(backbone: Backbone, device: torch.device) -> str:
+    if backbone.packing == "padded":
+        return "transformers"
+    return attention_in_use() if device.type == "cpu" else "torch"
 
 
 def _native_notice(device: torch.device) -> str | None:

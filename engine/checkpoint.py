@@ -5,29 +5,22 @@ Sources, in rising precedence: the class of the model, the sentence-transformers
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from carpool.engine.architecture import Kind
 from carpool.engine.config import PoolerConfig
 from carpool.engine.dialects import translate
 from carpool.engine.errors import ConfigError
+from carpool.engine.json_file import read_json
+from carpool.engine.late_interaction import PYLATE_KEYS, LateInteraction
 from carpool.engine.params import Matryoshka
+from carpool.engine.side_files import Dense, PairFiles, PoolingMode, SideFiles, Splade
 
-PoolingMode = Literal["cls", "last", "mean", "max", "mean_sqrt_len", "weighted_mean"]
-
-# sentence-transformers' names in the order in which it concatenates several modes.
-_ST_MODES: dict[str, PoolingMode] = {
-    "cls": "cls",
-    "max": "max",
-    "mean": "mean",
-    "mean_sqrt_len": "mean_sqrt_len",
-    "weightedmean": "weighted_mean",
-    "lasttoken": "last",
-}
 _USER_MODES: dict[str, PoolingMode] = {"CLS": "cls", "LAST": "last", "MEAN": "mean"}
+_CONFIG_MODES: dict[str, PoolingMode] = {"avg": "mean", "mean": "mean", "cls": "cls", "last": "last"}
 _LENGTH_KEYS = (
     "max_position_embeddings",
     "n_positions",
@@ -41,19 +34,19 @@ _LENGTH_KEYS = (
 )
 # RoPE types whose factor is already part of max_position_embeddings.
 _ROPE_WITHOUT_FACTOR = {"su", "longrope", "llama3", "yarn", "deepseek_yarn", "default"}
+# These count positions from behind their pad id: a table of 514 rows serves 512 tokens.
+_BEHIND_PAD = {
+    "camembert",
+    "data2vec-text",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
 _UNKNOWN_LENGTH = 2048
-_ORDER = ("Transformer", "Pooling", "Dense", "Normalize")  # of sentence-transformers' modules
-
-
-@dataclass(frozen=True, slots=True)
-class Dense:
-    """One sentence-transformers Dense layer: a folder with its weights, and its activation's dotted name."""
-
-    folder: Path
-    in_features: int
-    out_features: int
-    bias: bool
-    activation: str
+_BGE_M3_HEADS = ("sparse_linear.pt", "colbert_linear.pt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +61,16 @@ class Checkpoint:
     normalize: bool
     dense: tuple[Dense, ...] = ()
     lowercase: bool = False
+    tanh_int8: bool = False
     max_model_len: int  # what it was meant for
     longest: int  # what its positions allow
     prompts: Mapping[str, str] = field(default_factory=dict)
+    pairs: PairFiles | None = None
+    files: Kind | None = None  # what the files beside config.json make of an embedding model
+    leaves_out_prompts: bool = False  # of pooling
+    splade: Splade = field(default_factory=Splade)
+    late: LateInteraction | None = None
+    similarity: str | None = None  # as sentence-transformers names it
     matryoshka: Matryoshka
 
     @property
@@ -91,6 +91,13 @@ class Checkpoint:
                 return name.removeprefix("torch.")
         return None
 
+    @property
+    def own_code(self) -> str | None:
+        """The class that config.json names in a Python file of the checkpoint's own; None if it names none."""
+        named = self.config.get("auto_map") or {}
+        models = [value for key, value in named.items() if str(key).startswith("AutoModel")]
+        return str((models or list(named.values()))[0]) if named else None
+
     @classmethod
     def read(cls, path: Path, overrides: Mapping[str, Any], pooler: PoolerConfig) -> Checkpoint:
         """Read the folder `path`. Raises ConfigError with one sentence on what is missing or cannot be."""
@@ -105,13 +112,16 @@ class Checkpoint:
 
     @classmethod
     def _read(cls, path: Path, overrides: Mapping[str, Any], pooler: PoolerConfig) -> Checkpoint:
-        st = _SentenceTransformers.read(path, has_scorer=bool(overrides.get("classifier_from_token")))
+        st = SideFiles.read(path)
         config, dialect = translate(
-            _merge(_merge(_read_json(path / "config.json"), st.cross_encoder), overrides)
+            _merge(_merge(read_json(path / "config.json"), st.cross_encoder), overrides)
         )
-        pooling = (_USER_MODES[pooler.pooling],) if pooler.pooling else st.pooling
-        width = _final_width(_hidden_size(config) * max(1, len(pooling)), st.dense)
-        longest = _longest(path, config)
+        pooling = (_USER_MODES[pooler.pooling],) if pooler.pooling else st.pooling or _config_pooling(config)
+        dense = (*_output_projection(path, config, pooling), *st.dense)
+        width = _final_width(_hidden_size(config) * max(1, len(pooling)), dense)
+        longest = max(_longest(path, config), st.max_seq_length or 0)
+        if config.get("max_trained_positions"):  # nothing may be longer, whatever the side files say
+            longest = min(longest, int(config["max_trained_positions"]))
         allowed = tuple(sorted(int(d) for d in config.get("matryoshka_dimensions") or ()))
         normalize = st.normalize if pooler.activates is None else pooler.activates
         checkpoint = cls(
@@ -121,116 +131,65 @@ class Checkpoint:
             architectures=tuple(config.get("architectures") or ()),
             pooling=pooling,
             normalize=normalize,
-            dense=st.dense,
+            dense=dense,
             lowercase=st.lowercase,
-            max_model_len=st.max_seq_length or longest,
-            longest=max(longest, st.max_seq_length or 0),
+            tanh_int8=st.tanh_int8,
+            max_model_len=min(st.max_seq_length or longest, longest),
+            longest=longest,
             prompts=st.prompts,
+            pairs=st.pairs,
+            files="bge_m3" if all((path / name).is_file() for name in _BGE_M3_HEADS) else st.files,
+            leaves_out_prompts=st.leaves_out_prompts,
+            splade=st.splade,
+            late=_late_interaction(path, config, st),
+            similarity=st.side.get("similarity_fn_name"),
             matryoshka=Matryoshka(width, bool(config.get("is_matryoshka")) and not allowed, allowed),
         )
         _ = checkpoint.vocab_size
         return checkpoint
 
 
-@dataclass(frozen=True, slots=True)
-class _SentenceTransformers:
-    """The side files of sentence-transformers, old dialect (before 6) and new."""
-
-    pooling: tuple[PoolingMode, ...] = ()
-    normalize: bool = True  # without modules.json, embeddings are normalised
-    dense: tuple[Dense, ...] = ()
-    max_seq_length: int | None = None
-    lowercase: bool = False
-    prompts: Mapping[str, str] = field(default_factory=dict)
-    cross_encoder: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # as older releases wrote it into config.json
-
-    @classmethod
-    def read(cls, path: Path, *, has_scorer: bool = False) -> _SentenceTransformers:
-        side = _read_json(path / "config_sentence_transformers.json", optional=True)
-        modules = _read_json(path / "modules.json", optional=True, kind=list)
-        transformer = path
-        pooling: tuple[PoolingMode, ...] = ()
-        dense: list[Dense] = []
-        kinds = []
-        for module in modules:
-            # Only the class's own name is stable between the dialects.
-            kind = str(module.get("type", "")).rpartition(".")[2]
-            kinds.append(kind)
-            folder = path / str(module.get("path", ""))
-            if kind == "Transformer":
-                transformer = folder
-            elif kind == "Pooling":
-                pooling = _pooling_modes(_read_json(folder / "config.json"), folder)
-            elif kind == "Dense":
-                dense.append(_dense(folder))
-            elif kind == "LogitScore":
-                if not has_scorer:
-                    raise ConfigError(
-                        "modules.json scores by words of a language model (LogitScore): name them with --hf-overrides "
-                        """'{"classifier_from_token": ["no", "yes"], "method": "from_2_way_softmax"}' """
-                        "and the prompt that asks for them with --chat-template."
-                    )
-            elif kind not in ("Normalize", "Dropout"):
-                raise ConfigError(
-                    f"modules.json names a {kind} module, which carpool cannot serve; "
-                    "it serves Transformer, Pooling, Dense and Normalize."
-                )
-        steps = [kind for kind in kinds if kind in _ORDER]
-        if steps != sorted(steps, key=_ORDER.index) or steps.count("Pooling") > 1:
-            raise ConfigError(
-                f"modules.json runs {', '.join(steps)} in this order; carpool serves {', '.join(_ORDER)}."
-            )
-        bert = _sentence_bert_config(transformer)
-        return cls(
-            pooling=pooling,
-            normalize=not modules or "Normalize" in kinds,
-            dense=tuple(dense),
-            max_seq_length=int(bert["max_seq_length"]) if bert.get("max_seq_length") else None,
-            lowercase=bool(bert.get("do_lower_case", False)),
-            cross_encoder={"sentence_transformers": {"activation_fn": side["activation_fn"]}}
-            if side.get("activation_fn")
-            else {},
-            prompts={str(k): str(v) for k, v in (side.get("prompts") or {}).items()},
+def _late_interaction(path: Path, config: Mapping[str, Any], st: SideFiles) -> LateInteraction | None:
+    """How queries and documents are written, where the files say so. `config` may hold PyLate's keys, by overrides."""
+    if st.files == "multi_vector":
+        if st.mask or st.side.get("model_type") == "MultiVectorEncoder":
+            return LateInteraction.sentence_transformers(st.side, st.transformer, st.mask)
+        return LateInteraction.pylate(
+            {**st.side, **{key: config[key] for key in PYLATE_KEYS if key in config}}
         )
+    if any("ColBERT" in name for name in config.get("architectures") or ()):
+        return LateInteraction.stanford(read_json(path / "artifact.metadata", optional=True), config)
+    return None
 
 
-def _pooling_modes(config: Mapping[str, Any], folder: Path) -> tuple[PoolingMode, ...]:
-    """Old: one boolean a mode; new: `pooling_mode`, a name or a list of names."""
-    named = config.get("pooling_mode")
-    if named is not None:
-        names = [named] if isinstance(named, str) else list(named)
-    else:
-        names = [
-            key.removeprefix("pooling_mode_")
-            for key, on in config.items()
-            if key.startswith("pooling_mode_") and on
-        ]
-    names = [name.removesuffix("_token").removesuffix("_tokens") for name in names]
-    unknown = [name for name in names if name not in _ST_MODES]
-    if unknown or not names:
-        raise ConfigError(
-            f"{folder.name}/config.json names no pooling mode that carpool knows: {unknown or 'none is set'}."
-        )
-    if named is None:  # booleans have no order of their own
-        names.sort(key=list(_ST_MODES).index)
-    return tuple(_ST_MODES[name] for name in names)
+def _config_pooling(config: Mapping[str, Any]) -> tuple[PoolingMode, ...]:
+    """What config.json itself says, as some bidirectional decoders' does."""
+    mode = _CONFIG_MODES.get(str(config.get("pooling")))
+    return (mode,) if mode else ()
 
 
-def _dense(folder: Path) -> Dense:
-    config = _read_json(folder / "config.json")
-    for key in ("module_input_name", "module_output_name"):
-        if config.get(key) not in (None, "sentence_embedding"):
-            raise ConfigError(
-                f"{folder.name} works on {config[key]!r}; carpool serves Dense layers on sentence embeddings."
-            )
-    return Dense(
-        folder=folder,
-        in_features=int(config["in_features"]),
-        out_features=int(config["out_features"]),
-        bias=bool(config.get("bias", True)),
-        activation=str(config.get("activation_function", "torch.nn.modules.activation.Tanh")),
+def _output_projection(
+    path: Path, config: Mapping[str, Any], pooling: tuple[PoolingMode, ...]
+) -> tuple[Dense, ...]:
+    """A linear layer beside the model's own weights: every token goes through it, and then they are pooled.
+
+    `output_projection` in config.json is put there by the dialect: {"width", "prefix" of its weights' names, "bias"}.
+    Pooling first gives the same, for less, wherever pooling is a sum of tokens.
+    """
+    projection = config.get("output_projection")
+    if not projection:
+        return ()
+    if "max" in pooling or len(pooling) > 1:
+        raise ConfigError(f"This model's output projection does not go with {'+'.join(pooling)} pooling.")
+    return (
+        Dense(
+            folder=path,
+            in_features=_hidden_size(config),
+            out_features=int(projection["width"]),
+            bias=bool(projection["bias"]),
+            activation="torch.nn.modules.linear.Identity",
+            prefix=str(projection["prefix"]),
+        ),
     )
 
 
@@ -245,14 +204,6 @@ def _final_width(width: int, layers: tuple[Dense, ...]) -> int:
     return width
 
 
-def _sentence_bert_config(folder: Path) -> Mapping[str, Any]:
-    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"):
-        config: Mapping[str, Any] = _read_json(folder / f"sentence_{name}_config.json", optional=True)
-        if config:
-            return config
-    return {}
-
-
 def _longest(path: Path, config: Mapping[str, Any]) -> int:
     """Tokens that config.json and the tokenizer allow."""
     text = _text_config(config)
@@ -261,7 +212,8 @@ def _longest(path: Path, config: Mapping[str, Any]) -> int:
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     gemma3 = str(text.get("model_type", "")).startswith("gemma3")  # its length has the factor in it as well
-    if derived and kind not in _ROPE_WITHOUT_FACTOR and "factor" in rope and not gemma3:
+    stretched = gemma3 or "original_max_position_embeddings" in rope
+    if derived and kind not in _ROPE_WITHOUT_FACTOR and "factor" in rope and not stretched:
         derived = int(derived * float(rope["factor"]))
     if kind == "longrope" and text.get("original_max_position_embeddings"):
         derived = int(text["original_max_position_embeddings"])
@@ -269,7 +221,9 @@ def _longest(path: Path, config: Mapping[str, Any]) -> int:
         return _UNKNOWN_LENGTH
     if "rope_theta" not in text and not rope:
         # Learned positions: the table may be longer than what is usable (RoBERTa's 514 for 512).
-        limit = _read_json(path / "tokenizer_config.json", optional=True).get("model_max_length")
+        if text.get("model_type") in _BEHIND_PAD:
+            derived -= int(text.get("pad_token_id") or 1) + 1
+        limit = read_json(path / "tokenizer_config.json", optional=True).get("model_max_length")
         if isinstance(limit, int | float) and 0 < limit < derived:
             return int(limit)
     return derived
@@ -295,19 +249,3 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
-
-
-def _read_json(path: Path, *, optional: bool = False, kind: type = dict) -> Any:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if optional:
-            return kind()
-        raise ConfigError(
-            f"{path.parent} has no {path.name}, so it is not a model folder carpool can read."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise ConfigError(f"{path} should hold a JSON {'list' if kind is list else 'object'}.")
-    return value

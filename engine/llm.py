@@ -13,10 +13,10 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from carpool.engine.async_engine import AsyncEngine
@@ -26,11 +26,12 @@ from carpool.engine.errors import ConfigError, InvalidParameter, UnsupportedTask
 from carpool.engine.loop_thread import LoopThread
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.outputs import PoolingResult
-from carpool.engine.params import PoolingParams, Task, TokenizationParams
+from carpool.engine.params import LoRARequest, PoolingParams, Task, TokenizationParams
 from carpool.engine.reference_options import ONE_ONLY, WITHOUT_MEANING, require_one
 
 Prompt = str | list[int] | Mapping[str, Any]
 Params = PoolingParams | Seq[PoolingParams] | None
+Loras = LoRARequest | Seq[LoRARequest] | None  # one for all prompts, or one each
 ScoreInput = str | Mapping[str, Any]
 Progress = bool | Callable[..., Any]  # shown or not, or what to show it with instead of tqdm
 O = TypeVar("O")  # noqa: E741
@@ -40,6 +41,7 @@ _TASKS: Mapping[str, tuple[Task, ...]] = {
     "embed": ("embed",),
     "classify": ("classify",),
     "token_embed": ("token_embed",),
+    "sparse_embed": ("sparse_embed",),
     "token_classify": ("token_classify",),
     "encode": ("token_embed", "token_classify"),  # the older name of both
     "reward": ("token_classify",),
@@ -54,9 +56,12 @@ _API = {
 
 @dataclass(frozen=True, slots=True)
 class PoolingOutput:
-    """`data`: float32 tensor, [D] for a pooled vector, [tokens, D] for a token task."""
+    """`data`: float32 tensor, [D] for a pooled vector, [tokens, D] for a token task, [n, 2] for a sparse vector.
 
-    data: Tensor
+    Of several tasks it is a dict of such tensors by task.
+    """
+
+    data: Any
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -111,8 +116,8 @@ class LLM:
     def __init__(self, model: str = "", *, task: str | None = None, **options: Any) -> None:
         """`options` are EngineConfig's fields; options of the reference that mean nothing here are ignored.
 
-        `task` and `override_pooler_config` are older spellings. Raises ConfigError for unknown options and for
-        models that cannot be served.
+        `lora_modules` may be a dict of a path a name. `task` and `override_pooler_config` are older spellings. Raises
+        ConfigError for unknown options and for models that cannot be served.
         """
         self._loop = LoopThread("carpool-llm")
         self._engine = self._loop.run(_start(_config(model, task, options)))
@@ -125,7 +130,7 @@ class LLM:
         use_tqdm: Progress = True,
         pooling_params: Params = None,
         truncate_prompt_tokens: int | None = None,
-        lora_request: None = None,
+        lora_request: Loras = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput[EmbeddingOutput]]:
         """One vector a prompt."""
@@ -140,7 +145,7 @@ class LLM:
         use_tqdm: Progress = True,
         pooling_params: Params = None,
         truncate_prompt_tokens: int | None = None,
-        lora_request: None = None,
+        lora_request: Loras = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput[ClassificationOutput]]:
         """The probability of each class; logits with `PoolingParams(use_activation=False)`."""
@@ -155,7 +160,7 @@ class LLM:
         use_tqdm: Progress = True,
         pooling_params: Params = None,
         truncate_prompt_tokens: int | None = None,
-        lora_request: None = None,
+        lora_request: Loras = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput[PoolingOutput]]:
         """One row a token, or a step of a process reward model."""
@@ -170,13 +175,13 @@ class LLM:
         use_tqdm: Progress = True,
         pooling_task: str | None = None,
         truncate_prompt_tokens: int | None = None,
-        lora_request: None = None,
+        lora_request: Loras = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput[PoolingOutput]]:
         """What the model's pooler gives, as tensors. Without `pooling_task`, what the model is for.
 
         "embed" and "classify" are one row a prompt, "token_embed", "token_classify" (or, of either, "encode") and
-        "reward" one a token.
+        "reward" one a token, "sparse_embed" one a weight. Several, joined by "&", cost one run of the model.
         """
         tokenization = _tokenization(truncate_prompt_tokens, tokenization_kwargs)
         return self._pool(prompts, pooling_params, pooling_task, use_tqdm, tokenization, lora_request)
@@ -190,7 +195,7 @@ class LLM:
         use_tqdm: Progress = True,
         pooling_params: PoolingParams | None = None,
         truncate_prompt_tokens: int | None = None,
-        lora_request: None = None,
+        lora_request: LoRARequest | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -200,8 +205,8 @@ class LLM:
         A text may be `{"content": [{"type": "text", "text": …}]}`. `chat_template` renders the pairs for a causal
         model, as --chat-template does.
         """
-        _refuse_lora(lora_request)
         model = self._engine.model
+        adapter = _adapter(lora_request, model)
         if model.score_type is None:
             raise UnsupportedTask(
                 "Scoring API is only enabled for num_labels == 1."
@@ -220,6 +225,7 @@ class LLM:
                     tokenization,
                     template=chat_template,
                     template_kwargs=chat_template_kwargs,
+                    adapter=adapter,
                     on_progress=progress,
                 )
             )
@@ -237,25 +243,25 @@ class LLM:
         name: str | None,
         use_tqdm: Progress,
         tokenization: TokenizationParams,
-        lora_request: None,
+        lora_request: Loras,
     ) -> list[RequestOutput[PoolingOutput]]:
-        _refuse_lora(lora_request)
-        task = _task(name, self._engine.model)
+        tasks = _tasks(name, self._engine.model)
         items = _as_list(prompts)
-        groups = _groups(items, pooling_params)
+        groups = _groups(items, pooling_params, lora_request, self._engine.model)
         answers: list[RequestOutput[PoolingOutput] | None] = [None] * len(items)
-        with _bar(use_tqdm, len(items)) as progress:
-            for places, params in groups:
+        with _bar(use_tqdm, len(items) * len(tasks)) as progress:
+            for places, params, adapter in groups:
                 result = self._loop.run(
                     self._engine.pool(
                         [items[i] for i in places],  # type: ignore[arg-type]
                         params,
                         tokenization,
-                        task=task,
+                        task=tasks,
+                        adapter=adapter,
                         on_progress=progress,
                     )
                 )
-                for i, answer in zip(places, _answers(result, places), strict=True):
+                for i, answer in zip(places, _answers(result, places, tasks), strict=True):
                     answers[i] = answer
         return [answer for answer in answers if answer is not None]
 
@@ -323,10 +329,14 @@ def _tokenization(truncate: int | None, kwargs: Mapping[str, Any] | None) -> Tok
     return TokenizationParams(**given)
 
 
-def _task(name: str | None, model: ModelInfo) -> Task:
-    """The engine's task for what the caller named; None is what the model is for."""
+def _tasks(name: str | None, model: ModelInfo) -> tuple[Task, ...]:
+    """The engine's tasks for what the caller named, joined by `&`; None is what the model is for."""
     if name is None:
-        return model.default_task
+        return (model.default_task,)
+    return tuple(dict.fromkeys(_task(part, model) for part in name.split("&")))
+
+
+def _task(name: str, model: ModelInfo) -> Task:
     if name not in _TASKS:
         raise UnsupportedTask(f"pooling_task={name!r} is not one of {', '.join(_TASKS)}.", "pooling_task")
     found = next((task for task in _TASKS[name] if task in model.tasks), None)
@@ -342,9 +352,26 @@ def _task(name: str | None, model: ModelInfo) -> Task:
     )
 
 
-def _refuse_lora(request: object) -> None:
-    if request is not None:
-        raise InvalidParameter("carpool does not serve adapters (lora_request).", "lora_request")
+def _adapter(request: LoRARequest | None, model: ModelInfo) -> str | None:
+    """The name of the adapter that a request is for. Adapters are loaded at start, and from one place."""
+    if request is None:
+        return None
+    name, path = str(getattr(request, "lora_name", None)), str(getattr(request, "lora_path", ""))
+    if name not in model.adapters:
+        raise InvalidParameter(
+            f"There is no adapter {name!r}: load it at start with LLM(lora_modules={{{name!r}: {path or '…'!r}}}).",
+            "lora_request",
+        )
+    loaded = model.lora_modules.get(name)
+    if (
+        path
+        and loaded is not None
+        and Path(path).expanduser().resolve() != Path(loaded).expanduser().resolve()
+    ):
+        raise InvalidParameter(
+            f"The adapter {name!r} was loaded from {loaded}, not from {path}.", "lora_request"
+        )
+    return name
 
 
 # ── prompts and answers ──────────────────────────────────────────────────────────────────────────────────────
@@ -391,21 +418,37 @@ def _text(item: Any, field: str) -> str:
     raise TypeError(f'{field} is a text or {{"content": […]}}, not {type(item).__name__}')
 
 
-def _groups(items: list[str | list[int]], params: Params) -> list[tuple[list[int], PoolingParams]]:
-    """Places of the prompts that can go in one call: of one kind, with one set of parameters."""
-    each = [params or PoolingParams()] * len(items) if not isinstance(params, Seq) else list(params)
+def _groups(
+    items: list[str | list[int]], params: Params, loras: Loras, model: ModelInfo
+) -> list[tuple[list[int], PoolingParams, str | None]]:
+    """Places of the prompts that can go in one call: of one kind, with one set of parameters, on one adapter."""
+    each = _one_each(items, params or PoolingParams(), "pooling_params")
+    adapters = [_adapter(lora, model) for lora in _one_each(items, loras, "lora_request")]
+    groups: dict[tuple[bool, PoolingParams, str | None], list[int]] = {}
+    for i, (item, own, adapter) in enumerate(zip(items, each, adapters, strict=True)):
+        groups.setdefault((isinstance(item, str), own, adapter), []).append(i)
+    return [(places, own, adapter) for (_, own, adapter), places in groups.items()]
+
+
+def _one_each(items: Seq[object], given: O | Seq[O], name: str) -> list[O]:
+    """What was given for each prompt, or the one thing given for all."""
+    each = list(given) if isinstance(given, Seq) else [given] * len(items)
     if len(each) != len(items):
-        raise ValueError(f"{len(items)} prompts but {len(each)} pooling_params were given.")
-    groups: dict[tuple[bool, PoolingParams], list[int]] = {}
-    for i, (item, own) in enumerate(zip(items, each, strict=True)):
-        groups.setdefault((isinstance(item, str), own), []).append(i)
-    return [(places, own) for (_, own), places in groups.items()]
+        raise ValueError(f"{len(items)} prompts but {len(each)} {name} were given.")
+    return each
 
 
-def _answers(result: PoolingResult, places: list[int]) -> list[RequestOutput[PoolingOutput]]:
+def _answers(
+    result: PoolingResult, places: list[int], tasks: tuple[Task, ...]
+) -> list[RequestOutput[PoolingOutput]]:
+    tensors = [torch.from_numpy(row.copy()) for row in result.rows]
+    each: Seq[Any] = tensors
+    if len(tasks) > 1:
+        by_prompt = zip(*(tensors[i :: len(tasks)] for i in range(len(tasks))), strict=True)
+        each = [dict(zip(tasks, own, strict=True)) for own in by_prompt]
     return [
-        RequestOutput(str(place), PoolingOutput(torch.from_numpy(row.copy())), ids)
-        for place, row, ids in zip(places, result.rows, result.prompt_token_ids, strict=True)
+        RequestOutput(str(place), PoolingOutput(data), ids)
+        for place, data, ids in zip(places, each, result.prompt_token_ids, strict=True)
     ]
 
 

@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from carpool.engine.params import Matryoshka, Task
+from carpool.engine.late_interaction import Role
+from carpool.engine.params import Matryoshka, Task, TaskAdapter
 
+PairShape = Literal["separated", "concatenated"]
 ScoreType = Literal["cross-encoder", "bi-encoder", "late-interaction"]
+Similarity = Literal["cosine", "dot", "maxsim", "meanmaxsim"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,18 +27,28 @@ class ModelInfo:
     matryoshka: Matryoshka
     labels: tuple[str | None, ...] = ()  # one a class of a classifier
     prompts: Mapping[str, str] = field(default_factory=dict)  # input_type → instruction to put before a text
+    adapters: tuple[str, ...] = ()  # by slot, from 1
+    lora_modules: Mapping[str, str] = field(default_factory=dict)  # the user's: name → path
+    task_adapters: Mapping[str, TaskAdapter] = field(default_factory=dict)  # the checkpoint's own, by task
+    default_adapter: str | None = None  # rides where a request names none
     pooling: str
     normalize: bool
-    pairs: Literal["separated", "concatenated"] = "separated"  # how a scored pair is tokenised
+    leaves_out_prompts: bool = False  # of pooling
+    similarity: Similarity = "cosine"  # how two results of one model are compared
+    # Of a late interaction that writes queries and documents each in its way: ids whose vectors take no part in scores.
+    roles: Mapping[Role, frozenset[int]] = field(default_factory=dict)
+    pairs: PairShape = "separated"  # how a scored pair is tokenised
     chat_template: bool = False  # chats can be rendered
-    score_template: bool = False  # scored pairs are rendered by the user's template
+    score_template: bool = False  # scored pairs are put into a prompt
     dtype: str
     device: str
     workers: int
     parameters: int
     max_num_batched_tokens: int
     max_num_seqs: int
+    packing: Literal["packed", "padded"] = "packed"  # padded: a model that cannot be packed, slower
     attention: str  # which implementation runs
+    quantization: str | None = None  # what linear layers compute in, where that is not the dtype
     surgery: Mapping[str, int] = field(
         default_factory=dict
     )  # kind of fused module → how many were swapped in

@@ -23,7 +23,8 @@ class Timings:
 class PoolingResult:
     """The answers to one request, in the order of its prompts.
 
-    `rows[i]` is float32: `[D]` for a pooled vector, `[tokens, D]` for a token task.
+    `rows[i]` is float32: `[D]` for a pooled vector, `[tokens, D]` for a token task, `[n, 2]` for a sparse vector. Of
+    several tasks a prompt has as many rows, in the order of the tasks, before those of the next.
     """
 
     rows: list[NDArray[np.float32]]

@@ -5,10 +5,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """`type_starts[i]` is where tokens of type 1 begin in prompt i (the second text of a pair); None if nowhere."""
+    """`type_starts[i]` is where tokens of type 1 begin in prompt i (the second text of a pair); None if nowhere.
+
+    `unseen[i]` is from where on tokens of prompt i look and are not looked at (an expanded query's); None if nowhere.
+    """
 
     token_ids: list[list[int]]
     type_starts: list[int | None] | None = None
+    unseen: list[int | None] | None = None
+    skip: int = 0  # tokens at the beginning of each that are not pooled
 
     @property
     def num_tokens(self) -> int:

@@ -54,9 +54,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _forward(self, batch: Batch) -> list[Row]:
-        packed = pack(batch, self._device)
+        distinct, places = batch.distinct()
+        packed = pack(distinct, self._device)
         hidden = self._backbone.forward(packed)
-        rows = self._pooler(hidden, packed.cu_seqlens, batch.sequences)
+        rows = self._pooler(hidden, packed.cu_seqlens, batch.sequences, places)
         return _finite(rows)
 
 

@@ -165,12 +165,18 @@ class Scheduler:
 
         total = first.num_tokens
         chosen = {first: None}  # a dict as an ordered set: sequences hash by identity
+        aboard = {
+            id(first.token_ids)
+        }  # a prompt of which several results are asked is one list, and is run once
         for seq in sorted(candidates[1:], key=rank):  # stable: equal ranks stay in fair order
             if len(chosen) == self._max_seqs:
                 break
-            if total + seq.num_tokens <= budget:
+            if id(seq.token_ids) in aboard:
+                chosen[seq] = None
+            elif total + seq.num_tokens <= budget:
                 total += seq.num_tokens
                 chosen[seq] = None
+                aboard.add(id(seq.token_ids))
         return chosen
 
     def _pick(self, tokens: int, now: float) -> list[Sequence]:

@@ -1,7 +1,7 @@
 """Scoring: how a query and documents become prompts, and what comes back becomes scores.
 
     cross-encoder      one prompt a pair                       the head's one number
-    bi-encoder         the query once, each document            cosine of the two vectors, float32
+    bi-encoder         the query once, each document            cosine of the two vectors, or (sparse) their product
     late interaction   the same, every token                   MaxSim: each query token's best product, summed
 
 No model and no event loop here: `plan` says what to run, `Plan.scores` reads the answers.
@@ -12,18 +12,27 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from carpool.engine.chat import ChatTemplate
 from carpool.engine.errors import EmptyInput, InvalidInput, UnsupportedTask
+from carpool.engine.framed import Framed
+from carpool.engine.late_interaction import Role, RoleText
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.params import Task
 
 Row = NDArray[np.float32]
+Prompt = str | tuple[str, str] | Framed | RoleText
+Prompts = list[str] | list[tuple[str, str]] | list[Framed] | list[RoleText]
+
+
+class Framer(Protocol):
+    """Puts pairs of a query and a document into the words of a prompt: a template, or a row of `rerankers`."""
+
+    def frames(self, pairs: Seq[tuple[str, str]], kwargs: Mapping[str, Any] | None) -> list[Framed]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,36 +44,46 @@ class Plan:
     """
 
     task: Task
-    prompts: list[str] | list[tuple[str, str]]
+    prompts: Prompts
     pairs: list[tuple[int, int]]
     measure: Callable[[Row, Row], float]
     fields: list[str]
     asked: list[int]
+    roles: Mapping[Role, frozenset[int]] = field(default_factory=dict)  # as ModelInfo has them
 
     @classmethod
     def of(
         cls,
         task: Task,
-        prompts: Seq[str] | Seq[tuple[str, str]],
+        prompts: Seq[Prompt],
         pairs: Seq[tuple[int, int]],
         measure: Callable[[Row, Row], float],
         fields: Seq[str],
+        roles: Mapping[Role, frozenset[int]] | None = None,
     ) -> Plan:
         """`pairs` and `fields` are about `prompts` as they are asked for, equal ones included."""
-        place: dict[str | tuple[str, str], int] = {}
+        place: dict[Prompt, int] = {}
         asked = [place.setdefault(prompt, len(place)) for prompt in prompts]
         named = (
             [fields[asked.index(i)] for i in range(len(place))] if len(place) < len(asked) else list(fields)
         )
-        distinct = cast("list[str] | list[tuple[str, str]]", list(place))
-        return cls(task, distinct, [(asked[a], asked[b]) for a, b in pairs], measure, named, asked)
+        distinct = cast("Prompts", list(place))
+        return cls(
+            task, distinct, [(asked[a], asked[b]) for a, b in pairs], measure, named, asked, roles or {}
+        )
 
     def prompt_tokens(self, prompts: Seq[list[int]]) -> int:
         """How many tokens were asked for, equal prompts counted each."""
         return sum(len(prompts[i]) for i in self.asked)
 
-    def scores(self, rows: Seq[Row]) -> list[float]:
-        """One score a pair, in order."""
+    def scores(self, rows: Seq[Row], token_ids: Seq[list[int]] = ()) -> list[float]:
+        """One score a pair, in order, of the prompts' results; `token_ids` of the prompts, where there are roles."""
+        if self.roles:
+            texts = cast("list[RoleText]", self.prompts)
+            rows = [
+                _without(row, ids, self.roles[text.role])
+                for row, ids, text in zip(rows, token_ids, texts, strict=True)
+            ]
         return [self.measure(rows[a], rows[b]) for a, b in self.pairs]
 
     def token_ids(self, prompts: Seq[list[int]]) -> list[list[int]]:
@@ -83,10 +102,10 @@ def plan(
     model: ModelInfo,
     queries: Seq[str],
     documents: Seq[str],
-    chat: ChatTemplate,
+    framer: Framer | None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """How `model` scores each query with its document: 1:1, 1:N or N:N. `kwargs` go to a score template."""
+    """How `model` scores each query with its document: 1:1, 1:N or N:N. `kwargs` are for the `framer`."""
     if not queries:
         raise EmptyInput("At least one text element must be given", "queries")
     if not documents:
@@ -99,25 +118,34 @@ def plan(
     one = len(queries) == 1
     if kind == "cross-encoder":
         matched = [(queries[0] if one else queries[i], document) for i, document in enumerate(documents)]
-        return _cross_encoder(model, matched, chat, kwargs)
+        paired = pair_prompts(model, matched, framer, kwargs)
+        both = [(i, i) for i in range(len(paired))]
+        return Plan.of("classify", paired, both, lambda row, _: float(row[0]), _names("documents", paired))
     pairs = [(0 if one else i, len(queries) + i) for i in range(len(documents))]
-    prompts, fields = [*queries, *documents], _names("queries", queries) + _names("documents", documents)
+    fields = _names("queries", queries) + _names("documents", documents)
     if kind == "bi-encoder":
-        return Plan.of("embed", prompts, pairs, cosine, fields)
-    return Plan.of("token_embed", prompts, pairs, max_sim, fields)
+        measure: Callable[[Row, Row], float] = dot if model.similarity == "dot" else cosine
+        return Plan.of("embed", [*queries, *documents], pairs, measure, fields)
+    measure = mean_max_sim if model.similarity == "meanmaxsim" else max_sim
+    if not model.roles:
+        return Plan.of("token_embed", [*queries, *documents], pairs, measure, fields)
+    texts = [RoleText("query", text) for text in queries]
+    texts += [RoleText("document", text) for text in documents]
+    return Plan.of("token_embed", texts, pairs, measure, fields, model.roles)
 
 
-def _cross_encoder(
-    model: ModelInfo, pairs: list[tuple[str, str]], chat: ChatTemplate, kwargs: Mapping[str, Any] | None
-) -> Plan:
-    both = [(i, i) for i in range(len(pairs))]
-    prompts: Seq[str] | Seq[tuple[str, str]] = pairs
-    if chat.given:
-        prompts = [chat.render_pair(query, document, kwargs) for query, document in pairs]
-    elif model.pairs == "concatenated":
-        prompts = [query + document for query, document in pairs]
-    fields = _names("documents", prompts)
-    return Plan.of("classify", prompts, both, lambda row, _: float(row[0]), fields)
+def pair_prompts(
+    model: ModelInfo,
+    pairs: list[tuple[str, str]],
+    framer: Framer | None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Prompts:
+    """Each pair as one prompt: in the framer's words, one text after the other, or apart."""
+    if framer is not None:
+        return framer.frames(pairs, kwargs)
+    if model.pairs == "concatenated":
+        return [query + document for query, document in pairs]
+    return pairs
 
 
 def _names(field: str, items: Seq[object]) -> list[str]:
@@ -130,6 +158,21 @@ def cosine(a: Row, b: Row) -> float:
     return float(np.dot(a, b) / lengths) if lengths else 0.0
 
 
+def dot(a: Row, b: Row) -> float:
+    """The product of two vectors, in float32: the weights of two texts for the words they share."""
+    return float(np.dot(a, b))
+
+
 def max_sim(query: Row, document: Row) -> float:
     """Σ over query tokens of the largest product with a document token. query [Q, D], document [M, D]."""
-    return float((query @ document.T).max(axis=1).sum(dtype=np.float32))
+    return float((query @ document.T).max(axis=1).sum(dtype=np.float32)) if len(document) else 0.0
+
+
+def mean_max_sim(query: Row, document: Row) -> float:
+    """MaxSim a query token."""
+    return max_sim(query, document) / max(1, len(query))
+
+
+def _without(row: Row, ids: list[int], skipped: frozenset[int]) -> Row:
+    """The vectors [tokens, D] of those tokens that take part."""
+    return row[[token not in skipped for token in ids]] if skipped else row

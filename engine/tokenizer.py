@@ -6,6 +6,7 @@ tokenised whole and the ids are cut here, sparing the special tokens as the libr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,15 @@ from carpool.engine.errors import (
     InvalidParameter,
     TokenOutOfVocabulary,
 )
+from carpool.engine.fast_tokenizer import load_fast
+from carpool.engine.framed import Framed
+from carpool.engine.late_interaction import LateInteraction, Role, RoleText
 from carpool.engine.params import Side, TokenizationParams
 from carpool.engine.prepared import Prepared
+from carpool.engine.roles import Scribe
 
 Pair = tuple[str, str]
-Prompts = list[str] | list[list[int]] | list[Pair]
+Prompts = list[str] | list[list[int]] | list[Pair] | list[Framed] | list[RoleText]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +55,13 @@ class Tokenizer:
         truncation_side: Side = "right",
         pad_id: int = 0,
         token_types: bool = True,
+        pads: bool = False,
+        scribes: Mapping[Role, Scribe] | None = None,
+        leaves_out_prompts: bool = False,
     ) -> None:
         """`vocab_size` is the model's: ids at or above it have no embedding. `token_types`: the model tells the
-        second text of a pair from the first."""
+        second text of a pair from the first. `pads`: prompts are filled up to `max_model_len`. `scribes` write the
+        texts of a late interaction."""
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -61,9 +70,12 @@ class Tokenizer:
         self._lowercase = lowercase
         self._side: Side = truncation_side
         self._pad_id = pad_id
+        self._pads = pads
         self._affixes = _find_affixes(backend)
         self._pair_affixes, type_offset = _find_pair_affixes(backend)
         self._type_offset = type_offset if token_types else None
+        self.scribes: Mapping[Role, Scribe] = scribes or {}
+        self._leaves_out_prompts = leaves_out_prompts
         vocabulary = backend.get_vocab(with_added_tokens=True)
         # No token stands for more characters than the longest entry does.
         self._longest_token = max(map(len, vocabulary), default=1)
@@ -79,16 +91,27 @@ class Tokenizer:
         return cls.of(fast, token_types=token_types, **limits)
 
     @classmethod
-    def of(cls, fast: Any, *, token_types: bool = True, **limits: Any) -> Tokenizer:
+    def of(
+        cls, fast: Any, *, token_types: bool = True, late: LateInteraction | None = None, **limits: Any
+    ) -> Tokenizer:
         """From a tokenizer of transformers, whose rules it takes over; what becomes of `fast` later is its own."""
         backend = fast.backend_tokenizer
+        mask = fast.eos_token_id if fast.mask_token_id is None else fast.mask_token_id
+        writings = late.writings.items() if late else ()
+        scribes = {role: Scribe.of(writing, backend.token_to_id, mask) for role, writing in writings}
         return cls(
             tokenizers.Tokenizer.from_str(backend.to_str()),
             truncation_side="left" if fast.truncation_side == "left" else "right",
             pad_id=fast.pad_token_id or 0,
             token_types=token_types and "token_type_ids" in fast.model_input_names,
+            scribes=scribes,
             **limits,
         )
+
+    @property
+    def expands_unseen(self) -> bool:
+        """Whether queries are filled up with tokens that are not to be looked at."""
+        return any(scribe.expands_unseen for scribe in self.scribes.values())
 
     # ── text to ids ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -112,8 +135,13 @@ class Tokenizer:
         longest = self._max_model_len if max_len == -1 else max_len
         limit = self._limit(params.truncate_prompt_tokens, longest)
         type_starts: list[int | None] | None = None
-        if prompts and isinstance(prompts[0], tuple):
-            batch, type_starts = self._encode_pairs(prompts, params, limit)
+        unseen: list[int | None] | None = None
+        if prompts and isinstance(prompts[0], RoleText):
+            batch, unseen = self._encode_roles(cast("list[RoleText]", prompts), params, limit, longest)
+        elif prompts and isinstance(prompts[0], tuple):
+            batch, type_starts = self._encode_pairs(cast("list[Pair]", prompts), params, limit)
+        elif prompts and isinstance(prompts[0], Framed):
+            batch = self._encode_framed(prompts, params, limit)
         elif prompts and isinstance(prompts[0], str):
             batch = self._encode_for(prompts, params, limit, longest)
             if limit is not None:
@@ -122,12 +150,41 @@ class Tokenizer:
             batch = cast("list[list[int]]", prompts)
             if limit is not None:
                 batch = [_cut(ids, limit, params.truncation_side or "right") for ids in batch]
-        if self._exceeds_model or not (prompts and isinstance(prompts[0], str | tuple)):
+        if self._exceeds_model or not (prompts and isinstance(prompts[0], str | tuple | Framed)):
             self._check_vocabulary(batch)
         self._check_lengths(batch, longest)
-        if params.padding == "max_length":
+        if params.padding == "max_length" or (self._pads and params.padding is None):
             batch = [ids + [self._pad_id] * (self._max_model_len - len(ids)) for ids in batch]
-        return Prepared(batch, type_starts)
+        return Prepared(batch, type_starts, unseen, self._prompt_tokens(params))
+
+    def _prompt_tokens(self, params: TokenizationParams) -> int:
+        """How many tokens at the beginning are not pooled: the prompt's and those that the tokenizer puts before it."""
+        if not (self._leaves_out_prompts and params.prompt):
+            return 0
+        if params.truncate_prompt_tokens is not None and (params.truncation_side or self._side) == "left":
+            raise InvalidParameter(
+                "This model leaves the prompt out of its pooling, so a text with a prompt cannot be cut on the left.",
+                "truncation_side",
+            )
+        (ids,) = self.encode([params.prompt], params.add_special_tokens)
+        return len(ids) - (len(self._affixes.suffix) if params.add_special_tokens else 0)
+
+    def _encode_roles(
+        self, prompts: list[RoleText], params: TokenizationParams, limit: int | None, longest: int | None
+    ) -> tuple[list[list[int]], list[int | None]]:
+        """Each query and document as its scribe writes it, and from where on its tokens are not looked at."""
+        batch: list[list[int]] = [[]] * len(prompts)
+        unseen: list[int | None] = [None] * len(prompts)
+        for role in dict.fromkeys(prompt.role for prompt in prompts):
+            scribe = self.scribes.get(role, Scribe())
+            places = [i for i, prompt in enumerate(prompts) if prompt.role == role]
+            room = scribe.room(limit)
+            texts = [scribe.prompt + prompts[i].text for i in places]
+            encoded = self._encode_for(texts, params, room, longest)
+            for i, ids in zip(places, encoded, strict=True):
+                cut = ids if room is None else self._truncate_text(ids, room, params)
+                batch[i], unseen[i] = scribe.write(cut, self._max_model_len)
+        return batch, unseen
 
     def _encode_pairs(
         self, pairs: list[Pair], params: TokenizationParams, limit: int | None
@@ -160,6 +217,23 @@ class Tokenizer:
             batch.append(whole)
             starts.append(start if start < len(whole) else None)
         return batch, starts
+
+    def _encode_framed(
+        self, prompts: list[Framed], params: TokenizationParams, limit: int | None
+    ) -> list[list[int]]:
+        """Each prompt, its parts tokenised one by one (every distinct one once), joined, and cut where it may be."""
+        distinct = list(dict.fromkeys(text for prompt in prompts for text in (*prompt.parts, prompt.tail)))
+        ids = dict(zip(distinct, self.encode(distinct, add_special_tokens=False), strict=True))
+        batch = []
+        for prompt in prompts:
+            around = self._affixes if prompt.specials else Affixes((), ())
+            parts = [ids[part] for part in prompt.parts]
+            if limit is not None and params.truncation_side != "left":
+                specials = len(around.prefix) + len(around.suffix)
+                parts = _give_way(parts, prompt.yields, ids[prompt.tail], limit, specials)
+            whole = [*around.prefix, *(token for part in parts for token in part), *around.suffix]
+            batch.append(whole if limit is None else _cut(whole, limit, "left"))
+        return batch
 
     def _truncate_pair(self, first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
         """Cut the longer side first, as the tokenizers library's longest_first does."""
@@ -294,19 +368,6 @@ class Tokenizer:
         return 0 <= token < self._backend.get_vocab_size(with_added_tokens=True)
 
 
-def load_fast(path: str | Path, *, trust_remote_code: bool) -> Any:
-    """The folder's tokenizer, by transformers, which knows each family's own rules for special tokens."""
-    from transformers import AutoTokenizer
-
-    try:
-        fast = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises whatever went wrong inside
-        raise ConfigError(f"The tokenizer in {path} cannot be loaded: {_first_line(error)}") from error
-    if getattr(fast, "backend_tokenizer", None) is None:
-        raise ConfigError(f"The tokenizer in {path} has no fast version; save one with tokenizer.json.")
-    return fast
-
-
 def _find_affixes(backend: tokenizers.Tokenizer) -> Affixes:
     """Which ids stand before and after a text's own: learned by looking at one."""
     bare = backend.encode("a", add_special_tokens=False).ids
@@ -334,6 +395,26 @@ def _cut(ids: list[int], limit: int, side: Side) -> list[int]:
     return ids[:limit] if side == "right" else ids[len(ids) - limit :]
 
 
+def _give_way(
+    parts: list[list[int]], yields: tuple[int, ...], tail: list[int], limit: int, specials: int
+) -> list[list[int]]:
+    """The parts with as much cut from the ends of those at `yields`, in this order, as `limit` has no room for."""
+    parts = list(parts)
+    excess = sum(map(len, parts)) + specials - limit
+    for place in yields:
+        if excess > 0:
+            keep = max(0, len(parts[place]) - len(tail) - excess)
+            excess -= len(parts[place]) - len(tail) - keep
+            parts[place] = parts[place][:keep] + tail
+    if excess > 0:
+        raise InvalidParameter(
+            f"truncate_prompt_tokens {limit} leaves no room for a query and a document: the model's prompt around them "
+            f"alone has {limit + excess} tokens.",
+            "truncate_prompt_tokens",
+        )
+    return parts
+
+
 def _head(text: str, most: int) -> str:
     """At most `most` characters, ending where a word does, so that its tokens are the whole text's first."""
     if len(text) <= most:
@@ -353,7 +434,3 @@ def _check_text(texts: list[str]) -> None:
 
 def _name(index: int, batch: list[str] | list[list[int]]) -> str:
     return "input" if len(batch) == 1 else f"input[{index}]"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

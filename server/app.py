@@ -109,6 +109,20 @@ ROUTES = (
         "/embed",
     ),
     *_to_model(
+        "Give a vector for each token; the request is TEI's.",
+        tei.embed_all,
+        protocol.TeiInputsRequest,
+        list[list[list[float]]],
+        "/embed_all",
+    ),
+    *_to_model(
+        "Give texts' weights in the entries of the vocabulary; the request is TEI's.",
+        tei.embed_sparse,
+        protocol.TeiInputsRequest,
+        list[list[protocol.TeiWeight]],
+        "/embed_sparse",
+    ),
+    *_to_model(
         "Classify texts or pairs of texts; the request is TEI's.",
         tei.predict,
         protocol.TeiPredictRequest,

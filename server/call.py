@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import web
 
 from carpool.engine.errors import InvalidInput, UnsupportedTask
-from carpool.server.errors import UnknownModel
+from carpool.server.errors import InvalidRequest, UnknownModel
 from carpool.server.headers import label, timeout_seconds
 from carpool.server.keys import CLIENT, CONFIG, ENGINE, METRICS, REQUEST_ID
 
@@ -32,7 +33,7 @@ class Asked(Protocol):
 
 
 class Call:
-    """`name` is the served model's; `model` is what is known of it."""
+    """`name` is the served model's, or that of the adapter which was asked for; `model` is what is known of it."""
 
     def __init__(self, request: web.Request, asked: Asked) -> None:
         """Raises UnknownModel, and NotReady while the model loads."""
@@ -41,6 +42,7 @@ class Call:
         self.name = served_name(request.app, asked.model)
         self._engine = request.app[ENGINE]
         self.model = self._engine.model
+        self._adapter = self.name if self.name in self.model.lora_modules else None
         self._timeout = timeout_seconds(request)
         self._tokens = 0
         self._timings: Timings | None = None
@@ -57,6 +59,25 @@ class Call:
         if not offered:
             raise UnsupportedTask(f"The model does not support {api} API")
 
+    def take_task(self, name: str | None, field: str) -> str:
+        """Ride on the adapter that the checkpoint has for this task; returns the prompt that goes before each text.
+
+        A model without such adapters has no tasks to take, and knows nothing of names for them.
+        """
+        tasks = self.model.task_adapters
+        if name is None or not tasks:
+            return ""
+        if name not in tasks:
+            raise InvalidRequest(
+                f"Unsupported {field} '{name}'. Supported values: {', '.join(sorted(tasks))}.", field
+            )
+        if self._adapter is not None:
+            raise InvalidRequest(
+                f"{field} chooses an adapter, and so does model: {self.name} has no tasks.", field
+            )
+        self._adapter = tasks[name].adapter
+        return tasks[name].prompt
+
     async def prompts(self, asked: TextRequest) -> Prompts:
         """The request's texts or token ids; chats are rendered."""
         if asked.is_chat:
@@ -66,15 +87,22 @@ class Call:
     async def render(self, conversations: Sequence[Conversation], options: Mapping[str, Any]) -> list[str]:
         return await rendered(self._request.app, conversations, options)
 
+    async def pair_prompts(self, pairs: list[tuple[str, str]]) -> Prompts:
+        """Pairs of texts as prompts for `pool`."""
+        return await self._engine.pair_prompts(pairs)
+
     async def pool(
         self,
-        task: Task,
+        task: Task | tuple[Task, ...],
         prompts: Prompts,
         params: PoolingParams,
         tokenization: TokenizationParams,
         field: str = "input",
+        prompt: str = "",
     ) -> PoolingResult:
-        """`field` is where the prompts stood in the body."""
+        """`field` is where the prompts stood in the body; `prompt` is what was put before each text."""
+        if prompt:
+            tokenization = replace(tokenization, prompt=prompt)
         with _blaming({"input": field}):
             result = await self._engine.pool(prompts, params, tokenization, task=task, **self._terms)
         self._note(result)
@@ -99,8 +127,9 @@ class Call:
 
     @property
     def _terms(self) -> Mapping[str, Any]:
-        """For whom, how urgent, how long."""
+        """On which adapter, for whom, how urgent, how long."""
         return {
+            "adapter": self._adapter,
             "client": self._request[CLIENT],
             "priority": self._asked.priority or 0,
             "timeout": self._timeout,
@@ -133,11 +162,23 @@ def _blaming(fields: Mapping[str, str]) -> Iterator[None]:
 
 
 def served_name(app: web.Application, asked: str | None) -> str:
-    """The name answers carry, whichever of the model's names the request used."""
+    """The name answers carry: an adapter's own, or the model's first, whichever of its names the request used."""
     names = app[CONFIG].model_names
+    if asked in {module.name for module in app[CONFIG].engine.lora_modules}:
+        return str(asked)
     if asked and asked not in names:
         raise UnknownModel(f"The model `{asked}` does not exist.", "model")
     return names[0]
+
+
+def prefixed(prompt: str, prompts: Prompts, field: str) -> Prompts:
+    """The prompts with `prompt` before each text. `field` asked for that."""
+    if not prompt:
+        return prompts
+    texts = [item for item in prompts if isinstance(item, str)]
+    if not texts:
+        raise InvalidRequest(f"{field} goes with texts, not with token ids.", field)
+    return [prompt + text for text in texts]
 
 
 async def rendered(

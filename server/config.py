@@ -63,6 +63,9 @@ class ServerConfig:
             raise ConfigError("--api-key must not be empty.")
         if "" in self.served_model_name:
             raise ConfigError("--served-model-name must not be empty.")
+        for module in self.engine.lora_modules:
+            if module.name in self.model_names:
+                raise ConfigError(f"--lora-modules names {module.name!r}, which is the model's own name.")
         if self.root_path and not re.fullmatch(r"(/[\w.~-]+)+/?", self.root_path, re.ASCII):
             raise ConfigError(f"--root-path must be a path such as /embed, got {self.root_path}.")
         object.__setattr__(self, "root_path", self.root_path.rstrip("/"))

@@ -71,6 +71,19 @@ def base64_items(
     return _json_array(texts, len(texts), style)
 
 
+def items_by_task(rows: Rows, tasks: Sequence[str], layout: tuple[EmbedDType, Endianness] | None) -> bytes:
+    """The `data` array of an answer of several results a prompt, each under its task's name.
+
+    `layout` is of base64; None: as numbers.
+    """
+    results: Rows | list[str] = [np.ascontiguousarray(row) for row in rows]
+    if layout is not None:
+        results = base64_texts(rows, *layout)
+    width = len(tasks)
+    prompts = [dict(zip(tasks, results[i : i + width], strict=True)) for i in range(0, len(results), width)]
+    return _json_array(prompts, _slice_of(rows), POOLING)
+
+
 def base64_texts(rows: Rows, dtype: EmbedDType, endianness: Endianness) -> list[str]:
     buffer = memoryview(raw_vectors(rows, dtype, endianness))
     return [b2a_base64(buffer[start:end], newline=False).decode() for start, end in _extents(rows, dtype)]
@@ -86,6 +99,18 @@ def bare_items(rows: Rows) -> bytes:
         for i in range(0, len(rows), step)
     ]
     return b"[%b]" % b",".join(part[1:-1] for part in slices)
+
+
+def sparse_items(rows: Rows) -> bytes:
+    """Sparse vectors [n, 2] as a JSON array of arrays of {"index", "value"}."""
+    texts = [
+        [
+            {"index": int(index), "value": value}
+            for index, value in zip(row[:, 0], shortest(row[:, 1]), strict=True)
+        ]
+        for row in rows
+    ]
+    return orjson.dumps(texts)
 
 
 def shortest(numbers: Row) -> list[float]:

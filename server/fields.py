@@ -60,6 +60,11 @@ DOCUMENT: Schema = {
     "anyOf": [TEXT, PARTS, {"type": "object", "properties": {"text": TEXT}, "required": ["text"]}]
 }
 PAIR = _list(TEXT, maxItems=2)
+INPUTS: Schema = {
+    "anyOf": list(PROMPTS),
+    "description": "A text, one prompt as token ids, or a list of either.",
+}
+TASKS = "|".join(get_args(Task))
 WIDTH = _at_least(1, "Width to cut vectors to, before they are normalised; Matryoshka models only.")
 ACTIVATION = {"description": "Older name of use_activation."}
 
@@ -116,8 +121,15 @@ FIELDS: dict[str, Schema] = {
     "truncation": {"description": "Whether to cut what is too long."},
     "truncate": {"description": "END or true: cut the end of what is too long; START: its beginning."},
     "task": {
-        "description": "What to compute; null: the model's own task. encode: a row for each token.",
-        "enum": [*get_args(Task), "encode", None],
+        "description": "What to compute; null: the model's own task. encode: a row for each token. Of several tasks, "
+        "joined by &, each result is an object of one entry a task.",
+        "anyOf": [
+            {"enum": [*get_args(Task), "encode", None]},
+            {"type": "string", "pattern": f"^({TASKS})(&({TASKS}))+$"},
+        ],
+    },
+    "EmbeddingRequest.task": {
+        "description": "Which of the checkpoint's own adapters, such as retrieval.query; without effect if it has none."
     },
     "data": {"description": "For plugins, which there are none of.", "type": "null"},
     # Cohere
@@ -139,15 +151,13 @@ FIELDS: dict[str, Schema] = {
     "RerankRequest.documents": _either(DOCUMENT, _list(DOCUMENT), says="The texts to sort."),
     "max_tokens_per_query": _at_least(0, "Cut each query to so many tokens; 0: not at all."),
     "max_tokens_per_doc": _at_least(0, "Cut each document to so many tokens; 0: not at all."),
-    "instruction": {"description": "For the score template."},
+    "instruction": {"description": "What is asked of the pair, where the model's prompt has a place for it."},
     "top_n": {"description": "How many results; 0: all."},
     "top_k": {"description": "Another name of top_n."},
     "return_documents": {"description": "Whether results repeat their texts; by default true."},
     # Text Embeddings Inference
-    "TeiEmbedRequest.inputs": {
-        "anyOf": list(PROMPTS),
-        "description": "A text, one prompt as token ids, or a list of either.",
-    },
+    "TeiEmbedRequest.inputs": INPUTS,
+    "TeiInputsRequest.inputs": INPUTS,
     "TeiPredictRequest.inputs": {
         "anyOf": [TEXT, PAIR, {**_list({"anyOf": [TEXT, PAIR]}), "contains": PAIR}],
         "description": "A text, two texts that are a pair, or a list of lists of one text or two.",
@@ -188,6 +198,7 @@ EXAMPLES: dict[str, Schema] = {
     "RerankRequest": {"query": "What is Berlin?", "documents": ["A city.", "A dance."], "top_n": 1},
     "ScoreRequest": {"text_1": "What is Berlin?", "text_2": ["A city.", "A dance."]},
     "TeiEmbedRequest": {"inputs": ["one", "two"]},
+    "TeiInputsRequest": {"inputs": ["one", "two"]},
     "TeiPredictRequest": {"inputs": "I love it."},
     "TeiRerankRequest": {"query": "What is Berlin?", "texts": ["A city.", "A dance."]},
     "TokenizeRequest": {"prompt": "one two"},

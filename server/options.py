@@ -63,6 +63,8 @@ class Option:
         if self.is_list:
             item = dataclasses.replace(self, type=get_args(self.type)[0])
             return tuple(item.read(value) for value in (raw if isinstance(raw, list) else [raw]))
+        if hasattr(self.type, "parse"):
+            return self.type.parse(raw)
         if isinstance(self.type, type) and dataclasses.is_dataclass(self.type):
             return build(self.type, raw, f"{self.flag} key")
         if self.is_object:

@@ -158,7 +158,7 @@ def from_environment(environment: Mapping[str, str]) -> Settings:
             continue
         name = normal(variable.removeprefix(ENVIRONMENT_PREFIX))
         option = OPTIONS.get(name)
-        if option and option.is_list and not value.startswith("["):
+        if option and option.is_list and not value.startswith(("[", "{")):
             settings.put(name, [item.strip() for item in value.split(",")])
         else:
             settings.put(name, value)

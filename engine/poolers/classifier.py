@@ -25,6 +25,7 @@ class ReplayedHead(nn.Module):
         super().__init__()
         backbone = getattr(full, full.base_model_prefix)
         setattr(full, full.base_model_prefix, _Stub(backbone))
+        _untie(full, backbone)
         self._full = full.float()
         self._per_token = per_token
         text = full.config.get_text_config()
@@ -37,6 +38,15 @@ class ReplayedHead(nn.Module):
         ids = torch.full(texts.shape[:2], self._token, device=rows.device)
         logits: Tensor = self._full(input_ids=ids, inputs_embeds=texts).logits
         return logits[0] if self._per_token else logits
+
+
+def _untie(head: nn.Module, backbone: nn.Module) -> None:
+    """Weights that the head shares with the backbone (a language model's word vectors) become float32 for it alone."""
+    shared = {id(weight) for weight in backbone.parameters()}
+    for module in head.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and id(weight) in shared:
+                module._parameters[name] = nn.Parameter(weight.detach().float(), requires_grad=False)
 
 
 class _Stub(nn.Module):
@@ -65,9 +75,9 @@ class _First(nn.Module):
         return hidden[:, 0]
 
 
-def head_from_weights(tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Reward heads as published: one linear layer `score` or `v_head`, or `score.0`, ReLU, `score.2`."""
-    for prefix in ("score", "v_head"):
+def head_from_weights(tensors: Mapping[str, Tensor], prefixes: Seq[str] = ("score", "v_head")) -> nn.Module:
+    """Heads beside a backbone, as reward models have them: one linear layer, or `score.0`, ReLU, `score.2`."""
+    for prefix in prefixes:
         if f"{prefix}.weight" in tensors:
             return _linear(tensors, prefix)
         numbered = sorted(int(key.split(".")[1]) for key in tensors if _is_layer_weight(key, prefix))

@@ -1,13 +1,17 @@
 """Dense heads of sentence-transformers: float32 [B, in] to [B, out], after pooling."""
 
+import re
+from collections.abc import Mapping
 from importlib import import_module
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from carpool.engine.checkpoint import Dense
 from carpool.engine.errors import ConfigError
+from carpool.engine.models.weights import stored
+from carpool.engine.side_files import Dense
+
+_PREFIXES = ("linear.", "dense.", "")  # of a folder's weights that holds nothing else
 
 
 def load_dense(spec: Dense, device: torch.device) -> nn.Sequential:
@@ -22,16 +26,44 @@ def load_dense(spec: Dense, device: torch.device) -> nn.Sequential:
     except Exception as error:  # damaged, or a pickle that is not safe to load: each format has its own words
         raise ConfigError(f"The weights in {spec.folder} cannot be read: {type(error).__name__}.") from error
     for name in ("weight", "bias") if spec.bias else ("weight",):
-        found = next(
-            (tensors[key] for key in (f"linear.{name}", f"dense.{name}", name) if key in tensors), None
-        )
+        found = next((tensors[p + name] for p in _prefixes(spec) if p + name in tensors), None)
         parameter = getattr(linear, name)
         if found is None or found.shape != parameter.shape:
             raise ConfigError(
                 f"{spec.folder.name} has no {name} of shape {tuple(parameter.shape)} for its Dense layer."
             )
         parameter.data.copy_(found)
-    return nn.Sequential(linear, activation(spec.activation)).requires_grad_(False).eval()
+    layer = nn.Sequential(linear, activation(spec.activation))
+    if spec.residual:
+        layer = nn.Sequential(_Residual(layer, _bypass(spec, tensors, device)))
+    return layer.requires_grad_(False).eval()
+
+
+class _Residual(nn.Module):
+    """What goes in is added to what comes out, through `bypass`."""
+
+    def __init__(self, layer: nn.Module, bypass: nn.Module) -> None:
+        super().__init__()
+        self._layer = layer
+        self._bypass = bypass
+
+    def forward(self, rows: Tensor) -> Tensor:
+        out: Tensor = self._layer(rows) + self._bypass(rows)
+        return out
+
+
+def _bypass(spec: Dense, tensors: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+    """A linear layer where the widths differ."""
+    if spec.in_features == spec.out_features:
+        return nn.Identity()
+    weight = tensors.get("residual.weight")
+    if weight is None or weight.shape != (spec.out_features, spec.in_features):
+        raise ConfigError(
+            f"{spec.folder.name} has no residual.weight of shape {(spec.out_features, spec.in_features)}."
+        )
+    linear = nn.Linear(spec.in_features, spec.out_features, bias=False, device=device)
+    linear.weight.data.copy_(weight)
+    return linear
 
 
 def activation(dotted: str) -> nn.Module:
@@ -48,11 +80,11 @@ def activation(dotted: str) -> nn.Module:
 
 
 def _tensors(spec: Dense) -> dict[str, Tensor]:
-    safe, pickled = spec.folder / "model.safetensors", spec.folder / "pytorch_model.bin"
-    if safe.is_file():
-        with safe_open(safe, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    if pickled.is_file():
-        tensors: dict[str, Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
-        return tensors
-    raise ConfigError(f"{spec.folder} has neither model.safetensors nor pytorch_model.bin.")
+    if not any(spec.folder.glob("*.safetensors")) and not any(spec.folder.glob("pytorch_model*.bin")):
+        raise ConfigError(f"{spec.folder} has neither model.safetensors nor pytorch_model.bin.")
+    names = "|".join(re.escape(prefix) for prefix in _prefixes(spec))
+    return stored(spec.folder, re.compile(f"({names})(weight|bias)$|residual\\.weight$"))
+
+
+def _prefixes(spec: Dense) -> tuple[str, ...]:
+    return (spec.prefix,) if spec.prefix else _PREFIXES

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from carpool.engine.checkpoint import PoolingMode
 from carpool.engine.poolers.methods import METHODS
 from carpool.engine.poolers.pooler import Rows, split, token_rows
 from carpool.engine.sequence import Sequence
+from carpool.engine.side_files import PoolingMode
 from carpool.kernels.reference import cut_and_normalize
 
 
@@ -56,12 +57,30 @@ class EmbedPool:
     def __call__(
         self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]
     ) -> Rows:
+        if any(seq.skip for seq in sequences):
+            hidden, cu_seqlens = _without_prompts(hidden, cu_seqlens, places, sequences)
+            places = range(len(sequences))
         pooled = [method(hidden, cu_seqlens) for method in self._methods]
         vectors = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
-        if len(places) < len(vectors):
+        if list(places) != list(range(len(vectors))):
             vectors = vectors[list(places)]
         finished = self._head(vectors, sequences, [1] * len(places))
         return [row[: self._head.width(seq, len(row))] for row, seq in zip(finished, sequences, strict=True)]
+
+
+def _without_prompts(
+    hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]
+) -> tuple[Tensor, Tensor]:
+    """The rows of these sequences alone, less those of their prompts; of a text that is nothing else, its last."""
+    bounds = cu_seqlens.tolist()
+    kept = [
+        range(min(bounds[place] + seq.skip, bounds[place + 1] - 1), bounds[place + 1])
+        for place, seq in zip(places, sequences, strict=True)
+    ]
+    ends = [0, *accumulate(map(len, kept))]
+    return hidden[list(chain.from_iterable(kept))], torch.tensor(
+        ends, dtype=torch.int32, device=hidden.device
+    )
 
 
 class TokenEmbedPool:

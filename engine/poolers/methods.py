@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from carpool.engine.checkpoint import PoolingMode
+from carpool.engine.side_files import PoolingMode
 from carpool.kernels import reference
 
 Method = Callable[[Tensor, Tensor], Tensor]

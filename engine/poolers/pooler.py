@@ -25,7 +25,7 @@ class Pool(Protocol):
     def __call__(
         self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]
     ) -> Rows:
-        """hidden [T, H], cu_seqlens [B+1]; `sequences` are those at `places` in the batch, in order.
+        """hidden [T, H], cu_seqlens [B+1]; the hidden states of `sequences[i]` are those at `places[i]` of the B.
 
         Returns one float32 array each: [D] for a whole text, [tokens, D] for a token task.
         """
@@ -37,13 +37,16 @@ class Pooler:
     def __init__(self, pools: Mapping[Task, Pool]) -> None:
         self._pools = pools
 
-    def __call__(self, hidden: Tensor, cu_seqlens: Tensor, sequences: Seq[Sequence]) -> Rows:
+    def __call__(
+        self, hidden: Tensor, cu_seqlens: Tensor, sequences: Seq[Sequence], places: Seq[int]
+    ) -> Rows:
+        """`places` as a Pool has them: sequences that ask several things of one text share its hidden states."""
         results: dict[int, NDArray[np.float32]] = {}
         for task, pool in self._pools.items():
-            places = [i for i, seq in enumerate(sequences) if seq.task == task]
-            if places:
-                rows = pool(hidden, cu_seqlens, places, [sequences[i] for i in places])
-                results.update(zip(places, rows, strict=True))
+            asking = [i for i, seq in enumerate(sequences) if seq.task == task]
+            if asking:
+                rows = pool(hidden, cu_seqlens, [places[i] for i in asking], [sequences[i] for i in asking])
+                results.update(zip(asking, rows, strict=True))
         return [results[i] for i in range(len(sequences))]
 
 

@@ -49,17 +49,26 @@ async def embed(request: web.Request) -> web.Response:
 
 
 async def _run(call: Call, asked: CohereEmbedRequest) -> PoolingResult:
-    """The instruction is a system message where the model has a chat template, and else stands before the text."""
+    """The instruction is a system message where the model has a chat template, and else stands before the text.
+
+    So it does where the model leaves prompts out of its pooling, for in a rendered chat nobody knows where it ends.
+    Where the checkpoint has an adapter for the `input_type`, its instruction is part of that.
+    """
     texts = asked.plain_texts()
-    instruction = asked.instruction(call.model.prompts)
-    as_chat = bool(instruction) and call.model.chat_template
+    task = asked.task(call.model.task_adapters)
+    instruction = call.take_task(task, "input_type") if task else asked.instruction(call.model.prompts)
+    as_chat = (
+        bool(instruction) and call.model.chat_template and not task and not call.model.leaves_out_prompts
+    )
     if as_chat:
         texts = await call.render([instructed(instruction, text) for text in texts], {})
     else:
         texts = [instruction + text for text in texts]
     tokenization = asked.tokenization(call.model.max_model_len, add_special_tokens=not as_chat)
     field = "inputs" if asked.texts is None else "texts"
-    return await call.pool("embed", texts, asked.pooling(), tokenization, field)
+    return await call.pool(
+        "embed", texts, asked.pooling(), tokenization, field, "" if as_chat else instruction
+    )
 
 
 def _check_lengths(result: PoolingResult, most: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from carpool.server.body import read_request
-from carpool.server.call import Call
+from carpool.server.call import Call, prefixed
 from carpool.server.encoding import EMBEDDING
 from carpool.server.handlers.vectors import answer_vectors
 from carpool.server.protocol import EmbeddingRequest, EmbeddingResponse, decode_embedding_request
@@ -19,6 +19,8 @@ async def embed(request: web.Request, asked: EmbeddingRequest) -> web.Response:
     call = Call(request, asked)
     call.require("embed" in call.model.tasks, "Embeddings")
     call.model.matryoshka.check(asked.width, call.name)
-    prompts = await call.prompts(asked)
-    result = await call.pool("embed", prompts, asked.pooling(asked.width), asked.tokenization(), asked.field)
+    prompt = call.take_task(asked.task, "task")
+    prompts = prefixed(prompt, await call.prompts(asked), "task")
+    params, tokenization = asked.pooling(asked.width), asked.tokenization()
+    result = await call.pool("embed", prompts, params, tokenization, asked.field, prompt)
     return await answer_vectors(call, asked, result, "embd", EmbeddingResponse, EMBEDDING)

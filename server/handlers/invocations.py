@@ -50,7 +50,9 @@ def _endpoint(document: Any, model: ModelInfo) -> Endpoint:
     """The first that the body has the fields of and the model a task for."""
     fields = _given(document)
     if fields & {"input", "messages"}:
-        if fields & {"task"} or model.default_task not in ("embed", "classify"):
+        task = document.get("task")
+        pools = task is not None and not (isinstance(task, str) and task in model.task_adapters)
+        if pools or model.default_task not in ("embed", "classify"):
             return POOLING
         return EMBEDDING if model.default_task == "embed" else CLASSIFICATION
     if "query" in fields and fields & {"documents", "texts"}:

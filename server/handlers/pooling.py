@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from carpool.engine.errors import UnsupportedTask
 from carpool.server.body import read_request
-from carpool.server.call import Call
+from carpool.server.call import Call, prefixed
 from carpool.server.encoding import POOLING
 from carpool.server.errors import InvalidRequest
 from carpool.server.handlers.vectors import answer_vectors
@@ -30,27 +30,44 @@ async def pool(request: web.Request, asked: PoolingRequest) -> web.Response:
     call = Call(request, asked)
     if asked.data is not None and asked.input is None and asked.messages is None:
         raise InvalidRequest("This server has no plugins to give data to; send texts as input.", "data")
-    task = task_of(asked.task, call.model)
-    if task in ("embed", "token_embed"):
+    tasked = asked.task in call.model.task_adapters
+    prompt = call.take_task(asked.task, "task") if tasked else ""
+    tasks = (call.model.default_task,) if tasked else tasks_of(asked.task, call.model)
+    if {"embed", "token_embed"}.intersection(tasks):
         call.model.matryoshka.check(asked.dimensions, call.name)
     elif asked.dimensions is not None:
-        raise InvalidRequest("dimensions is for embeddings; this task gives classes.", "dimensions")
-    prompts = await call.prompts(asked)
+        raise InvalidRequest(
+            "dimensions is for dense embeddings, which this task does not give.", "dimensions"
+        )
+    several = tasks if len(tasks) > 1 else ()
+    if several and asked.encoding_format in ("bytes", "bytes_only"):
+        raise InvalidRequest("Results of several tasks come as float or base64.", "encoding_format")
+    prompts = prefixed(prompt, await call.prompts(asked), "task")
     result = await call.pool(
-        task, prompts, asked.pooling(asked.dimensions), asked.tokenization(), asked.field
+        several or tasks[0],
+        prompts,
+        asked.pooling(asked.dimensions),
+        asked.tokenization(),
+        asked.field,
+        prompt,
     )
-    return await answer_vectors(call, asked, result, "pool", PoolingResponse, POOLING)
+    return await answer_vectors(call, asked, result, "pool", PoolingResponse, POOLING, several)
 
 
-def task_of(name: str | None, model: ModelInfo) -> Task:
-    """The task a request names; `encode` is the older word for results of tokens, null leaves it to the model."""
+def tasks_of(name: str | None, model: ModelInfo) -> tuple[Task, ...]:
+    """The tasks a request names, joined by `&`, each once; null leaves it to the model."""
     if name is None:
-        return model.default_task
-    candidates = OF_TOKENS if name == "encode" else (name,)
-    for task in model.tasks:
-        if task in candidates:
-            return task
+        return (model.default_task,)
+    tasks = [_task_of(part, model) for part in name.split("&")]
+    if None not in tasks:
+        return tuple(dict.fromkeys(task for task in tasks if task is not None))
     raise UnsupportedTask(f"Unsupported task: '{name}'. Supported tasks: {_listed(model.tasks)}.", "task")
+
+
+def _task_of(name: str, model: ModelInfo) -> Task | None:
+    """None if the model lacks it; `encode` is the older word for results of tokens."""
+    candidates: Iterable[Task] = OF_TOKENS if name == "encode" else model.tasks
+    return next((task for task in candidates if task in model.tasks and name in (task, "encode")), None)
 
 
 def _listed(tasks: Set[str]) -> str:

@@ -1,4 +1,4 @@
-"""Text Embeddings Inference's own endpoints: /embed, /predict, and /rerank with `texts`. Answers are bare lists."""
+"""Text Embeddings Inference's own endpoints: /embed and its like, /predict, and /rerank with `texts`. Bare lists."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from msgspec import UNSET
 
 from carpool.server.answer import json_answer
 from carpool.server.body import read_request
-from carpool.server.call import Call
-from carpool.server.encoding import bare_items, best_first, in_good_time, shortest
-from carpool.server.errors import InvalidRequest
+from carpool.server.call import Call, prefixed
+from carpool.server.encoding import bare_items, best_first, in_good_time, shortest, sparse_items
 from carpool.server.keys import CONFIG
 from carpool.server.protocol import (
-    TeiEmbedRequest,
+    TeiInputsRequest,
     TeiPrediction,
     TeiPredictRequest,
     TeiRank,
     TeiRerankRequest,
     decode_tei_embed_request,
+    decode_tei_inputs_request,
     decode_tei_predict_request,
 )
 from carpool.server.protocol.model_request import read_prompts
 
 if TYPE_CHECKING:
     from carpool.engine.async_engine import Prompts
+    from carpool.engine.outputs import PoolingResult
+    from carpool.engine.params import Task
     from carpool.server.encoding import Row
 
 
@@ -35,20 +37,37 @@ async def embed(request: web.Request) -> web.Response:
     call = Call(request, asked)
     call.require("embed" in call.model.tasks, "Embeddings")
     call.model.matryoshka.check(asked.dimensions, call.name)
-    prompts = _prompted(asked, asked.prompt(call.model.prompts), request.app[CONFIG].engine.token_id_input)
-    result = await call.pool("embed", prompts, asked.pooling(), asked.tokenization(), "inputs")
+    result = await _pool(request, call, asked, "embed")
     vectors = await in_good_time(bare_items, result.rows)
     return call.finish(json_answer(msgspec.Raw(vectors)))
 
 
-def _prompted(asked: TeiEmbedRequest, prompt: str, token_ids_allowed: bool) -> Prompts:
-    prompts = read_prompts(asked.inputs, "inputs", token_ids_allowed)
-    if not prompt:
-        return prompts
-    texts = [item for item in prompts if isinstance(item, str)]
-    if not texts:
-        raise InvalidRequest("prompt_name goes with texts, not with token ids.", "prompt_name")
-    return [prompt + text for text in texts]
+async def embed_all(request: web.Request) -> web.Response:
+    """A vector a token, through the model's own head."""
+    asked = await read_request(request, decode_tei_inputs_request)
+    call = Call(request, asked)
+    call.require("token_embed" in call.model.tasks, "Token Embeddings")
+    result = await _pool(request, call, asked, "token_embed")
+    vectors = await in_good_time(bare_items, result.rows)
+    return call.finish(json_answer(msgspec.Raw(vectors)))
+
+
+async def embed_sparse(request: web.Request) -> web.Response:
+    """What each text weighs in those entries of the vocabulary in which it weighs anything."""
+    asked = await read_request(request, decode_tei_inputs_request)
+    call = Call(request, asked)
+    call.require("sparse_embed" in call.model.tasks, "Sparse Embeddings")
+    result = await _pool(request, call, asked, "sparse_embed")
+    weights = await in_good_time(sparse_items, result.rows)
+    return call.finish(json_answer(msgspec.Raw(weights)))
+
+
+async def _pool(request: web.Request, call: Call, asked: TeiInputsRequest, task: Task) -> PoolingResult:
+    tasked = asked.prompt_name in call.model.task_adapters
+    prompt = call.take_task(asked.prompt_name, "prompt_name") if tasked else asked.prompt(call.model.prompts)
+    inputs = read_prompts(asked.inputs, "inputs", request.app[CONFIG].engine.token_id_input)
+    prompts = prefixed(prompt, inputs, "prompt_name")
+    return await call.pool(task, prompts, asked.pooling(), asked.tokenization(), "inputs", prompt)
 
 
 async def predict(request: web.Request) -> web.Response:
@@ -62,20 +81,11 @@ async def predict(request: web.Request) -> web.Response:
 
 
 async def _paired(call: Call, asked: TeiPredictRequest) -> Prompts:
-    """Pairs as the model wants them: apart, one after the other, or in the user's template."""
+    """Pairs as the model wants them: apart, one after the other, or in a prompt."""
     pairs = asked.pairs()
     if not any(second for _, second in pairs):
         return [first for first, _ in pairs]
-    if call.model.score_template:
-        roles = ("query", "document")
-        conversations = [
-            [{"role": role, "content": text} for role, text in zip(roles, pair, strict=True)]
-            for pair in pairs
-        ]
-        return await call.render(conversations, {})
-    if call.model.pairs == "concatenated":
-        return [first + second for first, second in pairs]
-    return pairs
+    return await call.pair_prompts(pairs)
 
 
 def _predictions(row: Row, labels: tuple[str | None, ...]) -> list[TeiPrediction]:

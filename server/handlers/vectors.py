@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from aiohttp import web
 
 from carpool.server.answer import json_answer
-from carpool.server.encoding import ItemStyle, base64_items, float_items, in_good_time, places, raw_vectors
+from carpool.server.encoding import (
+    ItemStyle,
+    base64_items,
+    float_items,
+    in_good_time,
+    items_by_task,
+    places,
+    raw_vectors,
+)
 from carpool.server.errors import InvalidRequest
 from carpool.server.protocol import BinaryMetadata, BinaryUsage, EmbeddingResponse, PoolingResponse, Usage
 
@@ -31,12 +39,16 @@ async def answer_vectors(
     prefix: str,
     listing: Listing,
     style: ItemStyle,
+    tasks: Sequence[str] = (),
 ) -> web.Response:
-    """`prefix` of the id, `listing` and `style` are the endpoint's own."""
+    """`prefix` of the id, `listing` and `style` are the endpoint's own; `tasks` where there are several."""
     answer_id = f"{prefix}-{call.id}"
     if asked.encoding_format in ("bytes", "bytes_only"):
         return call.finish(await _binary(call, asked, result, answer_id))
-    if asked.encoding_format == "base64":
+    if tasks:
+        layout = asked.layout if asked.encoding_format == "base64" else None
+        data = await in_good_time(items_by_task, result.rows, tasks, layout)
+    elif asked.encoding_format == "base64":
         data = await in_good_time(base64_items, result.rows, *asked.layout, style)
     else:
         data = await in_good_time(float_items, result.rows, style)

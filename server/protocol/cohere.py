@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -16,6 +16,13 @@ from carpool.server.protocol.model_request import Priority
 
 EmbeddingType = Literal["float", "binary", "ubinary", "base64"]
 MaxTokens = Annotated[int, Meta(ge=0, description="an integer of at least 0")]
+
+# Cohere's names for what checkpoints with an adapter a task call by Jina's.
+TASKS = {
+    "search_query": ("retrieval.query",),
+    "search_document": ("retrieval.passage",),
+    "clustering": ("separation",),
+}
 
 ONE_OF = "Exactly one of texts, images, or inputs must be provided, and it must be non-empty"
 
@@ -45,6 +52,11 @@ class CohereEmbedRequest(Struct, kw_only=True, gc=False):
         if self.images is not None:
             raise InvalidRequest(TEXT_ONLY, "images")
         return self.texts or [_text_of(item, f"inputs[{i}]") for i, item in enumerate(self.inputs or ())]
+
+    def task(self, tasks: Container[str]) -> str | None:
+        """Which of the checkpoint's own tasks `input_type` means, by its own name or by Cohere's; None if none."""
+        named = (self.input_type or "", *TASKS.get(self.input_type or "", ()))
+        return next((name for name in named if name in tasks), None)
 
     def instruction(self, prompts: Mapping[str, str]) -> str:
         """The model's prompt for `input_type`; empty where none was asked for."""

@@ -16,6 +16,7 @@ from carpool.server.protocol.usage import Usage
 class EmbeddingRequest(FormattedRequest, kw_only=True, gc=False):
     """`output_dimension`, `truncation` and `truncate` are Voyage's, NVIDIA's and Jina's words for ours."""
 
+    task: str | None = None  # Jina's: which of the checkpoint's own adapters; ignored where there are none
     output_dimension: int | None = None
     truncation: bool | None = None
     truncate: Any = None  # true or "END", "START"; anything else is none of our business

@@ -10,16 +10,18 @@ from carpool.server.decoding import RequestDecoder
 from carpool.server.protocol.formats import FormattedRequest
 from carpool.server.protocol.usage import Usage
 
+Result = list[float | list[float]] | str  # of a text, or of each token; base64 if that was asked for
+
 
 class PoolingRequest(FormattedRequest, kw_only=True, gc=False):
-    task: str | None = None  # the handler knows which the model has
+    task: str | None = None  # the handler knows which the model has; several are joined by "&"
     data: Any = None  # for plugins of the reference, which carpool has none of
 
 
 class Pooled(Struct, gc=False):
     index: int
     object: Literal["pooling"]
-    data: list[float | list[float]] | str  # of a text, or of each token; base64 if that was asked for
+    data: Result | dict[str, Result]  # of several tasks, each by its name
 
 
 class PoolingResponse(Struct, kw_only=True, gc=False):

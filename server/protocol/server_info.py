@@ -39,12 +39,17 @@ class InfoResponse(Struct, kw_only=True, gc=False):
     dimensions: list[int]  # those that may be asked for; empty: any, if matryoshka
     labels: list[str | None]
     prompts: dict[str, str]
+    lora_modules: dict[str, str]  # adapters that are models by name, and where each lies
+    adapter_tasks: list[str]  # what `task` may say: the checkpoint's own adapters
+    default_adapter: str | None  # the one that rides where a request names none
     parameters: int
     vocab_size: int
     dtype: str
     device: str
     workers: int
+    packing: str  # "packed", or "padded" for a model that cannot be
     attention: str
+    quantization: str | None  # "int8", or null
     surgery: dict[str, int]
     notices: list[str]
     limits: ServerLimits

@@ -1,4 +1,4 @@
-"""What Text Embeddings Inference speaks: /embed, /predict, and /rerank with `texts`. Answers are bare lists."""
+"""What Text Embeddings Inference speaks: /embed and its like, /predict, /rerank with `texts`. It answers bare lists."""
 
 from __future__ import annotations
 
@@ -33,11 +33,9 @@ class TeiRequest(Struct, kw_only=True, gc=False):
         )
 
 
-class TeiEmbedRequest(TeiRequest, kw_only=True, gc=False):
+class TeiInputsRequest(TeiRequest, kw_only=True, gc=False):
     inputs: Input
     prompt_name: str | None = None  # one of the model's own prompts, put before each text
-    normalize: bool | None = None  # by default true
-    dimensions: int | None = None
 
     def prompt(self, prompts: Mapping[str, str]) -> str:
         if self.prompt_name is None:
@@ -46,6 +44,14 @@ class TeiEmbedRequest(TeiRequest, kw_only=True, gc=False):
             known = f"it has {', '.join(sorted(prompts))}" if prompts else "it has none"
             raise InvalidRequest(f"The model has no prompt '{self.prompt_name}': {known}.", "prompt_name")
         return prompts[self.prompt_name]
+
+    def pooling(self) -> PoolingParams:
+        return PoolingParams()
+
+
+class TeiEmbedRequest(TeiInputsRequest, kw_only=True, gc=False):
+    normalize: bool | None = None  # by default true
+    dimensions: int | None = None
 
     def pooling(self) -> PoolingParams:
         return PoolingParams(dimensions=self.dimensions, use_activation=self.normalize is not False)
@@ -100,6 +106,13 @@ class TeiPrediction(Struct, gc=False):
     label: str
 
 
+class TeiWeight(Struct, gc=False):
+    """What a text weighs in one entry of the vocabulary."""
+
+    index: int
+    value: float
+
+
 class TeiRank(Struct, gc=False):
     index: int
     score: float
@@ -107,5 +120,6 @@ class TeiRank(Struct, gc=False):
 
 
 decode_tei_embed_request = RequestDecoder(TeiEmbedRequest)
+decode_tei_inputs_request = RequestDecoder(TeiInputsRequest)
 decode_tei_predict_request = RequestDecoder(TeiPredictRequest)
 decode_tei_rerank_request = RequestDecoder(TeiRerankRequest)

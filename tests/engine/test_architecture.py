@@ -32,6 +32,10 @@ TANH = "torch.nn.modules.activation.Tanh"
         ("SomeForTextEncoding", "embed"),
         ("SomeEmbeddingModel", "embed"),
         ("BertModel", "embed"),
+        ("HF_ColBERT", "multi_vector"),
+        ("ColBERTModernBertModel", "multi_vector"),
+        ("BertSpladeSparseEmbeddingModel", "sparse"),
+        ("BgeM3EmbeddingModel", "bge_m3"),
         ("LlamaForCausalLM", "embed"),
         ("GPT2LMHeadModel", "embed"),
         ("RobertaForMaskedLM", "embed"),
@@ -54,15 +58,34 @@ def test_a_config_without_names_is_taken_for_an_embedding_model() -> None:
 
 
 def test_a_name_that_says_nothing_is_refused_with_what_to_do() -> None:
-    with pytest.raises(ConfigError, match=r"HF_ColBERT does not say .* --convert embed, classify or reward"):
-        Architecture.of(("HF_ColBERT",), "auto")
-    assert Architecture.of(("HF_ColBERT",), "embed").kind == "embed"
+    with pytest.raises(ConfigError, match=r"Strange does not say .* --convert embed, classify or reward"):
+        Architecture.of(("Strange",), "auto")
+    assert Architecture.of(("Strange",), "embed").kind == "embed"
+
+
+@pytest.mark.parametrize("files", ["multi_vector", "sparse", "bge_m3"])
+def test_the_files_beside_an_embedding_model_say_more_than_its_name(files: Kind) -> None:
+    for name in ("BertModel", "BertForMaskedLM", "HF_ColBERT", "Strange"):
+        assert Architecture.of((name,), "auto", files=files).kind == files
+        assert Architecture.of((name,), "embed", files=files).kind == files
+        assert Architecture.of((name,), "classify", files=files).kind == "classify"
+    assert Architecture.of(("BertForSequenceClassification",), "auto", files=files).kind == "classify"
+
+
+def test_embedding_models_of_every_kind_have_no_labels() -> None:
+    embeds = {
+        name: Architecture.of((name,), "auto").embeds for name in ("HF_ColBERT", "BertModel", "MyRewardModel")
+    }
+    assert embeds == {"HF_ColBERT": True, "BertModel": True, "MyRewardModel": False}
 
 
 @pytest.mark.parametrize(
     ("kind", "tasks"),
     [
         ("BertModel", ("embed", "token_embed")),
+        ("HF_ColBERT", ("token_embed",)),
+        ("BertSpladeSparseEmbeddingModel", ("embed", "sparse_embed")),
+        ("BgeM3EmbeddingModel", ("embed", "token_embed", "sparse_embed", "token_classify")),
         ("BertForSequenceClassification", ("classify", "token_classify")),
         ("BertForTokenClassification", ("token_classify",)),
         ("Qwen2ForRewardModel", ("token_classify",)),

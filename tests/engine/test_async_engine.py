@@ -63,6 +63,7 @@ class StandIn:
         self.gate.set()
         self.running = threading.Event()  # set while a batch is inside
         self.batches: list[list[list[int]]] = []
+        self.adapters: list[int] = []
         self.error_at_bind: BaseException | None = None
         self.slow = 0.0
 
@@ -73,6 +74,7 @@ class StandIn:
     def run(self, batch: Batch) -> list[Row]:
         ids = [seq.token_ids for seq in batch.sequences]
         self.batches.append(ids)
+        self.adapters += [seq.adapter for seq in batch.sequences]
         self.running.set()
         assert self.gate.wait(30), "a test forgot to open the gate"
         if self.slow:
@@ -91,7 +93,8 @@ def answer(ids: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
 class BuiltStandIn:
     runners: list[StandIn] = field(default_factory=lambda: [StandIn()])
     model: ModelInfo = MODEL
-    chat: ChatTemplate = field(default_factory=lambda: ChatTemplate(None, None, given=False))
+    chat: ChatTemplate = field(default_factory=lambda: ChatTemplate(None, None))
+    framer: None = None
     tokenizer: Tokenizer = field(
         default_factory=lambda: Tokenizer(tiny.wordpiece(), max_model_len=64, vocab_size=113)
     )
@@ -236,7 +239,7 @@ async def test_what_arrives_while_workers_are_busy_rides_together_next() -> None
 
 async def test_idle_workers_share_what_arrives() -> None:
     async with scene(workers=2, model=replace(MODEL, max_num_batched_tokens=4096, max_num_seqs=256)) as s:
-        await s.ask(*[[5] * 50] * 20)
+        await s.ask(*[[5] * 50 for _ in range(20)])
         assert [len(runner.batches) for runner in s.built.runners] == [1, 1]
 
 
@@ -716,6 +719,29 @@ def test_a_worker_that_outlives_its_loop_ends_in_silence(monkeypatch: pytest.Mon
 
 
 # ── tokens and text ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("default", "adapter", "slot"), [(None, None, 0), (None, "b", 2), ("a", None, 1), ("a", "b", 2)]
+)
+async def test_each_prompt_rides_on_the_adapter_asked_for(
+    default: str | None, adapter: str | None, slot: int
+) -> None:
+    async with scene(model=replace(MODEL, adapters=("a", "b"), default_adapter=default)) as s:
+        s.runner.adapters.clear()  # of the warm-up
+        await s.ask([5], [6], adapter=adapter)
+        await s.engine.score(["a"], ["b"], PoolingParams(), TOKENIZATION, adapter=adapter)
+        assert s.runner.adapters == [slot] * 4
+
+
+async def test_an_unknown_adapter_is_refused() -> None:
+    async with scene(model=replace(MODEL, adapters=("a", "b"))) as s:
+        with pytest.raises(InvalidParameter, match="There is no adapter 'c': loaded are a, b"):
+            await s.ask([5], adapter="c")
+        assert_nothing_left(s.engine)
+    async with scene() as s:
+        with pytest.raises(InvalidParameter, match="none were loaded at start"):
+            await s.ask([5], adapter="c")
 
 
 async def test_tokenize_and_detokenize_are_each_others_inverse() -> None:

@@ -172,6 +172,18 @@ def test_a_dtype_that_is_emulated_is_noticed(
     assert "bfloat16" in notice
 
 
+def test_code_that_is_not_run_is_noticed(fresh: Callable[[str], Path]) -> None:
+    """Its weights may fit a class of transformers and still be meant for another computation."""
+    folder = fresh("bert")
+    tiny.edit_json(
+        folder / "config.json",
+        auto_map={"AutoConfig": "code.OwnConfig", "AutoModel": "someone/code--code.OwnModel"},
+    )
+    (notice,) = made(folder).model.notices
+    assert "someone/code--code.OwnModel" in notice
+    assert "BertModel" in notice
+
+
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -14,6 +14,7 @@ from carpool.engine.checkpoint import Checkpoint
 from carpool.engine.config import PoolerConfig
 from carpool.engine.errors import ConfigError, InvalidParameter
 from carpool.engine.params import Matryoshka
+from carpool.engine.side_files import Splade
 
 CONFIG = {"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 32, "vocab_size": 99,
           "max_position_embeddings": 512}  # fmt: skip
@@ -210,7 +211,14 @@ ROPE = {"rope_theta": 10000.0}
         ({"max_position_embeddings": ..., "seq_length": 700, "max_seq_len": 900}, 700),
         ({"max_position_embeddings": ...}, 2048),  # nothing is named
         ({"model_max_length": 9000}, 9000),  # this one wins
+        ({"model_type": "xlm-roberta", "max_position_embeddings": 514, "pad_token_id": 1}, 512),
+        ({"model_type": "mpnet", "max_position_embeddings": 514}, 512),  # the first two rows are never used
         ({**ROPE, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 1024),
+        (  # the length is named as it was before: it has the factor in it
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": 256}},
+            512,
+        ),
+        ({**ROPE, "max_trained_positions": 300}, 300),
         ({**ROPE, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, 2048),
         ({**ROPE, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 512),
         ({**ROPE, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 512),
@@ -371,4 +379,112 @@ def test_a_value_of_another_kind_is_a_config_error(
 def test_modules_json_may_not_list_anything_but_objects(tmp_path: Path) -> None:
     tiny.write_json(folder(tmp_path) / "modules.json", ["Transformer"])
     with pytest.raises(ConfigError):
+        read(tmp_path)
+
+
+# ── more than one vector a text ──────────────────────────────────────────────────────────────────────────────
+
+
+def modules(path: Path, *types: str) -> Path:
+    """A folder with these modules: the first in the folder itself."""
+    tiny.write_json(
+        path / "modules.json",
+        [
+            {"path": f"{i}_{name.rpartition('.')[2]}" if i else "", "type": name}
+            for i, name in enumerate(types)
+        ],
+    )
+    for i, name in enumerate(types[1:], start=1):
+        (path / f"{i}_{name.rpartition('.')[2]}").mkdir(parents=True, exist_ok=True)
+    return folder(path)
+
+
+def dense_config(**changes: Any) -> dict[str, Any]:
+    named = "torch.nn.modules.linear.Identity"
+    return {"in_features": 32, "out_features": 8, "bias": False, "activation_function": named, **changes}
+
+
+@pytest.mark.parametrize(
+    ("side", "types"),
+    [
+        ({"query_prefix": "[Q] "}, ["sentence_transformers.models.Transformer", "pylate.models.Dense.Dense"]),
+        ({}, ["sentence_transformers.models.Transformer", "pylate.models.Dense.Dense"]),
+        ({"model_type": "ColBERT"}, ["st.Transformer", "st.Dense"]),
+        ({"model_type": "MultiVectorEncoder"}, ["st.Transformer", "st.Dense"]),
+    ],
+)
+def test_a_vector_a_token_is_told_by_the_files(
+    side: dict[str, Any], types: list[str], tmp_path: Path
+) -> None:
+    modules(tmp_path, *types)
+    tiny.write_json(tmp_path / "1_Dense" / "config.json", dense_config(use_residual=True))
+    tiny.write_json(tmp_path / "config_sentence_transformers.json", side)
+    checkpoint = read(tmp_path)
+    assert checkpoint.files == "multi_vector"
+    assert checkpoint.late is not None
+    assert [(layer.out_features, layer.residual) for layer in checkpoint.dense] == [(8, True)]
+    assert checkpoint.matryoshka.size == 8
+
+
+def test_pylate_normalises_and_its_length_is_what_it_cut_at_last(tmp_path: Path) -> None:
+    modules(tmp_path, "st.Transformer", "pylate.models.Dense.Dense")
+    tiny.write_json(tmp_path / "1_Dense" / "config.json", dense_config())
+    tiny.write_json(tmp_path / "sentence_bert_config.json", {"max_seq_length": 31})
+    tiny.write_json(tmp_path / "config_sentence_transformers.json", {"query_length": 32})
+    assert (read(tmp_path).normalize, read(tmp_path).max_model_len) == (True, 512)
+    tiny.write_json(tmp_path / "config_sentence_transformers.json", {"model_type": "MultiVectorEncoder"})
+    assert (read(tmp_path).normalize, read(tmp_path).max_model_len) == (False, 31)
+
+
+@pytest.mark.parametrize("kind", ["ColBERT", "SentenceTransformer"])
+def test_a_dense_layer_works_on_what_the_model_gives(kind: str, tmp_path: Path) -> None:
+    modules(tmp_path, "st.Transformer", "st.Dense")
+    wrong = "sentence_embedding" if kind == "ColBERT" else "token_embeddings"
+    tiny.write_json(tmp_path / "1_Dense" / "config.json", dense_config(module_input_name=wrong))
+    tiny.write_json(tmp_path / "config_sentence_transformers.json", {"model_type": kind})
+    with pytest.raises(ConfigError, match=f"works on '{wrong}'"):
+        read(tmp_path)
+
+
+def splade(path: Path, *, masked: bool = True, **pooling: Any) -> Path:
+    modules(path, "st.MLMTransformer" if masked else "st.Transformer", "st.SpladePooling")
+    tiny.write_json(path / "1_SpladePooling" / "config.json", pooling)
+    return path
+
+
+def test_a_weight_an_entry_is_told_by_the_files(tmp_path: Path) -> None:
+    assert read(splade(tmp_path)).files == "sparse"
+    assert read(tmp_path).splade == Splade("max", False, None)
+    tiny.write_json(tmp_path / "config_sentence_transformers.json", {"max_active_dims": 64})
+    splade(tmp_path, pooling_strategy="sum", activation_function="log1p_relu")
+    assert read(tmp_path).splade == Splade("sum", True, 64)
+
+
+@pytest.mark.parametrize("pooling", [{"pooling_strategy": "mean"}, {"activation_function": "gelu"}])
+def test_a_splade_pooling_that_is_not_known_is_refused(pooling: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"SpladePooling by .* is not known"):
+        read(splade(tmp_path, **pooling))
+
+
+def test_splade_pooling_needs_a_masked_language_model_and_the_other_way_round(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="one of a masked language model and SpladePooling without the other"
+    ):
+        read(splade(tmp_path, masked=False))
+    tiny.write_json(tmp_path / "sentence_bert_config.json", {"transformer_task": "fill-mask"})
+    assert read(tmp_path).files == "sparse"
+    tiny.write_json(tmp_path / "modules.json", [{"path": "", "type": "st.MLMTransformer"}])
+    with pytest.raises(ConfigError, match="without the other"):
+        read(tmp_path)
+
+
+def test_the_prompt_is_left_out_of_pooling_where_the_files_say_so(tmp_path: Path) -> None:
+    folder(tmp_path)
+    tiny.sentence_transformers_files(tmp_path, ["mean"])
+    assert not read(tmp_path).leaves_out_prompts
+    tiny.edit_json(tmp_path / "1_Pooling" / "config.json", include_prompt=False)
+    assert read(tmp_path).leaves_out_prompts
+    tiny.sentence_transformers_files(tmp_path, ["weightedmean"])
+    tiny.edit_json(tmp_path / "1_Pooling" / "config.json", include_prompt=False)
+    with pytest.raises(ConfigError, match="weightedmean pooling without the prompt"):
         read(tmp_path)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModel
 
 import carpool
 import tiny_heads
@@ -18,6 +19,7 @@ from carpool.engine.llm import LLM
 from carpool.engine.params import PoolingParams
 from goldens import SHARED
 from head_oracle import HeadOracle, close
+from tiny_adapters import write_lora
 
 REFERENCE = SHARED / "reference"
 TEXTS = ["the cat sat on a mat", "a", "rain in spain"]
@@ -333,7 +335,8 @@ def test_what_the_model_cannot_do_is_said_with_a_way_out(llm: Callable[..., LLM]
         (lambda: llm("bert").encode("a", pooling_task="token_classify"),
          "Unsupported task: 'token_classify' Supported tasks: embed, token_embed."),
         (lambda: llm("bert").encode("a", pooling_task="generate"),
-         "pooling_task='generate' is not one of embed, classify, token_embed, token_classify, encode, reward, score."),
+         "pooling_task='generate' is not one of embed, classify, token_embed, sparse_embed, token_classify, encode, "
+         "reward, score."),
     ):  # fmt: skip
         with pytest.raises(UnsupportedTask) as refused:
             call()
@@ -428,9 +431,48 @@ def test_tokenization_can_be_told_in_a_tokenizers_words(llm: Callable[..., LLM])
         length(long, stride=3)
 
 
-def test_an_adapter_is_refused_and_none_is_none(llm: Callable[..., LLM]) -> None:
+@pytest.fixture(scope="module")
+def adapters(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two for qwen3: name → folder."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate("ab"):
+        model = AutoModel.from_pretrained(checkpoint("qwen3"))
+        write_lora(folder / name, model, seed, target_modules=["q_proj", "v_proj"])
+    return {name: str(folder / name) for name in "ab"}
+
+
+def test_prompts_ride_on_the_adapters_they_name(
+    checkpoint: Callable[[str], Path], adapters: dict[str, str]
+) -> None:
+    llm = carpool.LLM(str(checkpoint("qwen3")), lora_modules=adapters, dtype="float32", cpu_workers=1)
+    a, b = (carpool.LoRARequest(name, i, adapters[name]) for i, name in enumerate("ab", start=1))
+
+    def vectors(request: Any) -> list[list[float]]:
+        return [
+            output.outputs.embedding for output in llm.embed(["the cat", "the cat"], lora_request=request)
+        ]
+
+    bare, of_a, of_b, mixed = (vectors(request) for request in (None, a, b, [b, a]))
+    assert bare[0] != of_a[0] != of_b[0] != bare[0]
+    assert mixed[0] == pytest.approx(of_b[0], abs=1e-5)
+    assert mixed[1] == pytest.approx(of_a[0], abs=1e-5)
+    scores = [
+        llm.score("the cat", "a mat", lora_request=request)[0].outputs.score for request in (None, a, b)
+    ]
+    assert len(set(scores)) == 3
+    assert vectors(carpool.LoRARequest("a", 7))[0] == pytest.approx(of_a[0], abs=1e-5)
+    with pytest.raises(ValueError, match="2 prompts but 1 lora_request"):
+        vectors([a])
+    with pytest.raises(InvalidParameter, match="was loaded from"):
+        vectors(carpool.LoRARequest("a", 1, adapters["b"]))
+    with pytest.raises(InvalidParameter, match=r"no adapter 'c'.*LLM\(lora_modules=\{'c': '/x'\}\)"):
+        vectors(carpool.LoRARequest("c", 1, "/x"))
+    llm.close()
+
+
+def test_no_adapter_is_no_adapter(llm: Callable[..., LLM]) -> None:
     assert llm("bert").embed("a", lora_request=None)
-    with pytest.raises(InvalidParameter, match="does not serve adapters"):
+    with pytest.raises(InvalidParameter, match="There is no adapter 'None'"):
         llm("bert").embed("a", lora_request=object())  # type: ignore[arg-type]
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from carpool.engine.batch import Batch
-from carpool.engine.packing import pack, pack_ids
+from carpool.engine.packing import pack, pack_ids, select
 from carpool.engine.params import PoolingParams
 from carpool.engine.sequence import Sequence
 
@@ -50,3 +50,40 @@ def test_a_batch_is_sorted_and_loses_nothing(token_ids: list[list[int]]) -> None
         assert left.sequences + right.sequences == batch.sequences
         assert left.sequences
         assert right.sequences
+
+
+def test_adapters_come_along_where_there_are_any() -> None:
+    def packed(*adapters: int) -> tuple[int, ...]:
+        sequences = [Sequence(0, i, [7, 8], PoolingParams(), adapter=slot) for i, slot in enumerate(adapters)]
+        return pack(Batch.of(sequences), CPU).adapters
+
+    assert packed(2, 0, 1) == (0, 1, 2)
+    assert packed(0, 0) == ()
+
+
+def test_lengths_are_those_of_the_runs() -> None:
+    assert pack_ids([[1], [2, 3], [4, 5], [6]], CPU).lengths == [1, 2, 2, 1]
+
+
+@given(rows, st.data())
+def test_a_selection_is_what_packing_those_alone_would_be(
+    token_ids: list[list[int]], data: st.DataObject
+) -> None:
+    numbers = range(len(token_ids))
+    chosen = data.draw(st.lists(st.sampled_from(numbers), min_size=1, unique=True))
+    starts = [data.draw(st.none() | st.integers(0, len(ids))) for ids in token_ids]
+    slots = [data.draw(st.integers(0, 2)) for _ in numbers]
+    packed = pack_ids(token_ids, CPU, starts, slots)
+    selected, places = select(packed, chosen)
+    alone = pack_ids(
+        [token_ids[i] for i in chosen], CPU, [starts[i] for i in chosen], [slots[i] for i in chosen]
+    )
+    for name in ("input_ids", "position_ids", "cu_seqlens"):
+        assert torch.equal(getattr(selected, name), getattr(alone, name))
+        assert getattr(selected, name).dtype == getattr(alone, name).dtype
+    assert selected.runs == alone.runs
+    assert not any(selected.adapters) if not alone.adapters else selected.adapters == alone.adapters
+    none = torch.zeros_like(alone.input_ids)
+    types = [none if x.token_type_ids is None else x.token_type_ids for x in (selected, alone)]
+    assert torch.equal(*types)
+    assert torch.equal(packed.input_ids[places], selected.input_ids)

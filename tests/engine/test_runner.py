@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from carpool.engine.batch import Batch
-from carpool.engine.checkpoint import PoolingMode
 from carpool.engine.errors import InferenceFailed
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.packing import PackedBatch
@@ -21,6 +20,7 @@ from carpool.engine.poolers.embed import EmbedHead, EmbedPool, TokenEmbedPool
 from carpool.engine.poolers.pooler import Pooler
 from carpool.engine.runner import ModelRunner
 from carpool.engine.sequence import Sequence
+from carpool.engine.side_files import PoolingMode
 
 CPU = torch.device("cpu")
 NAN, INFINITE, BREAKS, WEIGHTS = 90, 91, 92, torch.tensor([1.0, -2.0, 0.5, 3.0])

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from carpool.engine import scheduler as scheduler_module
 from carpool.engine.batch import Batch
-from carpool.engine.params import PoolingParams
+from carpool.engine.params import PoolingParams, Task
 from carpool.engine.scheduler import Scheduler
 from carpool.engine.sequence import Sequence
 
@@ -175,6 +175,24 @@ def test_a_batch_fills_up_to_max_num_seqs() -> None:
     scheduler = Scheduler(10_000, 600)
     add(scheduler, *[1] * 700)
     assert [len(batch.sequences) for batch in deals(scheduler)] == [600, 100]
+
+
+@pytest.mark.parametrize("idle", [1, 4])
+def test_all_that_is_asked_of_one_prompt_rides_together(idle: int) -> None:
+    """One list of ids of which three results are asked takes the room of one."""
+    scheduler = Scheduler(max_num_batched_tokens=1000, max_num_seqs=8, min_share_tokens=10)
+    tasks: tuple[Task, ...] = ("embed", "token_embed", "sparse_embed")
+    prompts = [[i] * length for i, length in enumerate((600, 300, 600))]
+    for ids in prompts:
+        for task in tasks:
+            scheduler.add(Sequence(7, 0, ids, PARAMS, task))
+    seen: list[int] = []
+    while (batch := scheduler.schedule(0.0, idle)) is not None:
+        asked = Counter(seq.token_ids[0] for seq in batch.sequences)
+        assert set(asked.values()) == {len(tasks)}
+        assert sum(len(prompts[prompt]) for prompt in asked) <= 1000
+        seen += asked
+    assert sorted(seen) == [0, 1, 2]
 
 
 def test_a_batch_is_in_rising_order_of_length() -> None:

@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerFast
 import tiny_heads
 from carpool.engine.chat import ChatTemplate
 from carpool.engine.errors import EmptyInput, InputTooLong, InvalidInput, InvalidParameter, UnsupportedTask
+from carpool.engine.framed import Framed
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.params import Matryoshka
 from carpool.engine.scoring import Plan, cosine, max_sim, plan
 
-NO_TEMPLATE = ChatTemplate(None, None, False)
+NO_TEMPLATE = None
 
 
 def row(values: list[float]) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -105,18 +106,23 @@ def test_without_separators_query_and_document_are_one_text() -> None:
     assert plan(JOINED, ["a query "], ["a document"], NO_TEMPLATE).prompts == ["a query a document"]
 
 
-def test_the_users_template_renders_pairs_and_the_models_own_does_not() -> None:
+def test_a_template_renders_pairs_and_says_what_must_stay_behind_them() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-    given_one = ChatTemplate(tokenizer, tiny_heads.SCORE_TEMPLATE, True)
+    chat = ChatTemplate(tokenizer, tiny_heads.SCORE_TEMPLATE)
+
+    def framed(*texts: str) -> list[Framed]:
+        return [Framed((text,), (0,), " =", specials=True) for text in texts]
+
     for who in (CROSS, JOINED):
-        assert plan(who, ["q"], ["d", "e"], given_one).prompts == ["judge: q ? d =", "judge: q ? e ="]
-        asked = plan(who, ["q"], ["d"], given_one, {"instruction": "is it so"})
-        assert asked.prompts == ["is it so: q ? d ="]
-    own = ChatTemplate(tokenizer, tiny_heads.SCORE_TEMPLATE, False)
-    assert plan(CROSS, ["q"], ["d"], own).prompts == [("q", "d")]
-    assert plan(CROSS, ["q"], ["d"], own.replaced("{{ messages[0].content }}!")).prompts == ["q!"]
+        assert plan(who, ["q"], ["d", "e"], chat.for_pairs()).prompts == framed(
+            "judge: q ? d =", "judge: q ? e ="
+        )
+        asked = plan(who, ["q"], ["d"], chat.for_pairs(), {"instruction": "is it so"})
+        assert asked.prompts == framed("is it so: q ? d =")
+    once = plan(CROSS, ["q"], ["d"], chat.replaced("{{ messages[0].content }}!").for_pairs())
+    assert once.prompts == [Framed(("q!",), (0,), "!", specials=True)]
     with pytest.raises(InvalidInput, match="must not set tools"):
-        plan(CROSS, ["q"], ["d"], given_one, {"tools": []})
+        plan(CROSS, ["q"], ["d"], chat.for_pairs(), {"tools": []})
 
 
 # ── what is wrong with a text, and whose ─────────────────────────────────────────────────────────────────────

@@ -600,10 +600,13 @@ def test_a_language_model_that_sentence_transformers_reranks_with_is_not_taken_f
 ) -> None:
     saved = CrossEncoder(str(checkpoint("qwen3_lm")), device="cpu")
     saved.save_pretrained(str(tmp_path / "saved"))
-    with pytest.raises(ConfigError, match=r"LogitScore.*classifier_from_token.*--chat-template"):
-        build(EngineConfig(model=str(tmp_path / "saved")))
-    made = build(EngineConfig(model=str(tmp_path / "saved"), hf_overrides=_QWEN))
-    assert made.model.score_type == "cross-encoder"
+    each: list[dict[str, Any]] = [
+        {},
+        {"hf_overrides": _QWEN, "chat_template": tiny_heads.SCORE_TEMPLATE},
+    ]
+    for options in each:
+        made = build(EngineConfig(model=str(tmp_path / "saved"), **options))
+        assert made.model.score_type == "cross-encoder"
 
 
 _SEVERAL = [

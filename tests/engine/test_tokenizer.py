@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from carpool.engine.errors import (
     InvalidParameter,
     TokenOutOfVocabulary,
 )
+from carpool.engine.fast_tokenizer import end_notice, load_fast
 from carpool.engine.params import Side, TokenizationParams
 from carpool.engine.tokenizer import Tokenizer
 
@@ -379,3 +381,23 @@ def test_unknown_ids_are_skipped_on_the_way_back(unknown: int) -> None:
 def test_byte_level_tokens_give_the_text_back(kind: str, text: str) -> None:
     tokenizer = make(kind)
     assert tokenizer.decode(tokenizer.encode([text], add_special_tokens=False)[0]) == text
+
+
+def test_a_text_ends_as_tokenizer_config_has_it_and_a_contradiction_is_told_of(
+    fresh: Callable[[str], Path],
+) -> None:
+    """As in e5-mistral's files: tokenizer.json lacks the token that tokenizer_config.json wants at the end."""
+    for family, says, told in (
+        ("qwen3", {"add_eos_token": True}, False),
+        ("gemma2", {"add_eos_token": True}, True),
+        ("gemma2", {"add_eos_token": False}, False),
+        ("gemma2", {}, False),
+    ):
+        folder = fresh(family)
+        tiny.edit_json(folder / "tokenizer_config.json", **says)
+        fast = load_fast(folder, trust_remote_code=False)
+        assert (fast("a")["input_ids"][-1] == fast.eos_token_id) is (family == "qwen3" or told)
+        notice = end_notice(folder, fast)
+        assert (notice is not None) is told
+        assert not told or "<pad> behind every text" in str(notice)
+        shutil.rmtree(folder)

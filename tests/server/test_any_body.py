@@ -48,7 +48,10 @@ EMBEDDINGS: list[Any] = [
     {"messages": CHAT, **CHATTY},
     {"input": [CHAT, CHAT], **CHATTY},
 ]
-POOLING = [{**body, "task": "encode"} for body in EMBEDDINGS] + [{"data": {"a": 1}}]
+POOLING = [{**body, "task": "encode"} for body in EMBEDDINGS] + [
+    {"input": "a", "task": "embed&sparse_embed"},
+    {"data": {"a": 1}},
+]
 CLASSIFY: list[Any] = [{"input": ["a", "b"], **COMMON}, {"messages": [CHAT, CHAT], **CHATTY}]
 SCORE: list[Any] = [
     {"text_1": "a", "text_2": ["b", {"content": [PART]}], **COMMON, **PAIRS},
@@ -89,6 +92,8 @@ GOOD: dict[str, list[dict[str, Any]]] = {
         {"inputs": ["a", "b"], "prompt_name": "query", "normalize": False, "dimensions": 8, **TEI},
         {"inputs": [[5], [6]]},
     ],
+    "/embed_all": [{"inputs": ["a", "b"], "prompt_name": "query", **TEI}, {"inputs": [5]}],
+    "/embed_sparse": [{"inputs": ["a", "b"], "prompt_name": "query", **TEI}, {"inputs": [5]}],
     "/predict": [{"inputs": [["a", "b"], ["c"]], "raw_scores": True, **TEI}, {"inputs": ["a", "b"]}],
     "/invocations": [*EMBEDDINGS[:2], *SCORE[:1], *RERANK],
     "/tokenize": [{"prompt": "a", "return_token_strs": True}, {"messages": CHAT, **CHATTY}],
@@ -193,7 +198,10 @@ async def test_good_bodies_are_good_for_the_models_that_can(kind: str) -> None:
             "/score": 3,
             "/rerank": 3,
             "/embed": 2,
+            "/embed_all": 2,
+            "/embed_sparse": 0,
         },
+        "m3": {"/pooling": 6, "/embed_all": 2, "/embed_sparse": 2},
         "classifier": {"/classify": 2, "/predict": 2},
         "cross-encoder": {"/classify": 2, "/predict": 2, "/score": 3, "/rerank": 3},
         "tagger": {"/pooling": 4},

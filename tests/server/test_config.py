@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from carpool.engine.config import EngineConfig
+from carpool.engine.config import EngineConfig, LoraModule
 from carpool.engine.errors import ConfigError
 from carpool.server.config import ServerConfig
 
@@ -46,3 +46,10 @@ def test_it_is_frozen_and_its_prefix_has_no_slash_at_the_end() -> None:
     assert config.root_path == "/embed"
     with pytest.raises(FrozenInstanceError):
         config.port = 1  # type: ignore[misc]
+
+
+def test_an_adapter_needs_a_name_of_its_own() -> None:
+    engine = EngineConfig(model="m", lora_modules=(LoraModule("m", "x"),))
+    with pytest.raises(ConfigError, match=r"--lora-modules names 'm', which is the model's own name\."):
+        ServerConfig(engine=engine)
+    assert ServerConfig(engine=engine, served_model_name=("other",)).model_names == ("other",)

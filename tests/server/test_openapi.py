@@ -16,7 +16,7 @@ from carpool.server.errors import STATUS
 from carpool.server.fields import ALONE, EXAMPLES, FIELDS, HIDDEN, NEEDED
 from carpool.server.openapi import describe
 from carpool.server.schemas import structs
-from fakes import FAKE_CROSS_ENCODER, FAKE_MODEL, FakeEngine
+from fakes import FAKE_CROSS_ENCODER, FAKE_M3, FakeEngine
 from serving import Served, serving
 
 DOCUMENT: dict[str, Any] = json.loads(describe(ROUTES, False, "", "flat"))
@@ -138,7 +138,7 @@ def test_nothing_by_hand_is_about_what_is_no_more() -> None:
 @pytest.mark.parametrize("route", [route for route in ROUTES if route.request], ids=lambda route: route.path)
 async def test_every_example_is_served(route: Route) -> None:
     to_classifier = "classif" in route.handler.__name__ or "predict" in route.handler.__name__
-    async with serving(engine=FakeEngine(FAKE_CROSS_ENCODER if to_classifier else FAKE_MODEL)) as server:
+    async with serving(engine=FakeEngine(FAKE_CROSS_ENCODER if to_classifier else FAKE_M3)) as server:
         for struct in structs(route.request):
             example = EXAMPLES[struct.__name__]
             assert fits(struct.__name__, example)

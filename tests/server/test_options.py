@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from carpool.engine.config import EngineConfig, PoolerConfig
+from carpool.engine.config import EngineConfig, LoraModule, PoolerConfig
 from carpool.engine.errors import ConfigError
 from carpool.server.config import ServerConfig
 from carpool.server.options import OPTIONS, build_config, nearest, options_of
@@ -48,6 +48,13 @@ def test_defaults_are_the_configurations_own() -> None:
         ("served_model_name", ["a", "b"], ("a", "b")),
         ("served_model_name", "a", ("a",)),
         ("api_key", [123], ("123",)),
+        ("lora_modules", "a=/x", (LoraModule("a", "/x"),)),
+        (
+            "lora_modules",
+            ["a=x=y", {"name": "b", "path": "z"}],
+            (LoraModule("a", "x=y"), LoraModule("b", "z")),
+        ),
+        ("lora_modules", '{"name": "a", "path": "x", "base_model_name": "m"}', (LoraModule("a", "x"),)),
         ("hf_overrides", {"is_matryoshka": True}, {"is_matryoshka": True}),
         (
             "pooler_config",

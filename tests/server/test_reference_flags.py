@@ -21,6 +21,13 @@ def test_a_typical_command_passes_with_its_flags_listed() -> None:
     assert len(settings.ignored) == 13
 
 
+def test_a_command_with_adapters_passes() -> None:
+    command = "m --enable-lora --max-loras 4 --max-lora-rank=64 --max-cpu-loras 8 --lora-dtype auto --lora-modules a=x"
+    settings = from_arguments(command.split())
+    assert settings.values == {"model": "m", "lora_modules": ["a=x"]}
+    assert len(settings.ignored) == 5
+
+
 def test_the_table_and_the_options_do_not_overlap() -> None:
     assert not (set(WITHOUT_MEANING) | set(ONE_ONLY)) & set(OPTIONS)
 

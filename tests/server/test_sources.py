@@ -181,3 +181,24 @@ def test_later_sources_win_and_objects_are_merged() -> None:
         "hf_overrides": {"a": 1, "b": 2},
         "api_key": ["y"],
     }
+
+
+def test_adapters_come_by_word_repeated_flag_object_and_environment() -> None:
+    words = [
+        "m",
+        "--lora-modules",
+        "a=x",
+        '{"name": "b", "path": "y"}',
+        "--lora-modules",
+        "c=z",
+        "--port",
+        "1",
+    ]
+    given = ["a=x", '{"name": "b", "path": "y"}', "c=z"]
+    assert from_arguments(words).values == {"model": "m", "lora_modules": given, "port": "1"}
+    for text, listed in (
+        ("a=x, c=z", ["a=x", "c=z"]),
+        ('{"name": "b", "path": "y"}', ['{"name": "b", "path": "y"}']),
+        ('["a=x", {"name": "b", "path": "y"}]', ["a=x", {"name": "b", "path": "y"}]),
+    ):
+        assert from_environment({"CARPOOL_LORA_MODULES": text}).values == {"lora_modules": listed}

@@ -21,7 +21,7 @@ from carpool.engine.errors import (
 )
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.outputs import PoolingResult, ScoreResult, Timings
-from carpool.engine.params import Matryoshka, PoolingParams, Task, TokenizationParams
+from carpool.engine.params import Matryoshka, PoolingParams, Task, TaskAdapter, TokenizationParams
 from carpool.engine.stats import Observer, Unobserved
 
 VOCAB_SIZE = 1000
@@ -57,9 +57,27 @@ FAKE_CLASSIFIER = replace(
     labels=LABELS,
 )
 FAKE_CROSS_ENCODER = replace(FAKE_CLASSIFIER, labels=("LABEL_0",))
+FAKE_TASKED = replace(
+    FAKE_MODEL,
+    adapters=("retrieval.query", "retrieval.passage", "separation", "mine"),
+    lora_modules={"mine": "/adapters/mine"},
+    task_adapters={
+        "retrieval.query": TaskAdapter("retrieval.query", "Q: "),
+        "retrieval.passage": TaskAdapter("retrieval.passage", "P: "),
+        "separation": TaskAdapter("separation"),
+    },
+    default_adapter="separation",
+    prompts={"retrieval.query": "Q: ", "retrieval.passage": "P: ", "separation": "", "other": "O: "},
+)
+FAKE_M3 = replace(
+    FAKE_MODEL,
+    tasks=frozenset({"embed", "token_embed", "sparse_embed", "token_classify"}),
+    labels=("weight",),
+)
 FAKE_TAGGER = replace(FAKE_CLASSIFIER, tasks=frozenset({"token_classify"}), default_task="token_classify")
 FAKES = {
     "embedder": FAKE_MODEL,
+    "m3": FAKE_M3,
     "classifier": FAKE_CLASSIFIER,
     "cross-encoder": FAKE_CROSS_ENCODER,
     "tagger": FAKE_TAGGER,
@@ -137,26 +155,34 @@ class FakeEngine:
         ends = ">" * add_generation_prompt + "…" * continue_final_message
         return f"{text}{ends}{kwargs or ''}"
 
+    async def pair_prompts(self, pairs: list[tuple[str, str]]) -> list[str] | list[tuple[str, str]]:
+        if self.model.score_template:
+            return [f"<query>{query}<document>{document}" for query, document in pairs]
+        return [a + b for a, b in pairs] if self.model.pairs == "concatenated" else pairs
+
     async def pool(
         self,
         prompts: list[str] | list[list[int]] | list[tuple[str, str]],
         params: PoolingParams,
         tokenization: TokenizationParams,
         *,
-        task: Task = "embed",
+        task: Task | tuple[Task, ...] = "embed",
+        adapter: str | None = None,
         client: str = "",
         priority: int = 0,
         timeout: float | None = None,
     ) -> PoolingResult:
         if self.state == "draining":
             raise Draining("The engine is shutting down.")
-        assert task in self.model.tasks
+        tasks = task if isinstance(task, tuple) else (task,)
+        assert self.model.tasks.issuperset(tasks)
         self.calls.append(
             {
                 "prompts": prompts,
                 "params": params,
                 "tokenization": tokenization,
                 "task": task,
+                "adapter": adapter,
                 "client": client,
                 "priority": priority,
                 "timeout": timeout,
@@ -168,7 +194,7 @@ class FakeEngine:
         alone = len(prompts) == 1
         token_ids = [self._check(prompt, tokenization, None if alone else i) for i, prompt in enumerate(each)]
         await self._wait(token_ids)
-        rows = [self._row(ids, task, params) for ids in token_ids]
+        rows = [self._row(ids, each_task, params) for ids in token_ids for each_task in tasks]
         return PoolingResult(rows, token_ids, Timings(0.001, 0.002, 0.003))
 
     async def score(
@@ -179,6 +205,7 @@ class FakeEngine:
         tokenization: TokenizationParams,
         *,
         template_kwargs: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
         client: str = "",
         priority: int = 0,
         timeout: float | None = None,
@@ -195,6 +222,7 @@ class FakeEngine:
                 "params": params,
                 "tokenization": tokenization,
                 "template_kwargs": template_kwargs,
+                "adapter": adapter,
                 "client": client,
                 "priority": priority,
                 "timeout": timeout,
@@ -257,6 +285,8 @@ class FakeEngine:
         return [CLS, *ids, SEP] if special else ids
 
     def _row(self, ids: list[int], task: Task, params: PoolingParams) -> NDArray[np.float32]:
+        if task == "sparse_embed":  # a token weighs what it is, in thousandths
+            return np.array([[token, token / 1000] for token in sorted(set(ids))], np.float32)
         if "embed" in task:
             width = params.dimensions or WIDTH
             rows = [self._vector(ids, WIDTH)[:width]] * (1 if task == "embed" else len(ids))

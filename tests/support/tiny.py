@@ -322,7 +322,7 @@ def gemma2(path: Path) -> None:
 
 
 def mpnet(path: Path) -> None:
-    """Computes its attention by itself, past transformers' registry: cannot be packed and must be refused."""
+    """Computes its attention by itself, past transformers' registry: packed by a patch of ours, else padded."""
     tokenizer = unigram()
     _save_model(
         path, "mpnet", vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=130, pad_token_id=1

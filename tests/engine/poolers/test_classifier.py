@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_a_head_answers_two_threads_at_once(checkpoint: Callable[[str], Path]) -
         wrong: list[str] = []
 
         def hammer(worker: int, shared: Parts, ids: Any, expected: Any, wrong: list[str]) -> None:
-            own = Parts(shared.model, shared.tokenizer, shared.chat, [shared.runners[worker]])
+            own = replace(shared, runners=[shared.runners[worker]])
             for turn in range(40):
                 some = list(range(turn % 3, len(ids), 1 + turn % 4))
                 rows = answer(own, [ids[i] for i in some])

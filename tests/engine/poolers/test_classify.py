@@ -173,7 +173,7 @@ def test_each_sequence_of_a_mixed_batch_goes_to_its_own_pool() -> None:
     )
     tasks: list[Task] = ["token_classify", "classify", "token_classify", "classify"]
     mixed = [Sequence(0, i, [1] * n, PoolingParams(), tasks[i]) for i, n in enumerate(lengths)]
-    rows = [torch.from_numpy(row) for row in pooler(hidden, bounds, mixed)]
+    rows = [torch.from_numpy(row) for row in pooler(hidden, bounds, mixed, range(len(mixed)))]
     each = torch.split(weights()(hidden).softmax(-1), lengths)
     expected = [each[0], each[1][0], each[2], each[3][0]]
     assert all(close(row, theirs) for row, theirs in zip(rows, expected, strict=True))

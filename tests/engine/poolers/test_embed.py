@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import tiny
+from carpool import LLM
+from carpool.engine.errors import InvalidParameter
 from carpool.engine.params import PoolingParams, Task
 from carpool.engine.poolers.embed import EmbedHead, EmbedPool, TokenEmbedPool
 from carpool.engine.poolers.pooler import Pool
 from carpool.engine.sequence import Sequence
+from carpool.engine.side_files import PoolingMode
 from head_oracle import close
 
 WIDTH = 6
@@ -127,3 +132,45 @@ def test_only_the_texts_of_the_task_are_answered() -> None:
     assert close(torch.from_numpy(found), unit(rows[2][-1]))
     (found,) = TokenEmbedPool(head())(torch.cat(rows), bounds, [2], [sequence])
     assert close(torch.from_numpy(found), unit(rows[2]))
+
+
+# ── prompts that are left out ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("mode", ["cls", "last", "mean", "max", "mean_sqrt_len"])
+def test_a_prompt_that_is_not_pooled_has_no_part_in_the_result(mode: PoolingMode) -> None:
+    """Of a text that is nothing else, the last row is all there is; texts out of order, and one twice."""
+    rows, skips, places = hidden(), [1, 3, 0, 2], [2, 0, 1, 2]
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    sequences = [
+        Sequence(0, i, [1] * LENGTHS[place], PoolingParams(), skip=skip)
+        for i, (place, skip) in enumerate(zip(places, skips, strict=True))
+    ]
+    found = EmbedPool([mode], head())(torch.cat(rows), bounds, places, sequences)
+    for place, skip, ours in zip(places, skips, found, strict=True):
+        kept = rows[place][skip:] if skip < LENGTHS[place] else rows[place][-1:]
+        assert close(torch.from_numpy(ours), unit(BY_HAND[mode](kept)))
+
+
+def test_equals_sentence_transformers_where_the_prompt_is_left_out(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    prompt, texts = "the cat sat on ", ["rain in spain", "a mat", "ice cream and war and peace"]
+    tiny.bert(tmp_path)
+    tiny.edit_json(tmp_path / "1_Pooling" / "config.json", include_prompt=False)
+    model = SentenceTransformer(str(tmp_path), device="cpu")
+    llm = LLM(str(tmp_path), dtype="float32", cpu_workers=1)
+    both = [prompt + text for text in texts]
+    found = [
+        torch.tensor([answer.outputs.embedding for answer in llm.embed(both, tokenization_kwargs=kwargs)])
+        for kwargs in ({"prompt": prompt}, {})
+    ]
+    with pytest.raises(InvalidParameter, match="cannot be cut on the left"):
+        llm.embed(both, tokenization_kwargs={"prompt": prompt, "max_length": 4, "truncation_side": "left"})
+    llm.close()
+    truths = (
+        model.encode(texts, prompt=prompt, convert_to_tensor=True),
+        model.encode(both, convert_to_tensor=True),
+    )
+    assert all(close(ours, truth) for ours, truth in zip(found, truths, strict=True))
+    assert not close(*found), "leaving the prompt out matters"

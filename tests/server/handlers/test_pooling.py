@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from carpool.engine.params import Matryoshka, PoolingParams
-from fakes import FAKE_CLASSIFIER, FAKE_MODEL, FAKE_TAGGER, LABELS, WIDTH, FakeEngine
+from fakes import FAKE_CLASSIFIER, FAKE_M3, FAKE_MODEL, FAKE_TAGGER, LABELS, WIDTH, FakeEngine
 from serving import Served, assert_error, serving
 
 PATH = "/pooling"
@@ -99,3 +99,64 @@ async def test_all_forms_carry_the_same_numbers(served: Served, task: str) -> No
 async def test_the_activation_is_the_callers_to_choose(served: Served) -> None:
     await data(served, softmax=False)
     assert served.engine.calls[0]["params"] == PoolingParams(softmax=False)
+
+
+# ── several tasks at once ────────────────────────────────────────────────────────────────────────────────────
+
+ALL_OF_M3 = ("embed", "token_classify", "sparse_embed", "token_embed")
+
+
+async def test_several_tasks_are_answered_at_once_each_under_its_name() -> None:
+    async with serving(engine=FakeEngine(FAKE_M3)) as server:
+        answer = await server.post(PATH, {"input": ["ab", "c"], "task": "&".join(ALL_OF_M3)})
+        assert [(item["index"], item["object"]) for item in answer.json["data"]] == [
+            (0, "pooling"),
+            (1, "pooling"),
+        ]
+        assert answer.json["usage"]["prompt_tokens"] == 7
+        assert server.engine.calls[0]["task"] == ALL_OF_M3
+        for text, item in zip(("ab", "c"), answer.json["data"], strict=True):
+            assert tuple(item["data"]) == ALL_OF_M3
+            for task in ALL_OF_M3:
+                assert item["data"][task] == await data(server, input=text, task=task)
+
+
+async def test_as_base64_each_result_is_a_text() -> None:
+    async with serving(engine=FakeEngine(FAKE_M3)) as server:
+        both = await data(server, task="embed&token_embed", encoding_format="base64")
+        for task, text in both.items():
+            numbers = np.frombuffer(base64.b64decode(text), np.float32)
+            assert numbers.tolist() == pytest.approx(np.ravel(await data(server, task=task)))
+        for encoding in ("bytes", "bytes_only"):
+            body = {"input": "a", "task": "embed&token_embed", "encoding_format": encoding}
+            assert "float or base64" in assert_error(
+                await server.post(PATH, body), 400, "BadRequestError", "encoding_format"
+            )
+
+
+@pytest.mark.parametrize("task", ["embed&embed", "embed"])
+async def test_a_task_named_twice_is_a_task(task: str) -> None:
+    async with serving(engine=FakeEngine(FAKE_M3)) as server:
+        assert isinstance(await data(server, task=task), list)
+        assert server.engine.calls[0]["task"] == "embed"
+
+
+@pytest.mark.parametrize("task", ["embed&classify", "embed&", "&", "embed&token_embed&x"])
+async def test_all_of_them_must_be_the_models(task: str) -> None:
+    async with serving(engine=FakeEngine(FAKE_M3)) as server:
+        answer = await server.post(PATH, {"input": "a", "task": task})
+        message = assert_error(answer, 400, "BadRequestError", "task")
+    assert message == (
+        f"Unsupported task: '{task}'. Supported tasks: embed, sparse_embed, token_classify, token_embed."
+    )
+
+
+async def test_encode_is_the_first_of_the_token_tasks_that_the_model_has() -> None:
+    async with serving(engine=FakeEngine(FAKE_M3)) as server:
+        assert np.array(await data(server, task="encode")).shape == (4, WIDTH)
+
+
+async def test_a_sparse_vector_has_no_width_to_ask_for() -> None:
+    async with serving(engine=FakeEngine(FAKE_M3)) as server:
+        answer = await server.post(PATH, {"input": "a", "task": "sparse_embed", "dimensions": 4})
+        assert "dense embeddings" in assert_error(answer, 400, "BadRequestError", "dimensions")

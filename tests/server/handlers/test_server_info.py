@@ -35,6 +35,7 @@ async def test_the_facts_of_the_model(served: Served) -> None:
     assert (info["model"], info["names"]) == ("a", ["a", "b"])
     assert info["labels"] == list(LABELS)
     assert info["tasks"] == ["classify", "token_classify"]
+    assert (info["packing"], info["attention"]) == ("packed", "fake")
     assert info["limits"]["max_model_len"] == info["limits"]["max_embed_len"] == 256
     served.engine.state = "starting"
     assert_error(await served.get("/info"), 503, "ServiceUnavailableError")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fakes import FAKE_CLASSIFIER, FAKE_CROSS_ENCODER, FAKE_MODEL, WIDTH, FakeEngine
+from fakes import FAKE_CLASSIFIER, FAKE_CROSS_ENCODER, FAKE_M3, FAKE_MODEL, WIDTH, FakeEngine
 from serving import Served, assert_error, serving
 
 
@@ -127,3 +127,48 @@ async def test_a_model_that_cannot_says_so(served: Served, classifier: Served) -
     assert message == "The model does not support Classification API"
     message = assert_error(await classifier.post("/embed", {"inputs": "a"}), 400, "BadRequestError")
     assert message == "The model does not support Embeddings API"
+
+
+# ── a vector a token, a weight an entry ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+async def m3() -> AsyncIterator[Served]:
+    async with serving(engine=FakeEngine(replace(FAKE_M3, prompts={"query": "Q: "}))) as server:
+        yield server
+
+
+async def test_a_vector_for_each_token(m3: Served) -> None:
+    found = (await m3.post("/embed_all", {"inputs": ["ab", "c"]})).json
+    assert [np.array(text).shape for text in found] == [(4, WIDTH), (3, WIDTH)]
+    alike = (await m3.post("/pooling", {"input": "ab", "task": "token_embed"})).json["data"][0]["data"]
+    assert found[0] == alike
+
+
+async def test_the_weights_that_are_any(m3: Served) -> None:
+    found = (await m3.post("/embed_sparse", {"inputs": ["ab", "a"]})).json
+    ids = [sorted({101, 97, 98, 102}), sorted({101, 97, 102})]
+    assert found == [[{"index": token, "value": token / 1000} for token in text] for text in ids]
+    assert all(type(weight["index"]) is int for text in found for weight in text)
+    assert (await m3.post("/embed_sparse", {"inputs": [7]})).json == [[{"index": 7, "value": 0.007}]]
+
+
+@pytest.mark.parametrize("path", ["/embed_all", "/embed_sparse"])
+async def test_their_fields_are_those_of_embed(m3: Served, path: str) -> None:
+    body = {"inputs": ["ab"], "prompt_name": "query", "truncate": True, "truncation_direction": "Left"}
+    assert (await m3.post(path, body)).status == 200
+    call: dict[str, Any] = m3.engine.calls[0]
+    assert call["prompts"] == ["Q: ab"]
+    assert call["tokenization"].truncate_prompt_tokens == -1
+    assert call["tokenization"].truncation_side == "left"
+    assert call["tokenization"].prompt == "Q: "
+    unknown = await m3.post(path, {"inputs": "a", "prompt_name": "x"})
+    assert_error(unknown, 400, "BadRequestError", "prompt_name")
+
+
+@pytest.mark.parametrize(
+    ("path", "api"), [("/embed_all", "Token Embeddings"), ("/embed_sparse", "Sparse Embeddings")]
+)
+async def test_a_model_without_them_says_so(classifier: Served, path: str, api: str) -> None:
+    message = assert_error(await classifier.post(path, {"inputs": "a"}), 400, "BadRequestError")
+    assert message == f"The model does not support {api} API"

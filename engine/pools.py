@@ -1,0 +1,182 @@
+"""Pools: a loaded checkpoint's answer to every task that it can do. Runs once, before anything serves."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from carpool.engine.architecture import Architecture, activation_of
+from carpool.engine.checkpoint import Checkpoint
+from carpool.engine.config import EngineConfig
+from carpool.engine.errors import ConfigError, InvalidParameter
+from carpool.engine.hub import BUNDLED_NAME
+from carpool.engine.model_info import Similarity
+from carpool.engine.models.loader import Loaded
+from carpool.engine.params import Task
+from carpool.engine.poolers.bge_m3 import Marks, UnmarkedPool, load_linear
+from carpool.engine.poolers.classify import ClassifyHead, ClassifyPool, TokenClassifyPool, activation_named
+from carpool.engine.poolers.dense import activation, load_dense
+from carpool.engine.poolers.embed import EmbedHead, EmbedPool, TokenEmbedPool
+from carpool.engine.poolers.methods import METHODS
+from carpool.engine.poolers.pooler import Pool
+from carpool.engine.poolers.sparse import LexicalPool, NonZeroPool
+from carpool.engine.poolers.splade import SpladePool
+from carpool.engine.poolers.tanh_int8 import TanhInt8
+from carpool.engine.side_files import PoolingMode
+
+_QWEN_STEP_TAG = (
+    151651  # <extra_0>, which the one published family of process reward models ends its steps with
+)
+
+
+def make_pools(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    architecture: Architecture,
+    loaded: Loaded,
+    modes: tuple[PoolingMode, ...],
+    width: int,
+    marks: Marks,
+    device: torch.device,
+) -> dict[Task, Pool]:
+    """The first task is what the model does when it is not told. `width` is what the head gives."""
+    hidden_size = loaded.backbone.hidden_size
+    match architecture.kind:
+        case "embed":
+            return _embed_pools(checkpoint, config, modes, hidden_size, device)
+        case "bge_m3":
+            own = _bge_m3_pools(checkpoint, hidden_size, marks, device)
+            return {**_embed_pools(checkpoint, config, modes, hidden_size, device), **own}
+        case "multi_vector":
+            dense = [loaded.head] if loaded.head else [load_dense(spec, device) for spec in checkpoint.dense]
+            return {
+                "token_embed": TokenEmbedPool(
+                    EmbedHead(dense, checkpoint.normalize, _cut(checkpoint, config))
+                )
+            }
+        case "sparse":
+            assert loaded.head is not None, "a masked language model is loaded with its head"
+            _cut(checkpoint, config)
+            if config.pooler_config.enable_chunked_processing:
+                raise ConfigError(
+                    "Chunked processing averages vectors, and this model's weights of a vocabulary are no average."
+                )
+            vectors = SpladePool(loaded.head, width, checkpoint.splade)
+            return {"embed": vectors, "sparse_embed": NonZeroPool(vectors)}
+    return _classify_pools(checkpoint, config, architecture, loaded, modes[0], width)
+
+
+def pooling_modes(checkpoint: Checkpoint, loaded: Loaded) -> tuple[PoolingMode, ...]:
+    """The user's or the files' pooling, else the class's: the last token if it looks backwards, else the first.
+
+    A classifier that names its own in config.json has it in any case: its head was trained on nothing else.
+    """
+    if loaded.pooling and "classifier_pooling" in checkpoint.config:
+        return (loaded.pooling,)
+    return checkpoint.pooling or (loaded.pooling or ("last" if loaded.backbone.is_causal else "cls"),)
+
+
+def pooling_name(checkpoint: Checkpoint, architecture: Architecture, modes: tuple[PoolingMode, ...]) -> str:
+    """How rows become results, for people to read."""
+    match architecture.kind:
+        case "multi_vector":
+            return "all"
+        case "sparse":
+            return f"{checkpoint.splade.strategy} of logits"
+    return "+".join(modes)
+
+
+def similarity_of(checkpoint: Checkpoint, architecture: Architecture) -> Similarity:
+    """How two results are compared. Of models of one vector a text it is the cosine, whatever their files say."""
+    mean = checkpoint.late is not None and checkpoint.late.mean
+    match architecture.kind:
+        case "multi_vector":
+            return "meanmaxsim" if mean else "maxsim"
+        case "sparse":
+            named = checkpoint.similarity or "dot"
+            if named not in ("dot", "cosine"):
+                raise ConfigError(
+                    f"This model compares vectors by {named}; carpool compares them by dot or cosine."
+                )
+            return "dot" if named == "dot" else "cosine"
+    return "cosine"
+
+
+def head_width(loaded: Loaded) -> int:
+    """Found by asking the head; 0 without one."""
+    if loaded.head is None:
+        return 0
+    hidden = loaded.backbone.hidden_size
+    weight = next(loaded.head.parameters())
+    with torch.inference_mode():
+        return int(loaded.head(torch.zeros(1, hidden, device=weight.device)).shape[-1])
+
+
+def _embed_pools(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    modes: tuple[PoolingMode, ...],
+    hidden_size: int,
+    device: torch.device,
+) -> dict[Task, Pool]:
+    dense = [load_dense(spec, device) for spec in checkpoint.dense]
+    head = EmbedHead(dense, checkpoint.normalize, _cut(checkpoint, config))
+    whole = EmbedHead([*dense, TanhInt8()], checkpoint.normalize, _cut(checkpoint, config))
+    pools: dict[Task, Pool] = {"embed": EmbedPool(modes, whole if checkpoint.tanh_int8 else head)}
+    if not checkpoint.dense or checkpoint.dense[0].in_features == hidden_size:
+        pools["token_embed"] = TokenEmbedPool(
+            head
+        )  # a head made for several modes at once takes no single row
+    return pools
+
+
+def _cut(checkpoint: Checkpoint, config: EngineConfig) -> int | None:
+    """The width that the user cuts every embedding to."""
+    dimensions = config.pooler_config.dimensions
+    try:
+        checkpoint.matryoshka.check(dimensions, config.model or BUNDLED_NAME)
+    except InvalidParameter as error:
+        raise ConfigError(f"The pooler config's dimensions cannot be served: {error}") from error
+    return dimensions
+
+
+def _bge_m3_pools(
+    checkpoint: Checkpoint, hidden_size: int, marks: Marks, device: torch.device
+) -> dict[Task, Pool]:
+    """All but the text's own vector."""
+    vectors = load_linear(checkpoint.path / "colbert_linear.pt", hidden_size, device)
+    weights = load_linear(checkpoint.path / "sparse_linear.pt", hidden_size, device)
+    token_embed = TokenEmbedPool(EmbedHead([vectors], True, None))
+    token_classify = TokenClassifyPool(ClassifyHead(weights, torch.relu))
+    return {
+        "token_embed": UnmarkedPool(token_embed, marks.first, None),
+        "sparse_embed": LexicalPool(weights, marks.unweighted),
+        "token_classify": UnmarkedPool(token_classify, marks.first, marks.last, flat=True),
+    }
+
+
+def _classify_pools(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    architecture: Architecture,
+    loaded: Loaded,
+    mode: PoolingMode,
+    num_labels: int,
+) -> dict[Task, Pool]:
+    pooler, kind = config.pooler_config, architecture.kind
+    named = activation_of(checkpoint.config, num_labels or loaded.backbone.hidden_size)
+    head = ClassifyHead(
+        loaded.head or nn.Identity(),
+        activation(named) if "." in named else activation_named(named),
+        by_default=pooler.activates if pooler.activates is not None else kind != "reward",
+        logit_mean=pooler.mean,
+        logit_sigma=pooler.logit_sigma or 1.0,
+    )
+    tokens = TokenClassifyPool(head)
+    if pooler.steps if pooler.steps is not None else kind == "process_reward":
+        default_tag = _QWEN_STEP_TAG if kind == "process_reward" else None
+        tag = default_tag if pooler.step_tag_id is None else pooler.step_tag_id
+        tokens = TokenClassifyPool(head, tag, None if kind == "judge" else pooler.returned_token_ids)
+    if "classify" not in architecture.tasks:
+        return {"token_classify": tokens}
+    return {"classify": ClassifyPool(METHODS[mode], head, loaded.late), "token_classify": tokens}
