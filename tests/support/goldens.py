@@ -34,6 +34,7 @@ MINILM = "all-MiniLM-L6-v2"
 COSINE = 0.99999
 COARSE_COSINE = 0.999  # of numbers rounded to 16 or 8 bits, where the last bit may fall either way
 SCORE = 1e-4
+STEPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}  # what is all but equal may be rounded to two neighbours
 DTYPES: dict[str, Any] = {
     "float32": np.float32,
     "float16": np.float16,
@@ -198,9 +199,14 @@ def _compare(ours: Any, theirs: Any, at: str, asked: Any = None) -> Iterator[str
             yield f"{at}: {ours!r}, not {theirs!r}"
 
 
-def _compare_numbers(ours: Any, theirs: Any, at: str, least: float = COSINE) -> Iterator[str]:
-    """Probabilities and scores one by one; vectors, which are long, by their direction."""
-    if not (np.abs(ours - theirs) > SCORE * np.maximum(1, np.abs(theirs))).any():
+def _compare_numbers(
+    ours: Any, theirs: Any, at: str, least: float = COSINE, step: float = 0.0
+) -> Iterator[str]:
+    """Probabilities and scores one by one; vectors, which are long, by their direction.
+
+    `step`: what neighbours of the number format they came in differ by, relatively.
+    """
+    if not (np.abs(ours - theirs) > (SCORE + step) * np.maximum(1, np.abs(theirs))).any():
         return
     cosine = ours @ theirs / max(float(np.linalg.norm(ours) * np.linalg.norm(theirs)), 1e-30)
     if len(theirs) < 16 or cosine < least or abs(np.linalg.norm(ours) / np.linalg.norm(theirs) - 1) > 0.01:
@@ -215,9 +221,8 @@ def _compare_packed(ours: str, theirs: str, asked: Any, at: str) -> Iterator[str
     if len(vectors[0]) != len(vectors[1]):
         yield f"{at}: {len(vectors[0])} numbers, not {len(vectors[1])}"
     else:
-        yield from _compare_numbers(
-            vectors[0], vectors[1], at, COSINE if dtype == "float32" else COARSE_COSINE
-        )
+        least = COSINE if dtype == "float32" else COARSE_COSINE
+        yield from _compare_numbers(vectors[0], vectors[1], at, least, STEPS.get(dtype, 0.0))
 
 
 def _unpacked(text: str, dtype: str, big: bool) -> Any:

@@ -6,8 +6,35 @@ transformers or a few lines of torch, one prompt at a time, float32. `./dev benc
 docs/models.md of them, and tests/engine/models/test_zoo.py fails on any drift.
 """
 
+from zoo import (
+    adapters,
+    classifiers,
+    decoders_translated,
+    encoders,
+    heads,
+    llm_embedders,
+    native,
+    patched,
+    rerankers,
+    stock,
+    towers,
+    translated,
+)
 from zoo.member import Member, Reference
 
 __all__ = ["MEMBERS", "Member", "Reference"]
 
-MEMBERS: tuple[Member, ...] = ()
+MEMBERS: tuple[Member, ...] = (
+    *stock.MEMBERS,
+    *translated.MEMBERS,
+    *decoders_translated.MEMBERS,
+    *native.MEMBERS,
+    *patched.MEMBERS,
+    *towers.MEMBERS,
+    *encoders.MEMBERS,
+    *llm_embedders.MEMBERS,
+    *rerankers.MEMBERS,
+    *classifiers.MEMBERS,
+    *heads.MEMBERS,
+    *adapters.MEMBERS,
+)

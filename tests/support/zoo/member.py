@@ -38,4 +38,6 @@ class Member:
     tasks: tuple[Task, ...] = ("embed",)  # those that the reference answers
     adapters: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    texts: tuple[str, ...] = ()  # what to ask it, where the usual texts would not show what it does
+    pairs: bool = False  # whether its prompts are pairs of two token types
     note: str = ""

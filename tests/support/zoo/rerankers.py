@@ -1,0 +1,266 @@
+"""Rerankers made of language models: the logit of a word at the last token, or a row of their own, is the score.
+
+Asked with ids here; that pairs are put into each family's own words is tests/engine/test_rerankers.py's to show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import tiny
+from carpool.engine.params import Task
+from zoo.member import Member, Reference
+
+EOD = "<|endoftext|>"
+# Chat template of the tokenizer that these are made of: it drops the roles of a pair.
+CHATML = (
+    "{%- for message in messages %}{%- if message.role in ('system', 'user', 'assistant') %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+# Chat templates as such models bring them since sentence-transformers asks with them.
+JUDGING = (
+    "{%- set of = namespace(system='', query='', document='') %}"
+    "{%- for message in messages %}{%- if message.role == 'system' %}{%- set of.system = message.content %}"
+    "{%- elif message.role == 'query' %}{%- set of.query = message.content %}"
+    "{%- elif message.role == 'document' %}{%- set of.document = message.content %}{%- endif %}{%- endfor %}"
+    "{{- '<|im_start|>user\\n<Instruct>: ' + of.system + '\\n<Query>: ' + of.query + '\\n<Document>: ' + of.document }}"
+    "{{- '<|im_end|>\\n' }}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}"
+    "{%- endif %}"
+)
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 1024,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+def qwen_words() -> Tokenizer:
+    """ChatML's markers as special tokens, and the answers as single ones."""
+    tokenizer = tiny.byte_bpe()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in ("<think>", "</think>")])
+    tokenizer.add_tokens(["yes", "no", "Yes", "No"])
+    return tokenizer
+
+
+def gemma_words() -> Tokenizer:
+    """<bos> before every text."""
+    tokenizer = tiny.byte_bpe(before=["<bos>"], pad="<pad>")
+    tokenizer.add_tokens(["Yes", "No"])
+    return tokenizer
+
+
+def ids(tokenizer: Tokenizer, *words: str) -> list[int]:
+    """Of words that are one token each."""
+    found = [tokenizer.token_to_id(word) for word in words]
+    return [token for token in found if token is not None]
+
+
+def save(
+    folder: Path, model_type: str, tokenizer: Tokenizer, auto: Any = AutoModelForCausalLM, **config: Any
+) -> None:
+    """The language model and its tokenizer; weights of its head are its embedding's, as small models have it."""
+    sizes = {
+        **_SIZES,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "tie_word_embeddings": True,
+        **config,
+    }
+    torch.manual_seed(0)
+    model = auto.from_config(AutoConfig.for_model(model_type, **sizes))
+    tiny.inflate(model)
+    model.save_pretrained(folder)
+    pad = "<pad>" if tokenizer.token_to_id("<pad>") is not None else EOD
+    tiny.save_tokenizer(
+        tokenizer,
+        folder,
+        pad=pad,
+        tokenizer_class="PreTrainedTokenizerFast",
+        model_max_length=1024,
+        eos_token=pad,
+        chat_template=CHATML,
+        **({"bos_token": "<bos>"} if pad == "<pad>" else {}),
+    )
+
+
+def named(folder: Path, name: str) -> None:
+    """As releases of transformers before 5 wrote the repository into config.json."""
+    tiny.edit_json(folder / "config.json", _name_or_path=name)
+
+
+def cross_encoder_files(
+    folder: Path, true: int, false: int | None, *, template: str = JUDGING, **side: Any
+) -> None:
+    """What sentence-transformers since 5.4 writes beside a language model that it scores pairs with."""
+    kinds = ("base.modules.transformer.Transformer", "cross_encoder.modules.logit_score.LogitScore")
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}
+        for i, (path, kind) in enumerate(zip(("", "1_LogitScore"), kinds, strict=True))
+    ]
+    tiny.write_json(folder / "modules.json", modules)
+    tiny.write_json(folder / "1_LogitScore" / "config.json", {"true_token_id": true, "false_token_id": false})
+    logits = {"method": "forward", "method_output_name": "logits"}
+    tiny.write_json(
+        folder / "sentence_bert_config.json",
+        {
+            "transformer_task": "text-generation",
+            "modality_config": {"text": logits, "message": {**logits, "format": "flat"}},
+            "module_output_name": "causal_logits",
+            "processing_kwargs": {"chat_template": {"add_generation_prompt": True}},
+        },
+    )
+    tiny.write_json(
+        folder / "config_sentence_transformers.json",
+        {"model_type": "CrossEncoder", "prompts": {}, "default_prompt_name": None, **side},
+    )
+    (folder / "chat_template.jinja").write_text(template)
+
+
+class WordReference:
+    """float32 logits of words at the last token, by transformers' CausalLM, and what becomes of them."""
+
+    def __init__(self, folder: Path, token_ids: list[int], finish: Callable[[Tensor], Tensor]) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self._token_ids, self._finish = token_ids, finish
+
+    @torch.no_grad()
+    def __call__(
+        self, task: Task, ids: list[int], types: list[int] | None = None, adapter: str | None = None
+    ) -> Tensor:
+        logits = self.model(input_ids=torch.tensor([ids])).logits[0, -1, self._token_ids]
+        return self._finish(logits)
+
+
+class RowReference:
+    """The one row of a converted model, at the last token."""
+
+    def __init__(self, folder: Path) -> None:
+        self._model: Any = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+
+    @torch.no_grad()
+    def __call__(
+        self, task: Task, ids: list[int], types: list[int] | None = None, adapter: str | None = None
+    ) -> Tensor:
+        row = torch.tensor([ids])
+        logits: Tensor = self._model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0]
+        return logits.sigmoid()
+
+
+def second_of_two(logits: Tensor) -> Tensor:
+    return logits.softmax(-1)[1:]
+
+
+def qwen3(folder: Path) -> Reference:
+    """Known by its name alone."""
+    tokenizer = qwen_words()
+    save(folder, "qwen3", tokenizer)
+    named(folder, "Qwen/Qwen3-Reranker-4B")
+    return WordReference(folder, ids(tokenizer, "no", "yes"), second_of_two)
+
+
+def qwen3_with_files(folder: Path) -> Reference:
+    """Known by the files of sentence-transformers."""
+    tokenizer = qwen_words()
+    save(folder, "qwen3", tokenizer)
+    no, yes = ids(tokenizer, "no", "yes")
+    instruction = "Given a web search query, retrieve relevant passages that answer the query"
+    cross_encoder_files(
+        folder, yes, no, prompts={"web_search": instruction}, default_prompt_name="web_search"
+    )
+    return WordReference(folder, [no, yes], second_of_two)
+
+
+def qwen3_converted(folder: Path) -> Reference:
+    tokenizer = qwen_words()
+    save(folder, "qwen3", tokenizer, AutoModelForSequenceClassification, num_labels=1)
+    named(folder, "tomaarsen/Qwen3-Reranker-0.6B-seq-cls")
+    return RowReference(folder)
+
+
+def mxbai(folder: Path) -> Reference:
+    tokenizer = qwen_words()
+    save(folder, "qwen2", tokenizer)
+    named(folder, "mixedbread-ai/mxbai-rerank-base-v2")
+    return WordReference(folder, ids(tokenizer, "0", "1"), second_of_two)
+
+
+def bge_gemma(folder: Path) -> Reference:
+    tokenizer = gemma_words()
+    save(folder, "gemma", tokenizer)
+    named(folder, "BAAI/bge-reranker-v2-gemma")
+    return WordReference(folder, ids(tokenizer, "Yes"), torch.sigmoid)
+
+
+def zerank(folder: Path) -> Reference:
+    """Known by its name: a fifth of the logit."""
+    tokenizer = qwen_words()
+    save(folder, "qwen3", tokenizer)
+    named(folder, "zeroentropy/zerank-2")
+    return WordReference(folder, ids(tokenizer, "Yes"), lambda logit: torch.sigmoid(logit / 5))
+
+
+def zerank_with_files(folder: Path) -> Reference:
+    """Its files say Identity: the logit as it is, even though config.json has the name."""
+    tokenizer = qwen_words()
+    save(folder, "qwen3", tokenizer)
+    named(folder, "zeroentropy/zerank-2")
+    (yes,) = ids(tokenizer, "Yes")
+    cross_encoder_files(folder, yes, None, activation_fn="torch.nn.modules.linear.Identity")
+    return WordReference(folder, [yes], lambda logit: logit)
+
+
+def untied(folder: Path) -> Reference:
+    """Qwen3-Reranker-8B: a head of its own, in several files."""
+    tokenizer = qwen_words()
+    save(folder, "qwen3", tokenizer, tie_word_embeddings=False)
+    named(folder, "Qwen/Qwen3-Reranker-8B")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, own in halves.items():
+        save_file({name: weights[name] for name in own}, folder / file, {"format": "pt"})
+    index = {name: file for file, own in halves.items() for name in own}
+    tiny.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
+    return WordReference(folder, ids(tokenizer, "no", "yes"), second_of_two)
+
+
+def _member(name: str, family: str, make: Callable[[Path], Reference], note: str) -> Member:
+    return Member(name, family, make, ("classify",), note=note)
+
+
+MEMBERS: tuple[Member, ...] = (
+    _member("Qwen/Qwen3-Reranker-0.6B", "Qwen3ForCausalLM", qwen3_with_files, "sentence-transformers files"),
+    _member("Qwen/Qwen3-Reranker-4B", "Qwen3ForCausalLM", qwen3, "its prompt and words by name"),
+    _member("Qwen/Qwen3-Reranker-8B", "Qwen3ForCausalLM", untied, "its prompt and words by name"),
+    _member(
+        "tomaarsen/Qwen3-Reranker-0.6B-seq-cls",
+        "Qwen3ForSequenceClassification",
+        qwen3_converted,
+        "its prompt by name",
+    ),
+    _member("mixedbread-ai/mxbai-rerank-base-v2", "Qwen2ForCausalLM", mxbai, "its prompt and words by name"),
+    _member("BAAI/bge-reranker-v2-gemma", "GemmaForCausalLM", bge_gemma, "its prompt and word by name"),
+    _member("zeroentropy/zerank-2", "Qwen3ForCausalLM", zerank_with_files, "sentence-transformers files"),
+    _member("zeroentropy/zerank-2, without its files", "Qwen3ForCausalLM", zerank, "its prompt by name"),
+)
