@@ -6,6 +6,7 @@ are all made from these fields.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -112,6 +113,51 @@ class PoolerConfig:
         return self.logit_mean if self.logit_mean is not None else self.logit_bias or 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """An adapter to load beside the model: requests choose it by `name`; `path` is a folder or a hub's name."""
+
+    name: str
+    path: str
+
+    @classmethod
+    def parse(cls, raw: Any) -> LoraModule:
+        """From `name=path`, an object {"name": …, "path": …}, or such an object as JSON text."""
+        if isinstance(raw, LoraModule):
+            return raw
+        given = raw
+        if isinstance(raw, str) and raw.startswith("{"):
+            given = _json_or_none(raw)
+        elif isinstance(raw, str):
+            name, _, path = raw.partition("=")
+            given = {"name": name, "path": path}
+        if not isinstance(given, Mapping) or not given.get("name") or not given.get("path"):
+            raise ConfigError(f'--lora-modules takes name=path or {{"name": …, "path": …}}, got {raw!r}.')
+        if unknown := sorted(given.keys() - {"name", "path", "base_model_name"}):
+            raise ConfigError(
+                f"--lora-modules has no key {unknown[0]}: it takes name, path and base_model_name."
+            )
+        return cls(str(given["name"]), str(given["path"]))
+
+    @classmethod
+    def parse_all(cls, raw: Any) -> tuple[LoraModule, ...]:
+        """From a list of what `parse` takes, or an object of a path a name."""
+        each = [cls(str(name), str(path)) for name, path in raw.items()] if isinstance(raw, Mapping) else raw
+        modules = tuple(map(cls.parse, each))
+        names = [module.name for module in modules]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"--lora-modules names {name!r} twice.")
+        return modules
+
+
+def _json_or_none(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """What to load and how to run it. "auto" and None are resolved against the checkpoint and the machine."""
@@ -144,7 +190,15 @@ class EngineConfig:
     max_queued_tokens: int | None = option(
         None, "Waiting tokens above which requests get 503; by default 60 s of work."
     )
+    quantization: str | None = option(
+        None, "int8: linear layers in 8-bit integers, on a CPU; by default as --dtype says."
+    )
     surgery: bool = option(True, "Swap modules of the model for fused ones that compute the same.")
+    lora_modules: tuple[LoraModule, ...] = option(
+        (),
+        "Adapters (PEFT LoRA) beside the model, each NAME=PATH; requests name one as their model.",
+        several=True,
+    )
     token_id_input: bool = option(True, "Accept token ids as input; --no-token-id-input refuses them.")
 
     def __post_init__(self) -> None:
@@ -158,6 +212,12 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        object.__setattr__(self, "lora_modules", LoraModule.parse_all(self.lora_modules))
+        if self.quantization not in (None, "int8"):
+            raise ConfigError(
+                f"--quantization must be int8, got {self.quantization!r}: other formats (fp8, awq, gptq, "
+                "bitsandbytes, …) are not served."
+            )
         _check_choice("--runner", self.runner, get_args(Runner))
         _check_choice("--convert", self.convert, get_args(Convert))
         _check_choice("--dtype", self.dtype, get_args(DType))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from carpool.engine.config import EngineConfig, PoolerConfig
+from carpool.engine.config import EngineConfig, LoraModule, PoolerConfig
 from carpool.engine.errors import ConfigError
 
 
@@ -59,3 +59,26 @@ def test_configurations_do_not_change_and_share_nothing() -> None:
 def test_every_option_has_its_help(config: type) -> None:
     for option in fields(config):
         assert option.metadata["help"].endswith("."), option.name
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (("a",), "takes name=path"),
+        (("=x",), "takes name=path"),
+        (("a=",), "takes name=path"),
+        (("{broken",), "takes name=path"),
+        ((7,), "takes name=path"),
+        (({"name": "a"},), "takes name=path"),
+        (({"name": "a", "path": "x", "rank": 8},), "has no key rank"),
+        (("a=x", "a=y"), "names 'a' twice"),
+    ],
+)
+def test_an_adapter_that_is_named_badly_is_refused(raw: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^--lora-modules {words}.*\.$"):
+        EngineConfig(lora_modules=raw)
+
+
+def test_adapters_may_be_given_as_a_dict() -> None:
+    given: Any = {"a": "x", "b": "y"}
+    assert EngineConfig(lora_modules=given).lora_modules == (LoraModule("a", "x"), LoraModule("b", "y"))

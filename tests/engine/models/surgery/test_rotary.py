@@ -1,0 +1,119 @@
+"""Rotary positions: fused where halves are turned into each other; transformers' own function is left as it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.cohere import modeling_cohere
+from transformers.models.glm import modeling_glm
+from transformers.models.gpt_neox import modeling_gpt_neox
+from transformers.models.llama import modeling_llama
+from transformers.models.modernbert import modeling_modernbert
+from transformers.models.qwen3 import modeling_qwen3
+
+from carpool.engine.build import build
+from carpool.engine.config import EngineConfig
+from carpool.engine.models.surgery import rotary
+from carpool.engine.models.surgery.rehearsal import Rehearsal
+from carpool.engine.models.surgery.rotary import rotate, turn
+
+GENERATOR = torch.Generator().manual_seed(1)
+Q, K = torch.randn(1, 4, 9, 16, generator=GENERATOR), torch.randn(1, 2, 9, 16, generator=GENERATOR)
+
+
+def angles(size: int) -> tuple[Tensor, Tensor]:
+    cos, sin = torch.randn(2, 1, 9, size, generator=torch.Generator().manual_seed(2))
+    return cos, sin
+
+
+@pytest.mark.parametrize(
+    ("module", "size"),
+    [(modeling_llama, 16), (modeling_modernbert, 16), (modeling_gpt_neox, 16), (modeling_gpt_neox, 8)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_says_what_transformers_function_says(module: Any, size: int, dtype: torch.dtype) -> None:
+    cos, sin = (x.to(dtype) for x in angles(size))
+    q, k = Q.to(dtype), K.to(dtype)
+    bound = 1e-6 if dtype == torch.float32 else 2e-2
+    for ours, theirs in zip(rotate(q, k, cos, sin), module.apply_rotary_pos_emb(q, k, cos, sin), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound)
+    token_first = rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin, unsqueeze_dim=2)
+    for ours, theirs in zip(token_first, rotate(q, k, cos, sin), strict=True):
+        assert torch.equal(ours.transpose(1, 2), theirs)
+
+
+@pytest.mark.parametrize("module", [modeling_cohere, modeling_glm])
+def test_neighbours_turned_into_each_other_are_another_convention(module: Any) -> None:
+    assert not rotary._does_the_same(module.apply_rotary_pos_emb)
+
+
+class Attention(nn.Module):
+    """As transformers' files have it: the function is a global, and the class calls it."""
+
+    def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        return q.sum(1) + k.sum(1)
+
+
+def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    return CONVENTION(q, k, cos, sin)
+
+
+CONVENTION: Callable[..., Any] = modeling_llama.apply_rotary_pos_emb
+
+
+@pytest.fixture(autouse=True)
+def fresh_classes() -> None:
+    rotary._turned.cache_clear()
+
+
+def turned(monkeypatch: pytest.MonkeyPatch, convention: Callable[..., Any]) -> tuple[Attention, bool]:
+    monkeypatch.setitem(globals(), "CONVENTION", convention)
+    attention = Attention()
+    rehearsal = Rehearsal.of(attention, lambda: attention(Q, K, *angles(16)))
+    return attention, turn("", attention, rehearsal)
+
+
+def test_a_layer_gets_a_class_of_its_own_that_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, done = turned(monkeypatch, modeling_llama.apply_rotary_pos_emb)
+    assert done
+    assert type(attention).__name__ == "Attention"
+    assert isinstance(attention, Attention)
+    expected = Attention()(Q, K, *angles(16))
+    monkeypatch.setitem(globals(), "CONVENTION", None)  # nobody calls it any more
+    torch.testing.assert_close(attention(Q, K, *angles(16)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(copy.deepcopy(attention)(Q, K, *angles(16)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "convention", [modeling_glm.apply_rotary_pos_emb, lambda q, k, cos, sin: (q * cos, k * cos)]
+)
+def test_a_layer_of_another_convention_is_left(
+    convention: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention, done = turned(monkeypatch, convention)
+    assert not done
+    assert type(attention) is Attention
+
+
+def test_a_class_that_does_not_say_the_same_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotary, "_does_the_same", lambda function: True)
+    attention, done = turned(monkeypatch, modeling_glm.apply_rotary_pos_emb)
+    assert not done
+    assert type(attention) is Attention
+
+
+def test_transformers_own_classes_and_functions_stay_as_they_are(checkpoint: Callable[[str], Path]) -> None:
+    """What else runs in this process, and a model served with --no-surgery, has nothing of it."""
+    function, forward = modeling_qwen3.apply_rotary_pos_emb, modeling_qwen3.Qwen3Attention.forward
+    parts = build(EngineConfig(model=str(checkpoint("qwen3")), dtype="float32", cpu_workers=1))
+    assert parts.model.surgery["rotary"] == 2
+    assert modeling_qwen3.apply_rotary_pos_emb is function
+    assert modeling_qwen3.Qwen3Attention.forward is forward
+    assert forward.__globals__[rotary.NAME] is function
