@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,14 +22,10 @@ from carpool.engine.fast_tokenizer import end_notice, load_fast
 from carpool.engine.hub import locate
 from carpool.engine.memory import bound_primitive_cache
 from carpool.engine.model_info import ModelInfo, PairShape
-from carpool.engine.models.adapters import check_adapters, load_adapters
 from carpool.engine.models.backbone import Backbone
-from carpool.engine.models.choice import choose
 from carpool.engine.models.loader import Loaded, Loader
+from carpool.engine.models.model import Model
 from carpool.engine.models.probe import keeps_unseen
-from carpool.engine.models.quantize import quantize
-from carpool.engine.models.surgery import operate
-from carpool.engine.models.weights import unmap
 from carpool.engine.pairing import Pairing
 from carpool.engine.params import Task
 from carpool.engine.poolers.adapted import AdaptedPool
@@ -57,150 +55,179 @@ class Parts:
     runners: list[ModelRunner]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What the files and the user ask for, before anything is loaded. `notice` is on the choice of dtype."""
+
+    config: EngineConfig
+    checkpoint: Checkpoint
+    pairing: Pairing
+    architecture: Architecture
+    device: torch.device
+    dtype: torch.dtype
+    max_model_len: int
+    notice: str | None
+
+    @classmethod
+    def of(cls, config: EngineConfig, folder: Path) -> _Plan:
+        checkpoint = Checkpoint.read(folder, config.hf_overrides, config.pooler_config)
+        pairing = Pairing.of(config, checkpoint)
+        pooler = config.pooler_config
+        architecture = Architecture.of(
+            checkpoint.architectures,
+            "classify" if pairing.scorer and config.convert == "auto" else config.convert,
+            step_words=bool(pooler.steps and pooler.returned_token_ids),
+            files=checkpoint.files,
+        )
+        device = resolve_device(config.device)
+        if config.quantization and device.type != "cpu":
+            raise ConfigError("--quantization int8 is for CPUs: give --device cpu as well, or leave it out.")
+        dtype, notice = resolve_dtype(
+            config.dtype, checkpoint.stored_dtype, device, str(checkpoint.text_config.get("model_type"))
+        )
+        return cls(
+            config=pairing.calibrated(config),
+            checkpoint=checkpoint,
+            pairing=pairing,
+            architecture=architecture,
+            device=device,
+            dtype=dtype,
+            max_model_len=_max_model_len(config, checkpoint),
+            notice=notice,
+        )
+
+    def tokenizer(self, fast: Any) -> Tokenizer:
+        return Tokenizer.of(
+            fast,
+            max_model_len=self.max_model_len,
+            vocab_size=self.checkpoint.vocab_size,
+            lowercase=self.checkpoint.lowercase,
+            pads=bool(self.checkpoint.config.get("pads_prompts")),
+            token_types=int(self.checkpoint.text_config.get("type_vocab_size") or 2) > 1,
+            leaves_out_prompts=self.checkpoint.leaves_out_prompts,
+            late=self.checkpoint.late if self.architecture.kind == "multi_vector" else None,
+        )
+
+    def model(self, tokenizer: Tokenizer) -> Model:
+        scorer = self.pairing.scorer
+        token_ids: Seq[int] = self.config.pooler_config.returned_token_ids or ()
+        if scorer:
+            token_ids = scorer.token_ids or tokenizer.ids_of(scorer.words)
+        loader = Loader(
+            dtype=self.dtype,
+            device=self.device,
+            max_model_len=self.max_model_len,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+        return Model.load(loader, self.checkpoint, self.architecture, self.config, scorer, token_ids)
+
+
 def build(config: EngineConfig) -> Parts:
     """Load and check the model. Raises ConfigError with one sentence if it cannot be served as asked."""
     bound_primitive_cache()
     folder = locate(config.model, config.revision)
-    checkpoint = Checkpoint.read(folder, config.hf_overrides, config.pooler_config)
-    pooler = config.pooler_config
-    pairing = Pairing.of(config, checkpoint)
-    config, scorer = pairing.calibrated(config), pairing.scorer
-    architecture = Architecture.of(
-        checkpoint.architectures,
-        "classify" if scorer and config.convert == "auto" else config.convert,
-        step_words=bool(pooler.steps and pooler.returned_token_ids),
-        files=checkpoint.files,
-    )
-    device = resolve_device(config.device)
-    if config.quantization and device.type != "cpu":
-        raise ConfigError("--quantization int8 is for CPUs: give --device cpu as well, or leave it out.")
-    dtype, notice = resolve_dtype(
-        config.dtype, checkpoint.stored_dtype, device, str(checkpoint.text_config.get("model_type"))
-    )
-    max_model_len = _max_model_len(config, checkpoint)
+    plan = _Plan.of(config, folder)
     words = locate(config.tokenizer) if config.tokenizer else folder
     fast = load_fast(words, trust_remote_code=config.trust_remote_code)
-    tokenizer = Tokenizer.of(
-        fast,
-        max_model_len=max_model_len,
-        vocab_size=checkpoint.vocab_size,
-        lowercase=checkpoint.lowercase,
-        pads=bool(checkpoint.config.get("pads_prompts")),
-        token_types=int(checkpoint.text_config.get("type_vocab_size") or 2) > 1,
-        leaves_out_prompts=checkpoint.leaves_out_prompts,
-        late=checkpoint.late if architecture.kind == "multi_vector" else None,
-    )
+    tokenizer = plan.tokenizer(fast)
     chat = ChatTemplate.of(fast, config.chat_template)
-    framer = pairing.framer(config, chat, tokenizer)
-    token_ids: Seq[int] = pooler.returned_token_ids or ()
-    if scorer:
-        token_ids = scorer.token_ids or tokenizer.ids_of(scorer.words)
-    loader = Loader(
-        dtype=dtype, device=device, max_model_len=max_model_len, trust_remote_code=config.trust_remote_code
+    framer = plan.pairing.framer(plan.config, chat, tokenizer)
+    model = plan.model(tokenizer)
+    unexpanded = _give_up_expansion(tokenizer, model.backbone, plan.checkpoint.vocab_size)
+    width = head_width(model.loaded)
+    pools = _pools(plan, model, width, Marks.of(fast))
+    notices = (
+        plan.notice,
+        *model.notices,
+        unexpanded,
+        _native_notice(plan.device),
+        end_notice(words, fast),
+        *plan.pairing.notices(framer, plan.config, blunt=_is_blunt(plan, model, width)),
     )
-    loaded = loader.load(checkpoint, architecture, scorer, token_ids)
-    adapters = load_adapters(checkpoint, config, loaded)
-    windows = (checkpoint.text_config.get(key) for key in ("sliding_window", "local_attention"))
-    backbone, padded = choose(
-        loaded.backbone,
-        vocab_size=checkpoint.vocab_size,
-        max_model_len=max_model_len,
-        limits=[window for window in windows if isinstance(window, int) and window > 0],
+    info = replace(
+        _model_info(plan, model, pools, width),
+        root=config.model or str(folder),
+        roles={role: scribe.skipped for role, scribe in tokenizer.scribes.items()},
+        chat_template=chat.present,
+        score_template=framer is not None,
+        notices=tuple(sentence for sentence in notices if sentence),
     )
-    loaded = replace(loaded, backbone=backbone)
-    unexpanded = None
-    if tokenizer.expands_unseen and not keeps_unseen(backbone, checkpoint.vocab_size):
-        tokenizer.scribes = {role: scribe.without_expansion() for role, scribe in tokenizer.scribes.items()}
-        unexpanded = _UNEXPANDED
-    parameters = _parameters(backbone)
-    swapped: dict[str, int] = {}
-    coarse: list[str] = []
-    if config.surgery:
-        swapped = operate(backbone, vocab_size=checkpoint.vocab_size, pack=not config.quantization)
-    if config.quantization:
-        swapped["int8"], coarse = quantize(backbone, vocab_size=checkpoint.vocab_size)
-    if device.type == "cpu" and swapped:
-        unmap(backbone.module, loaded.head)
-    modes = pooling_modes(checkpoint, loaded)
-    width = head_width(loaded)
-    num_labels = 0 if architecture.embeds else width
-    vector_size = width if architecture.embeds and width else checkpoint.matryoshka.size
-    marks = Marks.of(fast)
-    if adapters.names:
-        check_adapters(
-            backbone, len(adapters.names), vocab_size=checkpoint.vocab_size, max_model_len=max_model_len
+    runner = ModelRunner(model.backbone, Pooler(pools), plan.device)
+    runners = [runner, *(runner.replica() for _ in range(info.workers - 1))]
+    return Parts(info, tokenizer, chat, framer, runners)
+
+
+def _pools(plan: _Plan, model: Model, width: int, marks: Marks) -> dict[Task, Pool]:
+    """A pool a task; where adapters bring heads of their own, one that deals out to those."""
+    modes = pooling_modes(plan.checkpoint, model.loaded)
+
+    def of(head: nn.Module | None) -> dict[Task, Pool]:
+        own = replace(model.loaded, head=head)
+        return make_pools(
+            plan.checkpoint, plan.config, plan.architecture, own, modes, width, marks, plan.device
         )
 
-    def pools_of(head: nn.Module | None) -> dict[Task, Pool]:
-        own = replace(loaded, head=head)
-        return make_pools(checkpoint, config, architecture, own, modes, width, marks, device)
+    pools = of(model.loaded.head)
+    if not model.adapters.heads:
+        return pools
+    by_slot = {0: pools, **{slot: of(head) for slot, head in model.adapters.heads.items()}}
+    return {task: AdaptedPool({slot: own[task] for slot, own in by_slot.items()}) for task in pools}
 
-    pools = pools_of(loaded.head)
-    if adapters.heads:
-        by_slot = {0: pools, **{slot: pools_of(head) for slot, head in adapters.heads.items()}}
-        pools = {task: AdaptedPool({slot: own[task] for slot, own in by_slot.items()}) for task in pools}
-    runner = ModelRunner(backbone, Pooler(pools), device)
-    workers = _workers(config, device)
-    blunt = (  # a language model is scored, and nobody said how its pairs are put together
-        architecture.kind == "classify"
-        and num_labels == 1
-        and loaded.pooling == "last"
-        and not {"use_sep_token", "use_pad_token"} & checkpoint.config.keys()
+
+def _model_info(plan: _Plan, model: Model, pools: Mapping[Task, Pool], width: int) -> ModelInfo:
+    """All that the plan and the model say of themselves; `width` is what the head gives."""
+    config, checkpoint, architecture = plan.config, plan.checkpoint, plan.architecture
+    num_labels = 0 if architecture.embeds else width
+    vector_size = width if architecture.embeds and width else checkpoint.matryoshka.size
+    return ModelInfo(
+        root=config.model,
+        architectures=checkpoint.architectures,
+        tasks=frozenset(pools),
+        default_task=_default_task(config, pools),
+        max_model_len=plan.max_model_len,
+        max_embed_len=_max_embed_len(config, plan.max_model_len),
+        vocab_size=checkpoint.vocab_size,
+        embedding_size=vector_size,
+        matryoshka=replace(checkpoint.matryoshka, size=vector_size),
+        labels=labels_of(checkpoint.config, num_labels),
+        prompts=checkpoint.config.get("task_instructions") or checkpoint.prompts,
+        adapters=model.adapters.names,
+        lora_modules=model.adapters.lora_modules,
+        task_adapters=model.adapters.tasks,
+        default_adapter=model.adapters.default,
+        pooling=pooling_name(checkpoint, architecture, pooling_modes(checkpoint, model.loaded)),
+        normalize=checkpoint.normalize and architecture.kind != "sparse",
+        leaves_out_prompts=checkpoint.leaves_out_prompts,
+        similarity=similarity_of(checkpoint, architecture),
+        pairs=_pairs(checkpoint, model.loaded),
+        dtype=str(plan.dtype).removeprefix("torch."),
+        device=str(plan.device),
+        workers=_workers(config, plan.device),
+        parameters=model.parameters,
+        max_num_batched_tokens=_max_num_batched_tokens(config, plan.max_model_len),
+        max_num_seqs=config.max_num_seqs,
+        packing=model.backbone.packing,
+        attention=_attention(model.backbone, plan.device),
+        quantization=config.quantization,
+        surgery=model.surgery,
     )
-    return Parts(
-        ModelInfo(
-            root=config.model or str(folder),
-            architectures=checkpoint.architectures,
-            tasks=frozenset(pools),
-            default_task=_default_task(config, pools),
-            max_model_len=max_model_len,
-            max_embed_len=_max_embed_len(config, max_model_len),
-            vocab_size=checkpoint.vocab_size,
-            embedding_size=vector_size,
-            matryoshka=replace(checkpoint.matryoshka, size=vector_size),
-            labels=labels_of(checkpoint.config, num_labels),
-            prompts=checkpoint.config.get("task_instructions") or checkpoint.prompts,
-            adapters=adapters.names,
-            lora_modules=adapters.lora_modules,
-            task_adapters=adapters.tasks,
-            default_adapter=adapters.default,
-            pooling=pooling_name(checkpoint, architecture, modes),
-            normalize=checkpoint.normalize and architecture.kind != "sparse",
-            leaves_out_prompts=checkpoint.leaves_out_prompts,
-            similarity=similarity_of(checkpoint, architecture),
-            roles={role: scribe.skipped for role, scribe in tokenizer.scribes.items()},
-            pairs=_pairs(checkpoint, loaded),
-            chat_template=chat.present,
-            score_template=framer is not None,
-            dtype=str(dtype).removeprefix("torch."),
-            device=str(device),
-            workers=workers,
-            parameters=parameters,
-            max_num_batched_tokens=_max_num_batched_tokens(config, max_model_len),
-            max_num_seqs=config.max_num_seqs,
-            packing=backbone.packing,
-            attention=_attention(backbone, device),
-            quantization=config.quantization,
-            surgery=swapped,
-            notices=tuple(
-                sentence
-                for sentence in (
-                    notice,
-                    padded,
-                    unexpanded,
-                    _native_notice(device),
-                    *coarse,
-                    _code_notice(checkpoint, backbone, config),
-                    end_notice(words, fast),
-                    *pairing.notices(framer, config, blunt=blunt),
-                )
-                if sentence
-            ),
-        ),
-        tokenizer,
-        chat,
-        framer,
-        [runner, *(runner.replica() for _ in range(workers - 1))],
+
+
+def _give_up_expansion(tokenizer: Tokenizer, backbone: Backbone, vocab_size: int) -> str | None:
+    """Queries of a late interaction are left as they are where the model cannot look past what fills them up."""
+    if not tokenizer.expands_unseen or keeps_unseen(backbone, vocab_size):
+        return None
+    tokenizer.scribes = {role: scribe.without_expansion() for role, scribe in tokenizer.scribes.items()}
+    return _UNEXPANDED
+
+
+def _is_blunt(plan: _Plan, model: Model, width: int) -> bool:
+    """Whether a language model is scored and nobody said how its pairs are put together."""
+    return (
+        plan.architecture.kind == "classify"
+        and width == 1
+        and model.loaded.pooling == "last"
+        and not {"use_sep_token", "use_pad_token"} & plan.checkpoint.config.keys()
     )
 
 
@@ -262,20 +289,6 @@ def _workers(config: EngineConfig, device: torch.device) -> int:
     if device.type != "cpu":
         return 1
     return config.cpu_workers or len(os.sched_getaffinity(0))
-
-
-def _parameters(backbone: Backbone) -> int:
-    return sum(weight.numel() for weight in backbone.module.parameters())
-
-
-def _code_notice(checkpoint: Checkpoint, backbone: Backbone, config: EngineConfig) -> str | None:
-    """Every weight has found its place, but what the checkpoint's own code would do with them nobody has read."""
-    if checkpoint.own_code is None or config.trust_remote_code:
-        return None
-    return (
-        f"The checkpoint was published with code of its own ({checkpoint.own_code}), which is not run: "
-        f"transformers' {type(backbone.module).__name__} computes in its place."
-    )
 
 
 def _attention(backbone: Backbone, device: torch.device) -> str:
