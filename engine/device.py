@@ -4,8 +4,14 @@ import torch
 
 from carpool.engine.errors import ConfigError
 
-# Their activations go beyond float16's largest number.
-_OVERFLOWING = ("gemma2", "gemma3", "gemma3_text")
+# 16-bit types that models of a type cannot run in, and what happens if they do.
+_OVERFLOWS = {"float16": "overflows"}
+_UNFIT = {
+    "deberta": dict.fromkeys(("float16", "bfloat16"), "meets float32 in transformers' own code and fails"),
+    "gemma2": _OVERFLOWS,
+    "gemma3": _OVERFLOWS,
+    "gemma3_text": _OVERFLOWS,
+}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -26,13 +32,17 @@ def resolve_dtype(
     """
     named = {"float": "float32", "half": "float16"}.get(name, name)
     native = {"float32"} | _native_16_bit(device)
-    if model_type in _OVERFLOWING and named == "float16":
+    unfit = _UNFIT.get(model_type, {})
+    fit = [dtype for dtype in ("bfloat16", "float32") if dtype not in unfit]
+    if named in unfit:
         raise ConfigError(
-            f"float16 overflows in models of type {model_type}: use --dtype bfloat16 or float32."
+            f"{named} {unfit[named]} in models of type {model_type}: use --dtype {' or '.join(fit)}."
         )
-    if model_type in _OVERFLOWING and named == "auto" and stored == "float16":
-        safe = "bfloat16" if "bfloat16" in native else "float32"
-        return getattr(torch, safe), f"float16 overflows in models of type {model_type}: running in {safe}."
+    if named == "auto" and stored in unfit:
+        safe = next(dtype for dtype in fit if dtype in native)
+        return getattr(
+            torch, safe
+        ), f"{stored} {unfit[stored]} in models of type {model_type}: running in {safe}."
     if named != "auto":
         slow = f"{named} is emulated on this CPU and will be slow." if named not in native else None
         return getattr(torch, named), slow

@@ -76,3 +76,13 @@ def test_float16_is_kept_from_models_that_overflow_in_it(monkeypatch: pytest.Mon
             assert "overflows" in (notice or "")
             assert resolve_dtype("float32", "float16", CPU, kind) == (torch.float32, None)
         assert resolve_dtype("float16", None, CPU, "gemma")[0] is torch.float16
+
+
+def test_the_first_deberta_runs_in_float32_only() -> None:
+    with pytest.raises(
+        ConfigError, match=r"bfloat16 meets float32 in .* models of type deberta: use --dtype float32"
+    ):
+        resolve_dtype("bfloat16", None, CPU, "deberta")
+    dtype, notice = resolve_dtype("auto", "bfloat16", CPU, "deberta")
+    assert (dtype, notice is None) == (torch.float32, False)
+    assert resolve_dtype("bfloat16", None, CPU, "deberta-v2")[0] is torch.bfloat16
