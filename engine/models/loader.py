@@ -40,6 +40,7 @@ from carpool.engine.models.attention import NAME
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.patches import patch
 from carpool.engine.models.renames import RENAMES
+from carpool.engine.models.tower import text_tower
 from carpool.engine.models.weights import stored
 from carpool.engine.poolers.classifier import (
     ReplayedHead,
@@ -197,6 +198,7 @@ class Loader:
         return loaded
 
     def _backbone(self, module: PreTrainedModel) -> Backbone:
+        module = text_tower(module)
         patch(module)
         backbone = Backbone(module)
         if backbone.max_positions is not None and self.max_model_len > backbone.max_positions:

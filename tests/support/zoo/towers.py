@@ -1,7 +1,8 @@
-"""Text towers of models of texts and images; the reference is the whole published model."""
+"""The text side of models of texts and images; the reference is the whole published model."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,89 @@ def _siglip(folder: Path) -> Reference:
     return TowerReference(_make(folder, config, transformers.SiglipModel, tokenizer, "</s>"), pad_to=64)
 
 
+class WholeReference:
+    """The last token of the whole model's hidden states, given a text."""
+
+    def __init__(self, folder: Path) -> None:
+        self._model: Any = transformers.AutoModel.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+
+    @torch.no_grad()
+    def __call__(
+        self, task: Task, ids: list[int], types: list[int] | None = None, adapter: str | None = None
+    ) -> Tensor:
+        row = torch.tensor([ids])
+        hidden = self._model(input_ids=row, attention_mask=torch.ones_like(row)).last_hidden_state[0]
+        return nn.functional.normalize(hidden[-1] if task == "embed" else hidden, dim=-1)
+
+
+_LANGUAGE: dict[str, Any] = {
+    **_TEXT,
+    "vocab_size": 420,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+_MARKS = {
+    "image_token_id": 410,
+    "video_token_id": 411,
+    "vision_start_token_id": 412,
+    "vision_end_token_id": 413,
+}
+
+
+def _with_images(model: str, config: Callable[[], Any]) -> Callable[[Path], Reference]:
+    def make(folder: Path) -> Reference:
+        tokenizer = tiny.byte_bpe(after=["<|endoftext|>"])
+        whole = getattr(transformers, model)(config()).eval()
+        tiny.inflate(whole)
+        whole.save_pretrained(folder)
+        pad = "<|endoftext|>"
+        tiny.save_tokenizer(
+            tokenizer, folder, pad=pad, tokenizer_class="PreTrainedTokenizerFast", model_max_length=256
+        )
+        return WholeReference(folder)
+
+    return make
+
+
+def qwen3_vl() -> Any:
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32}
+    return transformers.Qwen3VLConfig(
+        text_config={**_LANGUAGE, "rope_parameters": _MROPE},
+        vision_config={**vision, "deepstack_visual_indexes": [0]},
+        **_MARKS,
+    )
+
+
+def gemma3() -> Any:
+    return transformers.Gemma3Config(
+        text_config={**_LANGUAGE, "sliding_window": 8, "query_pre_attn_scalar": 8},
+        vision_config={**_VISION, "image_size": 28, "patch_size": 14},
+        image_token_index=410,
+        mm_tokens_per_image=4,
+    )
+
+
 MEMBERS: tuple[Member, ...] = (
     Member("openai/clip-vit-base-patch32", "CLIPModel", _clip, note="text tower"),
     Member(
         "google/siglip2-base-patch16-224", "SiglipModel", _siglip, note="text tower; prompts filled up to 64"
+    ),
+    Member(
+        "Qwen/Qwen3-VL-Embedding-2B",
+        "Qwen3VLForConditionalGeneration",
+        _with_images("Qwen3VLForConditionalGeneration", qwen3_vl),
+        ("embed", "token_embed"),
+        note="texts",
+    ),
+    Member(
+        "google/gemma-3-4b-pt",
+        "Gemma3ForConditionalGeneration",
+        _with_images("Gemma3ForConditionalGeneration", gemma3),
+        ("embed", "token_embed"),
+        note="texts",
     ),
 )
