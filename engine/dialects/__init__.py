@@ -16,7 +16,7 @@ from carpool.engine.dialects.jina_v5 import JINA_V5
 from carpool.engine.dialects.llama import BIDIRECTIONAL_LLAMA
 from carpool.engine.dialects.nomic import NOMIC
 from carpool.engine.dialects.nomic_moe import NOMIC_MOE
-from carpool.engine.dialects.qwen import BIDIRECTIONAL_QWEN3
+from carpool.engine.dialects.qwen import BIDIRECTIONAL_QWEN3, PLAIN_QWEN2
 from carpool.engine.dialects.refused import GRITLM, NV_EMBED
 from carpool.engine.dialects.towers import CLIP, SIGLIP
 
@@ -29,6 +29,7 @@ DIALECTS: tuple[Dialect, ...] = (  # the first that fits
     INTERNLM2,
     BIDIRECTIONAL_LLAMA,
     BIDIRECTIONAL_QWEN3,
+    PLAIN_QWEN2,
     JINA_V5,
     GTE,
     NOMIC,

@@ -1,4 +1,8 @@
-"""Qwen3 that looks both ways, pooled by the mean: voyageai/voyage-4-nano, perplexity-ai/pplx-embed-v1-*."""
+"""Qwen with code of its own.
+
+Qwen3 that looks both ways, pooled by the mean: voyageai/voyage-4-nano, perplexity-ai/pplx-embed-v1-*.
+Qwen2 whose code computes what transformers' does: Qwen2.5-Math-RM and -PRM, gte-Qwen2-*-instruct (`is_causal: false`).
+"""
 
 from __future__ import annotations
 
@@ -44,3 +48,23 @@ def _is_voyage(config: Config) -> bool:
 
 
 BIDIRECTIONAL_QWEN3 = Dialect("qwen3-bidirectional", _speaks, _translate)
+
+
+def _files(config: Config) -> set[str]:
+    """Of code, that config.json names."""
+    return {str(name).partition(".")[0] for name in dict(config.get("auto_map") or {}).values()}
+
+
+def _is_plain(config: Config) -> bool:
+    return config.get("model_type") == "qwen2" and bool(
+        _files(config) & {"modeling_qwen", "modeling_qwen2_rm"}
+    )
+
+
+def _without_code(config: Config) -> dict[str, Any]:
+    # The embedding models' code looks both ways unless it is told otherwise.
+    own = {"is_causal": False} if "modeling_qwen" in _files(config) else {}
+    return {**own, **{key: value for key, value in config.items() if key != "auto_map"}}
+
+
+PLAIN_QWEN2 = Dialect("qwen2", _is_plain, _without_code)

@@ -103,3 +103,20 @@ def test_texts_end_as_the_python_tokenizer_would_end_them(tmp_path: Path) -> Non
     assert load_fast(tmp_path, trust_remote_code=False)("a").input_ids[-1] == 0
     tiny.edit_json(tmp_path / "tokenizer_config.json", add_eos_token=False)
     assert load_fast(tmp_path, trust_remote_code=False)("a").input_ids[-1] != 0
+
+
+@pytest.mark.parametrize("code", ["modeling_qwen2_rm.Qwen2ForRewardModel", "modeling_qwen.Qwen2Model"])
+def test_code_that_computes_what_transformers_does_is_passed_over_in_silence(code: str) -> None:
+    config = {"model_type": "qwen2", "architectures": ["Qwen2ForRewardModel"], "is_causal": False}
+    assert translate({**config, "auto_map": {"AutoModel": code}}) == (config, "qwen2")
+
+
+def test_the_embedding_models_code_looks_both_ways_unless_it_is_told_otherwise() -> None:
+    config = {"model_type": "qwen2", "auto_map": {"AutoModel": "modeling_qwen.Qwen2Model"}}
+    assert translate(config)[0] == {"model_type": "qwen2", "is_causal": False}
+    assert translate({**config, "is_causal": True})[0]["is_causal"] is True
+
+
+def test_other_code_over_qwen2_is_not() -> None:
+    config = {"model_type": "qwen2", "auto_map": {"AutoModel": "modeling_other.Qwen2Model"}}
+    assert translate(config) == (config, None)
