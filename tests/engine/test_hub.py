@@ -8,6 +8,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from carpool.engine import hub
 from carpool.engine.errors import ConfigError
@@ -51,14 +52,35 @@ def test_a_name_is_asked_of_the_hub_and_its_refusal_is_one_line(no_network: list
     assert "\n" not in str(refused.value)
 
 
-def test_what_the_hub_gives_out_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("repository", "taken"),
+    [
+        (["config.json", "model.safetensors", "pytorch_model.bin", "onnx/model.onnx"],
+         ["config.json", "model.safetensors"]),
+        (  # as BAAI/bge-m3 lies there
+            ["config.json", "pytorch_model.bin", "sparse_linear.pt", "colbert_linear.pt", "training_args.bin"],
+            ["config.json", "pytorch_model.bin", "sparse_linear.pt", "colbert_linear.pt"],
+        ),
+        (["config.json", "model.safetensors", "2_Dense/pytorch_model.bin"],
+         ["config.json", "model.safetensors", "2_Dense/pytorch_model.bin"]),
+        (["adapter_config.json", "adapter_model.bin", "pytorch_model.bin"],
+         ["adapter_config.json", "adapter_model.bin"]),
+        (["model.safetensors", "artifact.metadata", "adapters/retrieval/adapter_model.safetensors"],
+         ["model.safetensors", "artifact.metadata", "adapters/retrieval/adapter_model.safetensors"]),
+    ],
+)  # fmt: skip
+def test_of_what_the_hub_gives_out_weights_are_taken_once(
+    repository: list[str], taken: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def give(model: str, revision: str | None, allow_patterns: list[str]) -> str:
-        assert "*.safetensors" in allow_patterns
-        assert "*.bin" not in allow_patterns
+        for name in filter_repo_objects(repository, allow_patterns=allow_patterns):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", give)
     assert locate("org/name") == tmp_path
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(taken)
 
 
 def test_without_a_name_and_without_the_package_the_way_out_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
