@@ -3,7 +3,8 @@
 Shapes: `T` tokens in the batch, `B` sequences, `N` heads, `D` head or output dimension, `H` hidden.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -261,3 +262,199 @@ def cut_and_normalize(vectors: Tensor, widths: Tensor, normalize: Tensor) -> Ten
         vectors = vectors.masked_fill(column[None, :] >= widths[:, None], 0.0)
     length = vectors.norm(dim=1).clamp_min(1e-12)
     return vectors / torch.where(normalize, length, torch.ones_like(length))[:, None]
+
+
+# ── what the CUDA kernels compute: one name and signature here and in kernels/cuda_ops.py ──────────────────────────
+
+CLS, LAST, MEAN = range(3)  # modes of `pool_rows`
+IDENTITY, SIGMOID, SOFTMAX = range(3)  # kinds of `activate_rows`
+Output = Literal["float32", "float16", "bfloat16", "int8", "binary"]
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+
+def pool_rows(
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    modes: Tensor,
+    widths: Tensor,
+    normalize: Tensor,
+    output: Output = "float32",
+    longest: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Each sequence's first row, last row or mean, cut, normalised and cast, as its own `modes`, `widths` and
+    `normalize` say.
+
+    hidden [T, H], cu_seqlens int32 [B+1]; int8 modes, int32 widths (0 to H) and bool normalize [B] → rows and float32
+    scales [B], as `finish_rows` makes them. A sequence of no tokens gives zeros. `longest`: the most tokens of a
+    sequence, if known; how a device shares out the work may depend on it, the result does not.
+    """
+    lengths = cu_seqlens.diff().long()
+    pooled = pool_sum(hidden, cu_seqlens) / lengths.clamp_min(1)[:, None]
+    for mode, places in ((CLS, cu_seqlens[:-1].long()), (LAST, cu_seqlens[1:].long() - 1)):
+        chosen = (modes == mode) & (lengths > 0)
+        pooled[chosen] = hidden[places[chosen]].float()
+    return finish_rows(pooled, widths, normalize, output)
+
+
+def finish_rows(vectors: Tensor, widths: Tensor, normalize: Tensor, output: Output) -> tuple[Tensor, Tensor]:
+    """Cut and normalise float32 rows [R, H], then cast: rows and float32 scales [R].
+
+    int32 widths and bool normalize [R]. int8 [R, H] are whole numbers from -127 to 127, to be multiplied by their row's
+    scale; scales are 1 for all other outputs. binary is uint8 [R, ceil(H / 8)]: a bit a component, the first one the
+    highest, set from 0 upwards and for none from the width on.
+    """
+    ones = vectors.new_ones(len(vectors))
+    if not len(vectors):
+        size = -(-vectors.shape[1] // 8) if output == "binary" else vectors.shape[1]
+        return vectors.new_empty((0, size), dtype=OUTPUTS[output]), ones
+    finished = cut_and_normalize(vectors, widths.long(), normalize)
+    if output == "int8":
+        most = finished.abs().amax(1)
+        # The whole numbers are of the row before it got its length, so that they are rounded once only.
+        cut = cut_and_normalize(vectors, widths.long(), torch.zeros_like(normalize))
+        factor = 127 / cut.abs().amax(1).clamp_min(1e-30)
+        return (cut * factor[:, None]).round().nan_to_num(0).clamp(-127, 127).to(torch.int8), most / 127
+    if output == "binary":
+        column = torch.arange(vectors.shape[1], device=vectors.device)
+        bits = (finished >= 0) & (column[None, :] < widths[:, None])
+        bits = F.pad(bits, (0, -bits.shape[1] % 8)).view(len(bits), -1, 8)
+        weight = 2 ** torch.arange(7, -1, -1, device=vectors.device)
+        return (bits * weight).sum(2).to(torch.uint8), ones
+    return finished.to(OUTPUTS[output]), ones
+
+
+OUTPUTS: Mapping[Output, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "binary": torch.uint8,
+}
+
+
+def gather_rows(
+    hidden: Tensor, rows: Tensor | None, widths: Tensor, normalize: Tensor, output: Output = "float32"
+) -> tuple[Tensor, Tensor]:
+    """Single rows of hidden [T, H], int32 `rows` [R] or None for all of them; else as `finish_rows`."""
+    chosen = hidden if rows is None else hidden[rows.long()]
+    return finish_rows(chosen.float(), widths, normalize, output)
+
+
+def step_rows(token_ids: Tensor, cu_seqlens: Tensor, tag: int) -> tuple[Tensor, Tensor]:
+    """Where the tokens `tag` are: int64 token_ids [T], cu_seqlens int32 [B+1] → int32 rows [R], bounds [B+1].
+
+    The rows of sequence b are those from bounds[b] to bounds[b+1].
+    """
+    hits = token_ids == tag
+    before = F.pad(hits.cumsum(0), (1, 0))
+    return hits.nonzero()[:, 0].int(), before[cu_seqlens.long()].int()
+
+
+def activate_rows(logits: Tensor, kinds: Tensor, mean: float = 0.0, sigma: float = 1.0) -> Tensor:
+    """logits [R, C], int8 kinds [R] → float32 [R, C]: (logit - mean) / sigma; its sigmoid; or the row's softmax."""
+    plain = (logits.float() - mean) / sigma
+    kind = kinds[:, None]
+    activated = torch.where(kind == SIGMOID, torch.sigmoid(plain), torch.softmax(plain, dim=1))
+    return torch.where(kind == IDENTITY, plain, activated)
+
+
+def sparse_rows(logits: Tensor, cu_seqlens: Tensor, *, sums: bool = False, twice: bool = False) -> Tensor:
+    """SPLADE: logits [T, V], cu_seqlens int32 [B+1] → float32 [B, V], over each sequence's tokens the largest
+    log(1 + relu(logit)), or their sum; `twice` takes the logarithm twice. A sequence of no tokens gives zeros.
+    """
+    weights = torch.relu(logits.float()).log1p()
+    weights = weights.log1p() if twice else weights
+    if sums:
+        return pool_sum(weights, cu_seqlens)
+    index = segment_ids(cu_seqlens)[:, None].expand(-1, logits.shape[1])
+    return weights.new_zeros(len(cu_seqlens) - 1, logits.shape[1]).scatter_reduce_(0, index, weights, "amax")
+
+
+def cosine_pairs(a: Tensor, b: Tensor, in_a: Tensor, in_b: Tensor, eps: float = 1e-8) -> Tensor:
+    """Cosines of rows in_a[p] of a [A, H] and in_b[p] of b [B, H]: int32 [P] each → float32 [P]."""
+    one, other = a.float()[in_a.long()], b.float()[in_b.long()]
+    cosine: Tensor = (one * other).sum(1) / one.norm(dim=1).clamp_min(eps) / other.norm(dim=1).clamp_min(eps)
+    return cosine
+
+
+def maxsim(
+    queries: Tensor,
+    query_bounds: Tensor,
+    documents: Tensor,
+    document_bounds: Tensor,
+    in_queries: Tensor,
+    in_documents: Tensor,
+) -> Tensor:
+    """Late interaction: over a query's tokens the sum of the largest product with a token of the document.
+
+    queries [Q, H] and documents [D, H] packed, with int32 bounds of one more than there are of each; pairs are
+    in_queries and in_documents, int32 [P] → float32 [P]. 0 where either has no tokens.
+    """
+    of_query, of_document = query_bounds.tolist(), document_bounds.tolist()
+    scores = queries.new_zeros(len(in_queries), dtype=torch.float32)
+    for pair, (q, d) in enumerate(zip(in_queries.tolist(), in_documents.tolist(), strict=True)):
+        query = queries[of_query[q] : of_query[q + 1]].float()
+        document = documents[of_document[d] : of_document[d + 1]].float()
+        if len(query) and len(document):
+            scores[pair] = (query @ document.T).amax(1).sum()
+    return scores
+
+
+def norm_rows(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, *, centred: bool
+) -> tuple[Tensor, Tensor]:
+    """x [R, H] plus the residual, in x's dtype, and its norm times weight plus bias, float32 [H] each, in x's dtype.
+
+    `centred`: LayerNorm, else RMSNorm. Returns (norm, sum); the sum is x itself where there is no residual.
+    """
+    total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    wide = total.float()
+    if centred:
+        wide = wide - wide.mean(1, keepdim=True)
+    normed = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + eps) * weight
+    return (normed if bias is None else normed + bias).to(x.dtype), total
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions of packed heads: x [T, N, D], cos and sin [T, R], float32 or of x's dtype → [T, N, D].
+
+    The left half of the first R columns is turned into the right one; the columns from R on stay as they are.
+    """
+    turned = cos.shape[1]
+    head, rest = x[..., :turned].float(), x[..., turned:]
+    cosine, sine = cos.float()[:, None], sin.float()[:, None]
+    left, right = head.chunk(2, -1)
+    out = head * cosine + torch.cat((-right, left), -1) * sine
+    return torch.cat((out.to(x.dtype), rest), -1)
+
+
+def gated(both: Tensor, activation: Activation, *, gate_first: bool = True) -> Tensor:
+    """activation(gate) * up: both [R, 2F], gate and up beside each other → [R, F] in its dtype."""
+    one, other = both.float().chunk(2, -1)
+    gate, up = (one, other) if gate_first else (other, one)
+    if activation == "silu":
+        return (F.silu(gate) * up).to(both.dtype)
+    return (F.gelu(gate, approximate="none" if activation == "gelu" else "tanh") * up).to(both.dtype)
+
+
+def kv_write(keys: Tensor, values: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
+    """Into both caches [P, S, N, D], P pages of S tokens: keys and values [T, N, D] at int64 slots [T].
+
+    A slot is page * S + place, no two the same; a token whose slot is below 0 or behind the end is left out.
+    """
+    size = key_cache.shape[1]
+    kept = (slots >= 0) & (slots < len(key_cache) * size)
+    page, place = slots[kept] // size, slots[kept] % size
+    key_cache[page, place], value_cache[page, place] = keys[kept], values[kept]
+
+
+def kv_gather(
+    key_cache: Tensor, value_cache: Tensor, pages: Tensor, cu_seqlens: Tensor, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Out of both caches [P, S, N, D] into packed rows [T, N, D]: int32 pages [B, M] of each sequence in order,
+    cu_seqlens int32 [B+1], whose last is `tokens`.
+    """
+    size, owner = key_cache.shape[1], segment_ids(cu_seqlens)
+    place = torch.arange(tokens, device=owner.device) - cu_seqlens[:-1].long()[owner]
+    page = pages[owner, place // size].long()
+    return key_cache[page, place % size], value_cache[page, place % size]

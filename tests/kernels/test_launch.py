@@ -1,0 +1,394 @@
+"""Launching without a device: what CuPy would be handed, byte for byte, and what is refused before it.
+
+`Device` stands where CuPy and the driver are. It reads arguments as the driver does: eight bytes of an address, or as
+many as the kernel's parameter has.
+"""
+
+from __future__ import annotations
+
+import inspect
+import struct
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from carpool.kernels import cuda_ops, cuda_table, launch, reference
+from carpool.kernels.launch import CupyBackend, Launch, LaunchError
+
+BOUNDS = torch.tensor([0, 3, 8], dtype=torch.int32)
+PAIR = torch.zeros(2, dtype=torch.int32)
+
+
+@dataclass
+class Recorder:
+    """Takes launches and runs none of them."""
+
+    launches: list[Launch] = field(default_factory=list)
+
+    def run(self, launch: Launch) -> None:
+        self.launches.append(launch)
+
+    @property
+    def names(self) -> list[str]:
+        return [launch.instance.expression for launch in self.launches]
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr(launch, "backend", recorder)
+    return recorder
+
+
+def pooled(
+    tokens: int = 8, columns: int = 16, count: int = 2, dtype: torch.dtype = torch.float32, **changed: Any
+) -> tuple[Tensor, Tensor]:
+    """`pool_rows` of `count` sequences, the last of which has what the others leave."""
+    bounds = torch.tensor([*range(count), tokens], dtype=torch.int32) if count else BOUNDS[:1]
+    given: dict[str, Any] = {
+        "hidden": torch.zeros(tokens, columns, dtype=dtype),
+        "cu_seqlens": bounds,
+        "modes": torch.full((count,), reference.MEAN, dtype=torch.int8),
+        "widths": torch.full((count,), columns, dtype=torch.int32),
+        "normalize": torch.ones(count, dtype=torch.bool),
+    }
+    return cuda_ops.pool_rows(**{**given, **changed})
+
+
+# ── what goes to the device ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_arguments_have_exactly_the_width_that_the_kernel_takes(recorder: Recorder) -> None:
+    pooled(dtype=torch.bfloat16)
+    [made] = recorder.launches
+    assert made.instance.expression == "pool_rows<__nv_bfloat16, float>"
+    assert [value.nbytes for value in made.packed] == [8] * 8 + [4, 4]
+    assert made.packed[-2:] == (np.int32(16), np.float32(1e-12))
+    assert [value.dtype.kind for value in made.packed] == ["u"] * 8 + ["i", "f"]
+
+
+def test_tensors_go_as_addresses_and_none_as_null(recorder: Recorder) -> None:
+    hidden = torch.zeros(8, 16)
+    out, scales = pooled(hidden=hidden)
+    packed = recorder.launches[0].packed
+    assert [int(packed[i]) for i in (0, 5, 6, 7)] == [hidden.data_ptr(), 0, out.data_ptr(), scales.data_ptr()]
+
+
+def test_64_bit_scalars_stay_so(recorder: Recorder) -> None:
+    cuda_ops.step_rows(torch.zeros(8, dtype=torch.int64), BOUNDS[:1], 5)
+    assert not recorder.launches
+    run = Launch(
+        cuda_table.instance("step_count"),
+        (1,),
+        128,
+        0,
+        (torch.zeros(8, dtype=torch.int64), BOUNDS, PAIR, 2, -(1 << 40)),
+    )
+    assert run.packed[-1] == np.int64(-(1 << 40))
+    assert run.packed[-1].nbytes == 8
+
+
+def test_long_sequences_are_pooled_in_two_passes(recorder: Recorder) -> None:
+    pooled(tokens=1000, longest=999)
+    assert recorder.names == ["pool_split<float>", "pool_rows<float, float>"]
+    split, join = recorder.launches
+    assert split.grid == (1000 // cuda_table.CHUNK + 2,)
+    partial = split.arguments[4]
+    assert isinstance(partial, Tensor)
+    assert partial.shape == (split.grid[0], 16)
+    assert join.arguments[5] is partial
+
+
+def test_short_sequences_are_pooled_in_one(recorder: Recorder) -> None:
+    pooled(tokens=1000, longest=cuda_ops.LONG)
+    assert recorder.names == ["pool_rows<float, float>"]
+    assert recorder.launches[0].arguments[5] is None
+
+
+def test_a_row_a_warp_fills_whole_blocks_and_no_more(recorder: Recorder) -> None:
+    for rows in (1, 4, 5, 8, 9):
+        cuda_ops.activate_rows(torch.zeros(rows, 3), torch.zeros(rows, dtype=torch.int8))
+    assert [made.grid for made in recorder.launches] == [(1,), (1,), (2,), (2,), (3,)]
+    assert {made.threads for made in recorder.launches} == {128}
+
+
+@pytest.mark.parametrize("columns", [8, 24, 384, 768, 1024, 4096, cuda_ops.WIDEST])
+@pytest.mark.parametrize("vector", [4, 8])
+def test_staged_rows_fit_for_every_width(columns: int, vector: int) -> None:
+    """What pool.cu lays out, counted by its own rule for every width a row may have."""
+    threads, room = 256, cuda_table.pooling_shared(columns, vector, 256)
+    for width in range(columns + 1):
+        vectors = -(-width // vector)
+        unit = 32 // vector
+        pitch = (-(-vectors // unit) | 1) * unit
+        lanes = min(threads // max(1, min(vectors, threads)), cuda_table.MOST_LANES)
+        assert 4 * lanes * vector * pitch <= room
+    static = cuda_table.BY_NAME["pool_rows"].shared
+    assert room + static <= 48 << 10, "what a block gets without asking"
+
+
+# ── what never gets there ────────────────────────────────────────────────────────────────────────────────────────
+
+HIDDEN, NOTHING = torch.zeros(8, 16), torch.zeros(0, 16)
+NO_ROWS, NO_FLAGS = torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.bool)
+NO_CACHE = torch.zeros(2, 4, 1, 8)
+
+
+def test_empty_batches_launch_nothing(recorder: Recorder) -> None:
+    """CuPy makes one block of a grid of none, and it would read what is not there."""
+    none = NO_ROWS
+    assert pooled(count=0)[0].shape == (0, 16)
+    assert cuda_ops.gather_rows(HIDDEN, none, none, NO_FLAGS, "binary")[0].shape == (0, 2)
+    assert cuda_ops.step_rows(none.long(), BOUNDS[:1], 0)[1].tolist() == [0]
+    assert cuda_ops.activate_rows(NOTHING, none.to(torch.int8)).shape == (0, 16)
+    assert cuda_ops.sparse_rows(NOTHING, BOUNDS[:1]).shape == (0, 16)
+    assert cuda_ops.cosine_pairs(HIDDEN, HIDDEN, none, none).shape == (0,)
+    assert cuda_ops.maxsim(HIDDEN, BOUNDS, HIDDEN, BOUNDS, none, none).shape == (0,)
+    assert cuda_ops.norm_rows(NOTHING, None, torch.ones(16), None, 1e-6, centred=True)[0].shape == (0, 16)
+    assert cuda_ops.rotary(torch.zeros(0, 2, 8), torch.zeros(0, 8), torch.zeros(0, 8)).shape == (0, 2, 8)
+    assert cuda_ops.gated(NOTHING, "silu").shape == (0, 8)
+    cuda_ops.kv_write(torch.zeros(0, 1, 8), torch.zeros(0, 1, 8), none.long(), NO_CACHE, NO_CACHE)
+    pages = torch.zeros(0, 3, dtype=torch.int32)
+    assert cuda_ops.kv_gather(NO_CACHE, NO_CACHE, pages, BOUNDS[:1], 0)[0].shape == (0, 1, 8)
+    assert not recorder.launches
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"hidden": torch.zeros(8, 18)}, "whole 16 bytes"),
+        ({"hidden": torch.zeros(8, 12, dtype=torch.float16)}, "whole 16 bytes"),
+        ({"hidden": torch.zeros(129)[1:].view(8, 16)}, "whole 16 bytes"),
+        ({"hidden": torch.zeros(8, 32)[:, :16]}, "without gaps"),
+        ({"hidden": torch.zeros(8, 0)}, "without gaps"),
+        ({"hidden": torch.zeros(8, cuda_ops.WIDEST + 8)}, "shared memory"),
+        ({"hidden": torch.zeros(8, 16, dtype=torch.float64)}, "must be float32"),
+        ({"cu_seqlens": BOUNDS[:0]}, "cumulative lengths"),
+        ({"cu_seqlens": torch.tensor([0, 1, 8])}, "bounds points to int, got torch.int64"),
+        ({"modes": torch.zeros(2)}, "modes points to signed char"),
+        ({"modes": torch.zeros(3, dtype=torch.int8)}, r"modes must be \[2\]"),
+        ({"widths": torch.zeros(4, dtype=torch.int32)[::2]}, r"widths must be \[2\]"),
+        ({"normalize": torch.zeros(2, dtype=torch.uint8)}, "unit points to bool"),
+    ],
+)
+def test_what_a_kernel_cannot_take_is_refused(recorder: Recorder, changed: dict[str, Any], why: str) -> None:
+    with pytest.raises(LaunchError, match=why):
+        pooled(**changed)
+    assert not recorder.launches
+
+
+def test_other_operations_refuse_what_does_not_fit(recorder: Recorder) -> None:
+    x, half = torch.zeros(8, 2, 16), torch.zeros(8, 16)
+    caches = NO_CACHE, NO_CACHE
+    slots = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(LaunchError, match="rows of a kind"):
+        cuda_ops.cosine_pairs(HIDDEN, torch.zeros(8, 32), PAIR, PAIR)
+    with pytest.raises(LaunchError, match="rows of a kind"):
+        cuda_ops.maxsim(HIDDEN, BOUNDS, HIDDEN.half(), BOUNDS, PAIR, PAIR)
+    with pytest.raises(LaunchError, match="residual has 7 rows"):
+        cuda_ops.norm_rows(HIDDEN, HIDDEN[:7], torch.ones(16), None, 1e-6, centred=False)
+    with pytest.raises(LaunchError, match="weight points to float"):
+        cuda_ops.norm_rows(HIDDEN, None, torch.ones(16).half(), None, 1e-6, centred=False)
+    with pytest.raises(LaunchError, match="cannot be turned"):
+        cuda_ops.rotary(x, half[:, :7].contiguous(), half[:, :7].contiguous())
+    with pytest.raises(LaunchError, match="do not fit"):
+        cuda_ops.rotary(x.transpose(0, 1), half, half)
+    with pytest.raises(LaunchError, match=r"float32 or torch\.float32"):
+        cuda_ops.rotary(x, half.half(), half.half())
+    with pytest.raises(LaunchError, match="each half"):
+        cuda_ops.gated(torch.zeros(2, 12), "gelu")
+    with pytest.raises(LaunchError, match="do not fit caches"):
+        cuda_ops.kv_write(torch.zeros(3, 2, 8), torch.zeros(3, 2, 8), slots, *caches)
+    with pytest.raises(LaunchError, match=r"must be \[3, N, D\]"):
+        cuda_ops.kv_write(torch.zeros(2, 1, 8), torch.zeros(2, 1, 8), slots, *caches)
+    with pytest.raises(LaunchError, match="whole 16 bytes"):
+        cuda_ops.kv_gather(torch.zeros(2, 4, 1, 3), torch.zeros(2, 4, 1, 3), BOUNDS[None], BOUNDS[:2], 3)
+    with pytest.raises(LaunchError, match="pages must be"):
+        cuda_ops.kv_gather(*caches, BOUNDS[None], BOUNDS, 8)
+    assert not recorder.launches
+
+
+def launched(*arguments: launch.Argument, grid: tuple[int, ...] = (1,)) -> Launch:
+    return Launch(cuda_table.instance("step_count"), grid, 128, 0, arguments)
+
+
+def test_arguments_are_held_against_the_table() -> None:
+    ids = torch.zeros(8, dtype=torch.int64)
+    assert launched(ids, BOUNDS, PAIR, 2, 0).device == torch.device("cpu")
+    for wrong, why in [
+        ((ids, BOUNDS, PAIR, 2), "takes 5 arguments, got 4"),
+        ((ids, BOUNDS, PAIR, 2.0, 0), "whole number of 4 bytes"),
+        ((ids, BOUNDS, PAIR, 1 << 31, 0), "whole number of 4 bytes"),
+        ((ids, BOUNDS, PAIR, None, 0), "n is a number"),
+        ((ids, BOUNDS, 7, 2, 0), "counts is a pointer"),
+    ]:
+        with pytest.raises(LaunchError, match=why):
+            launched(*wrong)
+    for grid in [(0,), (1 << 31,), (1, 1 << 16)]:
+        with pytest.raises(LaunchError, match="grid"):
+            launched(ids, BOUNDS, PAIR, 2, 0, grid=grid)
+
+
+def test_tensors_of_two_devices_are_refused() -> None:
+    elsewhere = torch.zeros(2, dtype=torch.int32, device="meta")
+    with pytest.raises(LaunchError, match="cpu, meta"):
+        _ = launched(torch.zeros(8, dtype=torch.int64), BOUNDS, elsewhere, 2, 0).device
+
+
+def test_a_type_that_is_not_compiled_for_has_no_instance() -> None:
+    with pytest.raises(KeyError, match="rotary is not compiled for float, __half"):
+        cuda_table.instance("rotary", "float", "__half")
+
+
+# ── twins ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+OPERATIONS = [
+    name for name, value in vars(cuda_ops).items() if inspect.isfunction(value) and not name.startswith("_")
+]
+
+
+def test_each_operation_has_a_twin_of_its_name_and_signature() -> None:
+    assert len(OPERATIONS) == 12
+    for name in OPERATIONS:
+        ours, twin = (inspect.signature(getattr(room, name), eval_str=True) for room in (cuda_ops, reference))
+        assert ours == twin, name
+
+
+# ── CuPy, as far as it goes without a device ─────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Device:
+    """A CuPy module that keeps what it is asked for."""
+
+    nvrtc: tuple[int, int] = (12, 9)
+    driver: int = 12090
+    current: int = 0
+    modules: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    asked_more: list[int] = field(default_factory=list)
+
+    def as_cupy(self) -> Any:
+        device = self
+
+        class RawModule:
+            def __init__(self, **options: Any) -> None:
+                device.modules.append({**options, "device": device.current})
+
+            def get_function(self, name: str) -> Any:
+                return Function(name)
+
+        class Function:
+            def __init__(self, name: str) -> None:
+                self._name = name
+
+            def __setattr__(self, name: str, value: Any) -> None:
+                if name == "max_dynamic_shared_size_bytes":
+                    device.asked_more.append(value)
+                object.__setattr__(self, name, value)
+
+            def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int, stream: Any) -> None:
+                device.calls.append(
+                    {
+                        "name": self._name,
+                        "grid": grid,
+                        "block": block,
+                        "bytes": b"".join(value.tobytes() for value in args),
+                        "shared": shared_mem,
+                        "stream": stream,
+                        "device": device.current,
+                    }
+                )
+
+        class On:
+            def __init__(self, index: int) -> None:
+                self._index, self._before = index, device.current
+
+            def __enter__(self) -> None:
+                device.current = self._index
+
+            def __exit__(self, *_: object) -> None:
+                device.current = self._before
+
+        cuda = SimpleNamespace(
+            Device=On,
+            Stream=SimpleNamespace(from_external=lambda stream: ("from", stream)),
+            nvrtc=SimpleNamespace(getVersion=lambda: self.nvrtc),
+            runtime=SimpleNamespace(driverGetVersion=lambda: self.driver),
+        )
+        return SimpleNamespace(RawModule=RawModule, cuda=cuda)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """CuPy is this; tensors on a CPU say that they are on the second CUDA device."""
+    device = Device()
+    monkeypatch.setitem(sys.modules, "cupy", device.as_cupy())
+    monkeypatch.setattr(Launch, "device", property(lambda _: torch.device("cuda", 1)))
+    streams = iter(range(100))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda where: (str(where), next(streams)))
+    launch._function.cache_clear()
+    launch._module.cache_clear()
+    yield device
+    launch._function.cache_clear()
+    launch._module.cache_clear()
+
+
+def count_steps(grid: tuple[int, ...] = (1,), shared: int = 0) -> tuple[Launch, list[Tensor]]:
+    tensors = [torch.zeros(8, dtype=torch.int64), BOUNDS, PAIR]
+    made = Launch(cuda_table.instance("step_count"), grid, 128, shared, (*tensors, 2, 5))
+    CupyBackend().run(made)
+    return made, tensors
+
+
+def test_the_driver_reads_what_was_meant(device: Device) -> None:
+    _, tensors = count_steps((3,))
+    [call] = device.calls
+    assert (call["name"], call["grid"], call["block"], call["shared"]) == ("step_count", (3,), (128,), 0)
+    assert struct.unpack("=QQQiq", call["bytes"]) == (*(tensor.data_ptr() for tensor in tensors), 2, 5)
+
+
+def test_it_runs_on_the_tensors_device_and_the_stream_of_the_moment(device: Device) -> None:
+    count_steps()
+    count_steps()
+    assert [call["device"] for call in device.calls] == [1, 1]
+    assert [call["stream"] for call in device.calls] == [("from", ("cuda:1", 0)), ("from", ("cuda:1", 1))]
+    assert device.current == 0, "the one that was current is so again"
+
+
+def test_a_kernel_is_compiled_once_for_all_of_its_types(device: Device) -> None:
+    count_steps()
+    count_steps()
+    [module] = device.modules
+    assert module["code"] == cuda_table.source()
+    assert "#include <cuda_bf16.h>" in module["code"]
+    assert '#include "' not in module["code"], "CuPy's cache does not see what an included file says"
+    assert module["name_expressions"] == ("step_count",)
+    assert module["options"] == launch.OPTIONS
+    assert module["device"] == 1
+
+
+def test_only_large_blocks_ask_for_more_shared_memory(device: Device) -> None:
+    count_steps(shared=48 << 10)
+    count_steps(shared=(48 << 10) + 4)
+    assert device.asked_more == [(48 << 10) + 4]
+
+
+def test_a_compiler_newer_than_the_driver_is_refused(device: Device) -> None:
+    device.nvrtc = (13, 0)
+    with pytest.raises(RuntimeError, match="extra cuda12 alone"):
+        count_steps()
+    assert not device.calls
+
+
+def test_tensors_on_a_cpu_never_reach_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
+    with pytest.raises(LaunchError, match="got tensors on cpu"):
+        count_steps()
