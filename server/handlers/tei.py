@@ -26,6 +26,8 @@ from carpool.server.protocol import (
 from carpool.server.protocol.model_request import read_prompts
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from carpool.engine.async_engine import Prompts
     from carpool.engine.outputs import PoolingResult
     from carpool.engine.params import Task
@@ -44,22 +46,24 @@ async def embed(request: web.Request) -> web.Response:
 
 async def embed_all(request: web.Request) -> web.Response:
     """A vector a token, through the model's own head."""
-    asked = await read_request(request, decode_tei_inputs_request)
-    call = Call(request, asked)
-    call.require("token_embed" in call.model.tasks, "Token Embeddings")
-    result = await _pool(request, call, asked, "token_embed")
-    vectors = await in_good_time(bare_items, result.rows)
-    return call.finish(json_answer(msgspec.Raw(vectors)))
+    return await _rows(request, "token_embed", "Token Embeddings", bare_items)
 
 
 async def embed_sparse(request: web.Request) -> web.Response:
     """What each text weighs in those entries of the vocabulary in which it weighs anything."""
+    return await _rows(request, "sparse_embed", "Sparse Embeddings", sparse_items)
+
+
+async def _rows(
+    request: web.Request, task: Task, name: str, write: Callable[[list[Row]], bytes]
+) -> web.Response:
+    """The task's results of all inputs, as `write` makes text of them; `name` is what a model without it lacks."""
     asked = await read_request(request, decode_tei_inputs_request)
     call = Call(request, asked)
-    call.require("sparse_embed" in call.model.tasks, "Sparse Embeddings")
-    result = await _pool(request, call, asked, "sparse_embed")
-    weights = await in_good_time(sparse_items, result.rows)
-    return call.finish(json_answer(msgspec.Raw(weights)))
+    call.require(task in call.model.tasks, name)
+    result = await _pool(request, call, asked, task)
+    written = await in_good_time(write, result.rows)
+    return call.finish(json_answer(msgspec.Raw(written)))
 
 
 async def _pool(request: web.Request, call: Call, asked: TeiInputsRequest, task: Task) -> PoolingResult:
