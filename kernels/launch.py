@@ -109,11 +109,18 @@ def _pack(parameter: Parameter, argument: Argument) -> np.generic:
 class Backend(Protocol):
     """What launches run on."""
 
+    def serves(self, device: torch.device) -> bool:
+        """Whether kernels can be launched for tensors on that device."""
+        ...
+
     def run(self, launch: Launch) -> None: ...
 
 
 class CupyBackend:
     """NVRTC and the driver, by way of CuPy. What was compiled stays on disk, by the source's text."""
+
+    def serves(self, device: torch.device) -> bool:
+        return device.type == "cuda" and fault() is None
 
     def run(self, launch: Launch) -> None:
         import cupy
@@ -142,19 +149,32 @@ def _module(kernel: Kernel, index: int) -> Any:
     """A kernel for all of its types. One module a kernel: a server waits only for those that it uses."""
     import cupy
 
-    _same_major(cupy)
     names = tuple(each.expression for each in kernel.instances)
     return cupy.RawModule(code=cuda_table.source(), options=OPTIONS, name_expressions=names)
 
 
-def _same_major(cupy: Any) -> None:
-    """CuPy for CUDA 12 finds NVRTC 13 where that is installed too, whose code a driver for 12 does not load."""
-    compiler, driver = cupy.cuda.nvrtc.getVersion()[0], cupy.cuda.runtime.driverGetVersion() // 1000
+@cache
+def fault() -> str | None:
+    """Why kernels cannot be launched here, in one sentence that says what to do; None if nothing speaks against it.
+
+    CuPy for CUDA 12 finds NVRTC 13 where that is installed too, whose code a driver for 12 does not load.
+    """
+    extra = f"carpool[cuda{(torch.version.cuda or '12').split('.')[0]}]"
+    try:
+        import cupy
+
+        compiler, driver = cupy.cuda.nvrtc.getVersion()[0], cupy.cuda.runtime.driverGetVersion() // 1000
+    except ImportError:
+        return f"CuPy is not installed: pip install '{extra}'."
+    except Exception as error:  # no NVRTC, no driver: CuPy has a class of its own for each
+        first = str(error).strip().partition("\n")[0]
+        return f"CuPy finds no NVRTC or no driver ({first}): pip install '{extra}', and nothing for another CUDA."
     if compiler > driver:
-        raise RuntimeError(
+        return (
             f"NVRTC {compiler} compiles for a newer driver than this machine's, which is for CUDA {driver}: install "
-            f"carpool's extra cuda{driver} alone."
+            f"carpool[cuda{driver}] alone, or a newer driver."
         )
+    return None
 
 
 backend: Backend = CupyBackend()

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
-from carpool.kernels import native, reference
+from carpool.kernels import cuda_ops, launch, native, reference
+from carpool.kernels.launch import LaunchError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_log = logging.getLogger(__name__)
+_told: set[str] = set()  # operations that were left to their twin on a device, and said so
 
 
 def attention_in_use() -> str:
@@ -48,3 +58,37 @@ def varlen_attention(
 
 attention_to_first = reference.attention_to_first
 disentangled_attention = reference.disentangled_attention  # no other implementation yet
+
+
+def _on_device(kernel: Callable[P, R], twin: Callable[P, R]) -> Callable[P, R]:
+    """`kernel` if the first argument lies where kernels run, `twin` elsewhere and for what the kernel cannot take."""
+
+    @wraps(twin)
+    def dispatched(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        assert isinstance(first, Tensor), "an operation is called with its packed rows first"
+        if not launch.backend.serves(first.device):
+            return twin(*args, **kwargs)
+        try:
+            return kernel(*args, **kwargs)
+        except LaunchError as why:
+            if twin.__name__ not in _told:
+                _told.add(twin.__name__)
+                _log.warning("%s runs in torch, slower: %s", twin.__name__, why)
+            return twin(*args, **kwargs)
+
+    return dispatched
+
+
+pool_rows = _on_device(cuda_ops.pool_rows, reference.pool_rows)
+gather_rows = _on_device(cuda_ops.gather_rows, reference.gather_rows)
+step_rows = _on_device(cuda_ops.step_rows, reference.step_rows)
+activate_rows = _on_device(cuda_ops.activate_rows, reference.activate_rows)
+sparse_rows = _on_device(cuda_ops.sparse_rows, reference.sparse_rows)
+cosine_pairs = _on_device(cuda_ops.cosine_pairs, reference.cosine_pairs)
+maxsim = _on_device(cuda_ops.maxsim, reference.maxsim)
+norm_rows = _on_device(cuda_ops.norm_rows, reference.norm_rows)
+rotary = _on_device(cuda_ops.rotary, reference.rotary)
+gated = _on_device(cuda_ops.gated, reference.gated)
+kv_write = _on_device(cuda_ops.kv_write, reference.kv_write)
+kv_gather = _on_device(cuda_ops.kv_gather, reference.kv_gather)

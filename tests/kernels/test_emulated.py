@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ from carpool.kernels import cuda_table, launch
 from emu import build
 from emu.backend import Emulated
 from emu.cases import CASES
-from emu.choose import Drawn
+from emu.choose import Drawn, Seeded
 
 pytestmark = pytest.mark.skipif(build.MISSING is not None, reason=str(build.MISSING))
 
@@ -44,5 +45,11 @@ def test_equals_float64(emulated: Emulated, case: str, data: st.DataObject) -> N
     CASES[case](choose)
 
 
-def test_every_kernel_ran(emulated: Emulated) -> None:
+def test_every_kernel_runs_in_a_case(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By seeds, and not by what hypothesis happened to draw above."""
+    monkeypatch.setattr(launch, "backend", emulated)
+    emulated.ran.clear()
+    for case in CASES.values():
+        for seed in range(6):
+            case(Seeded(seed, (torch.bfloat16,)))
     assert emulated.ran == {kernel.name for kernel in cuda_table.KERNELS}

@@ -32,6 +32,9 @@ class Recorder:
 
     launches: list[Launch] = field(default_factory=list)
 
+    def serves(self, device: torch.device) -> bool:
+        return True
+
     def run(self, launch: Launch) -> None:
         self.launches.append(launch)
 
@@ -334,11 +337,12 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     monkeypatch.setattr(Launch, "device", property(lambda _: torch.device("cuda", 1)))
     streams = iter(range(100))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda where: (str(where), next(streams)))
-    launch._function.cache_clear()
-    launch._module.cache_clear()
+    caches = launch._function, launch._module, launch.fault
+    for each in caches:
+        each.cache_clear()
     yield device
-    launch._function.cache_clear()
-    launch._module.cache_clear()
+    for each in caches:
+        each.cache_clear()
 
 
 def count_steps(grid: tuple[int, ...] = (1,), shared: int = 0) -> tuple[Launch, list[Tensor]]:
@@ -381,11 +385,25 @@ def test_only_large_blocks_ask_for_more_shared_memory(device: Device) -> None:
     assert device.asked_more == [(48 << 10) + 4]
 
 
-def test_a_compiler_newer_than_the_driver_is_refused(device: Device) -> None:
+def test_a_compiler_newer_than_the_driver_serves_nothing(device: Device) -> None:
+    backend, gpu = CupyBackend(), torch.device("cuda", 1)
+    assert launch.fault() is None
+    assert backend.serves(gpu)
+    assert not backend.serves(torch.device("cpu"))
+    launch.fault.cache_clear()
     device.nvrtc = (13, 0)
-    with pytest.raises(RuntimeError, match="extra cuda12 alone"):
-        count_steps()
-    assert not device.calls
+    assert "install carpool[cuda12] alone" in str(launch.fault())
+    assert not backend.serves(gpu)
+
+
+def test_what_cupy_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch.fault.cache_clear()
+    monkeypatch.setitem(sys.modules, "cupy", None)  # so an import of what is not installed goes
+    assert launch.fault() == "CuPy is not installed: pip install 'carpool[cuda12]'."
+    launch.fault.cache_clear()
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=None))
+    assert "finds no NVRTC or no driver" in str(launch.fault())
+    launch.fault.cache_clear()
 
 
 def test_tensors_on_a_cpu_never_reach_cupy(monkeypatch: pytest.MonkeyPatch) -> None:

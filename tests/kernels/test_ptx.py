@@ -13,7 +13,7 @@ from carpool.kernels import cuda_table, launch
 from emu import build, nvrtc
 from emu.backend import Emulated
 from emu.cases import CASES
-from emu.choose import Drawn
+from emu.choose import Drawn, Seeded
 from emu.ptx import UnknownPTX
 from emu.translate import translate
 
@@ -46,7 +46,13 @@ def test_equals_float64(emulated: Emulated, case: str, data: st.DataObject) -> N
         CASES[case](choose)
 
 
-def test_every_kernel_ran(emulated: Emulated) -> None:
+def test_every_kernel_runs_in_a_case(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By seeds, and not by what hypothesis happened to draw above."""
+    monkeypatch.setattr(launch, "backend", emulated)
+    emulated.ran.clear()
+    for case in CASES.values():
+        for seed in range(6):
+            case(Seeded(seed, (torch.bfloat16,)))
     assert emulated.ran == {kernel.name for kernel in cuda_table.KERNELS}
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from carpool.kernels import cuda_table
@@ -45,6 +46,9 @@ class Emulated:
     def begin(self, seed: int, order: int = RANDOM, preempt: int = 0) -> None:
         """What is launched from here on takes its turns in the same order whenever the same is begun."""
         self.seed, self.order, self.preempt, self.launches = seed, order, preempt, 0
+
+    def serves(self, device: torch.device) -> bool:
+        return device.type == "cpu"
 
     def run(self, launch: Launch) -> None:
         name = launch.instance.expression
