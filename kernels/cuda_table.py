@@ -17,6 +17,8 @@ FOLDER = Path(__file__).with_name("cuda")
 PRELUDE = "element.cuh"  # what all of the sources use; it comes first
 CHUNK = 64  # tokens that one block sums where a long sequence is pooled in two passes; pool.cu has the same
 MOST_LANES = 32  # token lanes of a block that sums rows; pool.cu has the same
+# Heads are padded to one of these many columns → queries that a block of attention has; attention.cu has the same.
+ATTENTION: Mapping[int, int] = {64: 64, 128: 64, 256: 32}
 
 FLOATS = ("float", "__half", "__nv_bfloat16")  # elements of inputs
 OUTPUTS = (*FLOATS, "signed char", "unsigned char")  # int8 with a scale a row; one bit a component
@@ -329,6 +331,43 @@ KERNELS: tuple[Kernel, ...] = (
         ),
         threads=256,
         registers=48,
+    ),
+    Kernel(
+        "attention",
+        "attention.cu",
+        (
+            "const T* query",
+            "const T* key",
+            "const T* value",
+            "T* out",
+            "const int* bounds",
+            "const int* key_lengths",
+            "const int* pages",
+            "const int* seen",
+            "const float* bias",
+            "const float* sinks",
+            "int n",
+            "int group",
+            "int size",
+            "int most",
+            "int page_size",
+            "int reach",
+            "int query_stride",
+            "int query_head",
+            "int key_stride",
+            "int key_head",
+            "int value_stride",
+            "int value_head",
+            "int left",
+            "int right",
+            "float scale",
+            "float softcap",
+        ),
+        threads=256,
+        registers=128,
+        letters=("T", "W"),
+        types=_each(FLOATS, tuple(map(str, ATTENTION))),
+        shared=29696,
     ),
 )
 BY_NAME: Mapping[str, Kernel] = {kernel.name: kernel for kernel in KERNELS}

@@ -4,7 +4,8 @@ Shapes: `T` tokens in the batch, `B` sequences, `N` heads, `D` head or output di
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from itertools import groupby, pairwise
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,7 @@ def disentangled_attention(
     *,
     scale: float,
     rows_of: Tensor,
+    on_host: Sequence[int] | None = None,
     position_keys: Tensor | None,
     position_queries: Tensor | None,
 ) -> Tensor:
@@ -105,10 +107,11 @@ def disentangled_attention(
     query, key and value [T, N, D]; position_keys and position_queries [P, N, D], either may be None; returns [T, N, D]
     in query's dtype. With r the row of those tables for a key's distance from its query, a score is
     scale * (query·key + query·position_keys[r] + key·position_queries[r]).
-    `rows_of` int64 [2M - 1] on the CPU, nowhere rising, M at least the longest length: r = rows_of[M - 1 + d] for a
-    key that stands d tokens behind its query.
+    `rows_of` int64 [2M - 1], nowhere rising, M at least the longest length: r = rows_of[M - 1 + d] for a
+    key that stands d tokens behind its query. `on_host`: the same where the host need not wait for it.
     """
     heads = query.shape[1]
+    row = rows_of.tolist() if on_host is None else on_host
     out = torch.empty_like(query, dtype=torch.float32)
     keys, queries = (
         None if x is None else x.float().transpose(0, 1) for x in (position_keys, position_queries)
@@ -117,8 +120,8 @@ def disentangled_attention(
         q, k, v = (_batch(x[rows], count) for x in (query, key, value))
         # Of the tables only what this length can reach: for short texts that is a small part.
         middle = len(rows_of) // 2
-        low, high = int(rows_of[middle + length - 1]), int(rows_of[middle - length + 1]) + 1
-        reach = (rows_of - low)[None].to(query.device)
+        low, high = row[middle + length - 1], row[middle - length + 1] + 1
+        reach = (rows_of - low)[None]
         # [count, N, L, high - low]
         by_key = None if queries is None else k @ queries[:, low:high].transpose(1, 2)
         step = _rows_at_once(length, count * heads)
@@ -205,10 +208,12 @@ def _mask(
     return mask
 
 
-def segment_ids(cu_seqlens: Tensor) -> Tensor:
-    """int64 [T]: which sequence each token belongs to. cu_seqlens int [B+1]."""
+def segment_ids(cu_seqlens: Tensor, tokens: int | None = None) -> Tensor:
+    """int64 [T]: which sequence each token belongs to. cu_seqlens int [B+1], whose last is `tokens`, if known."""
     lengths = cu_seqlens.diff().long()
-    return torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths)
+    return torch.repeat_interleave(
+        torch.arange(len(lengths), device=cu_seqlens.device), lengths, output_size=tokens
+    )
 
 
 def pool_cls(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -224,7 +229,7 @@ def pool_last(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
 def pool_sum(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The sum of each sequence's rows: [T, H] → float32 [B, H]."""
     sums = hidden.new_zeros((len(cu_seqlens) - 1, hidden.shape[1]), dtype=torch.float32)
-    return sums.index_add_(0, segment_ids(cu_seqlens), hidden.float())
+    return sums.index_add_(0, segment_ids(cu_seqlens, len(hidden)), hidden.float())
 
 
 def pool_mean(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -239,7 +244,7 @@ def pool_mean_sqrt_len(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def pool_weighted_mean(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The mean of each sequence's rows, the i-th (from 1) weighted by i: [T, H] → float32 [B, H]."""
-    owner = segment_ids(cu_seqlens)
+    owner = segment_ids(cu_seqlens, len(hidden))
     weight = torch.arange(1, len(owner) + 1, device=hidden.device) - cu_seqlens[:-1].long()[owner]
     lengths = cu_seqlens.diff().float()
     return pool_sum(hidden.float() * weight[:, None], cu_seqlens) / (lengths * (lengths + 1) / 2)[:, None]
@@ -248,7 +253,7 @@ def pool_weighted_mean(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
 def pool_max(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The largest of each component over each sequence: [T, H] → float32 [B, H]."""
     top = hidden.new_full((len(cu_seqlens) - 1, hidden.shape[1]), float("-inf"), dtype=torch.float32)
-    index = segment_ids(cu_seqlens)[:, None].expand(-1, hidden.shape[1])
+    index = segment_ids(cu_seqlens, len(hidden))[:, None].expand(-1, hidden.shape[1])
     return top.scatter_reduce_(0, index, hidden.float(), "amax")
 
 
@@ -257,9 +262,12 @@ def cut_and_normalize(vectors: Tensor, widths: Tensor, normalize: Tensor) -> Ten
 
     vectors float32 [B, D], widths int64 [B], normalize bool [B] → float32 [B, D]. L2 with eps 1e-12.
     """
-    if int(widths.min()) < vectors.shape[1]:
+    looks = vectors.device.type == "cpu"  # elsewhere the host would wait for the answer
+    if not looks or int(widths.min()) < vectors.shape[1]:
         column = torch.arange(vectors.shape[1], device=vectors.device)
         vectors = vectors.masked_fill(column[None, :] >= widths[:, None], 0.0)
+    if looks and not normalize.any():
+        return vectors
     length = vectors.norm(dim=1).clamp_min(1e-12)
     return vectors / torch.where(normalize, length, torch.ones_like(length))[:, None]
 
@@ -289,11 +297,25 @@ def pool_rows(
     sequence, if known; how a device shares out the work may depend on it, the result does not.
     """
     lengths = cu_seqlens.diff().long()
-    pooled = pool_sum(hidden, cu_seqlens) / lengths.clamp_min(1)[:, None]
-    for mode, places in ((CLS, cu_seqlens[:-1].long()), (LAST, cu_seqlens[1:].long() - 1)):
-        chosen = (modes == mode) & (lengths > 0)
-        pooled[chosen] = hidden[places[chosen]].float()
+    mode = _shared(modes)
+    if mode is not None and int(lengths.min()) > 0:
+        pooled = (pool_cls, pool_last, pool_mean)[mode](hidden, cu_seqlens)
+    else:
+        pooled = pool_sum(hidden, cu_seqlens) / lengths.clamp_min(1)[:, None]
+        for mode, places in ((CLS, cu_seqlens[:-1].long()), (LAST, cu_seqlens[1:].long() - 1)):
+            chosen = (modes == mode) & (lengths > 0)
+            if len(hidden):
+                rows = hidden[places.clamp(0, len(hidden) - 1)].float()
+                pooled = torch.where(chosen[:, None], rows, pooled)
     return finish_rows(pooled, widths, normalize, output)
+
+
+def _shared(values: Tensor) -> int | None:
+    """What all of them are; None if they differ, are none, or lie where the host would wait for the answer."""
+    if values.device.type != "cpu" or not len(values):
+        return None
+    low, high = values.aminmax()
+    return int(low) if low == high else None
 
 
 def finish_rows(vectors: Tensor, widths: Tensor, normalize: Tensor, output: Output) -> tuple[Tensor, Tensor]:
@@ -353,6 +375,9 @@ def step_rows(token_ids: Tensor, cu_seqlens: Tensor, tag: int) -> tuple[Tensor, 
 def activate_rows(logits: Tensor, kinds: Tensor, mean: float = 0.0, sigma: float = 1.0) -> Tensor:
     """logits [R, C], int8 kinds [R] → float32 [R, C]: (logit - mean) / sigma; its sigmoid; or the row's softmax."""
     plain = (logits.float() - mean) / sigma
+    shared = _shared(kinds)
+    if shared is not None:
+        return plain if shared == IDENTITY else (plain.sigmoid() if shared == SIGMOID else plain.softmax(1))
     kind = kinds[:, None]
     activated = torch.where(kind == SIGMOID, torch.sigmoid(plain), torch.softmax(plain, dim=1))
     return torch.where(kind == IDENTITY, plain, activated)
@@ -362,12 +387,21 @@ def sparse_rows(logits: Tensor, cu_seqlens: Tensor, *, sums: bool = False, twice
     """SPLADE: logits [T, V], cu_seqlens int32 [B+1] → float32 [B, V], over each sequence's tokens the largest
     log(1 + relu(logit)), or their sum; `twice` takes the logarithm twice. A sequence of no tokens gives zeros.
     """
-    weights = torch.relu(logits.float()).log1p()
-    weights = weights.log1p() if twice else weights
-    if sums:
-        return pool_sum(weights, cu_seqlens)
-    index = segment_ids(cu_seqlens)[:, None].expand(-1, logits.shape[1])
-    return weights.new_zeros(len(cu_seqlens) - 1, logits.shape[1]).scatter_reduce_(0, index, weights, "amax")
+
+    def squash(weights: Tensor) -> Tensor:
+        weights = weights.log1p()
+        return weights.log1p() if twice else weights
+
+    pooled = logits.new_zeros(len(cu_seqlens) - 1, logits.shape[1], dtype=torch.float32)
+    if logits.device.type == "cpu":  # a slice a text, since looking at the bounds costs nothing
+        for row, (start, end) in zip(pooled, pairwise(cu_seqlens.tolist()), strict=True):
+            if start < end:
+                weights = torch.relu(logits[start:end].float())
+                row.copy_(squash(weights).sum(0) if sums else weights.amax(0))
+        return pooled if sums else squash(pooled)  # of a maximum, the logarithm can be taken last
+    weights = squash(torch.relu(logits.float()))
+    index = segment_ids(cu_seqlens, len(logits))[:, None].expand(-1, logits.shape[1])
+    return pooled.scatter_reduce_(0, index, weights, "sum" if sums else "amax")
 
 
 def cosine_pairs(a: Tensor, b: Tensor, in_a: Tensor, in_b: Tensor, eps: float = 1e-8) -> Tensor:
@@ -401,18 +435,26 @@ def maxsim(
 
 
 def norm_rows(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, *, centred: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    centred: bool,
+    keep_sum: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """x [R, H] plus the residual, in x's dtype, and its norm times weight plus bias, float32 [H] each, in x's dtype.
 
-    `centred`: LayerNorm, else RMSNorm. Returns (norm, sum); the sum is x itself where there is no residual.
+    `centred`: LayerNorm, else RMSNorm. Returns (norm, sum); the sum is x itself where there is no residual, and
+    None where it is not to be kept.
     """
     total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
     wide = total.float()
     if centred:
         wide = wide - wide.mean(1, keepdim=True)
     normed = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + eps) * weight
-    return (normed if bias is None else normed + bias).to(x.dtype), total
+    return (normed if bias is None else normed + bias).to(x.dtype), total if keep_sum else None
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -458,3 +500,76 @@ def kv_gather(
     place = torch.arange(tokens, device=owner.device) - cu_seqlens[:-1].long()[owner]
     page = pages[owner, place // size].long()
     return key_cache[page, place % size], value_cache[page, place % size]
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    *,
+    scale: float,
+    causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """`varlen_attention` of sequences that only the device knows: cu_seqlens int32 [B+1], the most tokens of one.
+
+    seen int32 [B]: all tokens of a sequence look at its first so many only (`attention_to_first`).
+    """
+    lengths: list[int] = cu_seqlens.diff().tolist()
+    assert max(lengths, default=0) <= longest
+    kind: dict[str, Any] = {
+        "scale": scale, "causal": causal, "window": window, "softcap": softcap, "bias": bias, "sinks": sinks
+    }  # fmt: skip
+    runs = [(length, len(list(run))) for length, run in groupby(lengths) if length]
+    out = varlen_attention(query, key, value, runs, **kind)
+    if seen is not None:
+        starts: list[int] = cu_seqlens.tolist()
+        for start, length, first in zip(starts, lengths, seen.tolist(), strict=False):
+            if first < length:
+                own = slice(start, start + length)
+                out[own] = attention_to_first(query[own], key[own], value[own], first, **kind) if first else 0
+    return out
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    pages: Tensor,
+    cu_seqlens: Tensor,
+    key_lengths: Tensor,
+    longest: int,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of each sequence's last tokens to all that it has so far, whose keys and values are in pages.
+
+    query [T, N, D], of sequences with cu_seqlens int32 [B+1], the longest of `longest`; caches [P, S, N_kv, D], int32
+    pages [B, M] of each sequence in order; int32 key_lengths [B], the queries' own tokens counted; returns [T, N, D] in
+    query's dtype. `window`, `softcap` and `sinks` as in `varlen_attention`.
+    """
+    out = torch.empty_like(query)
+    bounds, size = cu_seqlens.tolist(), key_cache.shape[1]
+    group = query.shape[1] // key_cache.shape[2]
+    for own, (start, end), length in zip(pages, pairwise(bounds), key_lengths.tolist(), strict=True):
+        assert end - start <= min(longest, length)
+        if start == end:
+            continue
+        place = torch.arange(length, device=query.device)
+        page = own[place // size].long()
+        keys, values = (
+            cache[page, place % size].repeat_interleave(group, dim=1) for cache in (key_cache, value_cache)
+        )
+        mask = _mask(length - (end - start), length, length, True, window, query.device)
+        q, k, v = (_batch(x, 1) for x in (query[start:end], keys, values))
+        out[start:end] = _attend(q, k, v, mask, scale, softcap, None, sinks)[0].transpose(0, 1)
+    return out

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import product
 from typing import Any, get_args
 
 import numpy as np
@@ -163,11 +165,13 @@ def test_norms_are_torchs_own(dtype: torch.dtype) -> None:
     )
     room = 1e-5 if dtype == torch.float32 else 2e-2
     layer, total = reference.norm_rows(x, residual, weight, bias, 1e-5, centred=True)
+    assert total is not None
     assert torch.equal(total, x + residual)
     wide = (x + residual).double()
     close(layer, torch.nn.functional.layer_norm(wide, (8,), weight.double(), bias.double(), 1e-5), room)
     rms, total = reference.norm_rows(x, None, weight, None, 1e-5, centred=False)
     assert total is x
+    assert reference.norm_rows(x, residual, weight, bias, 1e-5, centred=True, keep_sum=False)[1] is None
     close(rms, torch.nn.functional.rms_norm(x.double(), (8,), weight.double(), 1e-5), room)
 
 
@@ -215,3 +219,79 @@ def test_pages_give_back_what_was_written() -> None:
     before = caches.clone()
     reference.kv_write(keys[:2], values[:2], torch.tensor([-1, 10]), caches[0], caches[1])
     assert torch.equal(caches, before), "tokens without a place are left out"
+
+
+def plainly(
+    query: Tensor, key: Tensor, value: Tensor, sees: Callable[[int, int], bool], options: dict[str, Any]
+) -> Tensor:
+    """One sequence, its queries the last of its tokens: one query, one head, one key at a time, in float64."""
+    past, group = len(key) - len(query), query.shape[1] // key.shape[1]
+    out = torch.zeros(query.shape, dtype=torch.float64)
+    for i, head in product(range(len(query)), range(query.shape[1])):
+        seen = [j for j in range(len(key)) if sees(past + i, j)]
+        scores = [float(query[i, head].double() @ key[j, head // group].double()) * 0.3 for j in seen]
+        if (cap := options.get("softcap")) is not None:
+            scores = [cap * math.tanh(score / cap) for score in scores]
+        if (bias := options.get("bias")) is not None:
+            middle = bias.shape[1] // 2
+            scores = [
+                score + float(bias[head, middle + j - i]) for j, score in zip(seen, scores, strict=True)
+            ]
+        weights = [math.exp(score) for score in scores]
+        total = sum(weights) + (math.exp(options["sinks"][head]) if "sinks" in options else 0)
+        for j, weight in zip(seen, weights, strict=True):
+            out[i, head] += weight / total * value[j, head // group].double()
+    return out
+
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"causal": True},
+    {"window": 3},
+    {"causal": True, "window": 2},
+    {"softcap": 2.0},
+    {"bias": rand(4, 15, seed=7)},
+    {"sinks": rand(4, seed=8)},
+]
+
+
+@pytest.mark.parametrize("seen", [None, [2, 9, 1, 0, 8, 0]])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(kind) or "full")
+def test_packed_attention_stays_within_its_sequence_and_what_is_seen_of_it(
+    kind: dict[str, Any], seen: list[int] | None
+) -> None:
+    lengths = [4, 4, 1, 0, 8, 5]
+    tokens = sum(lengths)
+    query, key, value = (rand(tokens, n, 4, seed=i) for i, n in enumerate((4, 2, 2)))
+    of_device = None if seen is None else torch.tensor(seen, dtype=torch.int32)
+    found = reference.packed_attention(
+        query, key, value, bounds(lengths), 8, scale=0.3, seen=of_device, **kind
+    )
+    parts = []
+    for b, (q, k, v) in enumerate(zip(*(torch.split(x, lengths) for x in (query, key, value)), strict=True)):
+
+        def sees(i: int, j: int, most: int = len(q) if seen is None else seen[b]) -> bool:
+            return (
+                j < most and (j <= i or not kind.get("causal")) and abs(i - j) < kind.get("window", math.inf)
+            )
+
+        parts.append(plainly(q, k, v, sees, kind))
+    close(found, torch.cat(parts))
+
+
+@pytest.mark.parametrize("kind", [{}, {"window": 3}, {"softcap": 2.0}, {"sinks": rand(4, seed=8)}])
+def test_paged_attention_looks_back_over_all_pages(kind: dict[str, Any]) -> None:
+    lengths, have, size = [3, 0, 1, 4], [7, 2, 9, 4], 4
+    pages = torch.tensor([[5, 2, -1], [0, -1, -1], [1, 7, 3], [6, -1, -1]], dtype=torch.int32)
+    caches = rand(8, size, 2, 4, seed=1), rand(8, size, 2, 4, seed=2)
+    query = rand(sum(lengths), 4, 4)
+    found = reference.paged_attention(
+        query, *caches, pages, bounds(lengths), torch.tensor(have, dtype=torch.int32), 4, scale=0.3, **kind
+    )
+    parts = []
+    for q, length, own in zip(torch.split(query, lengths), have, pages.tolist(), strict=True):
+        key, value = (
+            torch.stack([cache[own[t // size], t % size] for t in range(length)]) for cache in caches
+        )
+        parts.append(plainly(q, key, value, lambda i, j: 0 <= i - j < kind.get("window", 99), kind))
+    close(found, torch.cat(parts))

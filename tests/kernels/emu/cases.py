@@ -184,11 +184,12 @@ def norm_rows(choose: Choose) -> None:
     residual = choose.one((None, normal(choose, rows, columns, dtype=dtype)))
     weight, bias = normal(choose, columns), choose.one((None, normal(choose, columns)))
     centred, eps = choose.one((True, False)), choose.one((1e-12, 1e-5))
-    got, total = cuda_ops.norm_rows(x, residual, weight, bias, eps, centred=centred)
+    keep = choose.one((True, False))
+    got, total = cuda_ops.norm_rows(x, residual, weight, bias, eps, centred=centred, keep_sum=keep)
 
     # Exactly the sum in its own type: what is normalised is what the next layer adds to.
     kept = x if residual is None else (x.float() + residual.float()).to(dtype)
-    assert torch.equal(total, kept)
+    assert torch.equal(total, kept) if keep and total is not None else total is None and not keep
     wide = kept.double()
     wide = wide - wide.mean(1, keepdim=True) if centred else wide
     exact = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + eps) * weight.double()
@@ -272,6 +273,120 @@ def paged(choose: Choose) -> None:
         assert torch.equal(back, exact)
 
 
+def attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    added: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """query [L, N, D], key and value [K, N_kv, D], bool visible [L, K], added [N, L, K] → float64 [L, N, D]."""
+    group = query.shape[1] // key.shape[1]
+    out = torch.zeros(query.shape, dtype=torch.float64)
+    for head in range(query.shape[1]):
+        scores = query[:, head].double() @ key[:, head // group].double().T * scale
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        if added is not None:
+            scores = scores + added[head]
+        weights = scores.exp() * visible
+        total = weights.sum(1) + (0 if sinks is None else sinks[head].double().exp())
+        some = visible.any(1)
+        out[some, head] = (weights @ value[:, head // group].double() / total[:, None])[some]
+    return out
+
+
+def near_mean(got: Tensor, exact: Tensor, value: Tensor) -> None:
+    """Each within its rounding, or a few millionths of the largest value: weights have errors of their own."""
+    assert got.dtype == value.dtype
+    room = ROUNDING[got.dtype] * exact.abs() + 4e-6 * (value.abs().amax().double() if value.numel() else 0)
+    wrong = ~((got.double() - exact).abs() <= room)
+    assert not wrong.any(), f"{int(wrong.sum())} wrong: {got[wrong][:3]} for {exact[wrong][:3]}"
+
+
+def head_size(choose: Choose, dtype: torch.dtype) -> int:
+    """Mostly small: what is looked at byte by byte takes its time. Each width that is compiled for comes up."""
+    vector = 16 // dtype.itemsize
+    return vector * choose.whole(1, choose.one((16, 16, 64, 128, 256)) // vector)
+
+
+def packed_attention(choose: Choose) -> None:
+    dtype = choose.one(choose.dtypes)
+    size, kv_heads, group = head_size(choose, dtype), choose.whole(1, 2), choose.one((1, 1, 2))
+    runs = lengths(choose, choose.one((5, 20, 20, 140 if size <= 64 else 70)), count=3)
+    heads, tokens = kv_heads * group, sum(runs)
+    # Views of a fused row, as a model hands them over; the query's heads may stand apart.
+    fused = normal(choose, tokens, 2 * heads + 2 * kv_heads, size, dtype=dtype)
+    query, key, value = torch.split(fused, [2 * heads, kv_heads, kv_heads], 1)
+    query = query[:, ::2] if choose.one((True, False)) else query[:, :heads]
+    causal, window = choose.one((True, False)), choose.one((None, choose.whole(1, 9), choose.whole(1, 70)))
+    softcap = choose.one((None, 2.0))
+    longest, scale = max(runs) + choose.whole(0, 3), choose.one((size**-0.5, 0.5 * size**-0.5))
+    bias = choose.one((None, normal(choose, heads, 2 * max(longest, 1) - 1)))
+    sinks = choose.one((None, normal(choose, heads)))
+    seen = choose.one((None, torch.tensor([choose.whole(0, run + 1) for run in runs], dtype=torch.int32)))
+    got = cuda_ops.packed_attention(
+        query, key, value, bounds(runs), longest,
+        scale=scale, causal=causal, window=window, softcap=softcap, bias=bias, sinks=sinks, seen=seen,
+    )  # fmt: skip
+
+    parts = []
+    for i, (q, k, v) in enumerate(zip(*(torch.split(x, runs) for x in (query, key, value)), strict=True)):
+        place = torch.arange(len(q))
+        behind = place[None, :] - place[:, None]  # how far the key stands behind its query
+        visible = (behind <= 0) | (not causal)
+        if window is not None:
+            visible &= behind.abs() < window
+        if seen is not None:
+            visible &= place[None, :] < seen[i]
+        added = None if bias is None else bias.double()[:, bias.shape[1] // 2 + behind]
+        parts.append(attended(q, k, v, visible, scale=scale, softcap=softcap, added=added, sinks=sinks))
+    near_mean(got, torch.cat(parts), value)
+
+
+def paged_attention(choose: Choose) -> None:
+    """The last tokens of each sequence, whose keys and values lie in shuffled pages."""
+    dtype = choose.one(choose.dtypes)
+    size, kv_heads, group = head_size(choose, dtype), choose.whole(1, 2), choose.one((1, 1, 2))
+    page_size = choose.one((1, 3, 16))
+    runs = lengths(choose, choose.one((1, 5, 20, 70)), count=3)
+    have = [run + choose.whole(0, choose.one((0, 20, 90))) for run in runs]
+    needed = [-(-length // page_size) for length in have]
+    total = sum(needed) + choose.whole(1, 3)
+    generator = torch.Generator().manual_seed(choose.whole(0, 999))
+    order = torch.randperm(total, generator=generator).int()
+    pages = torch.full((len(runs), max(*needed, 1)), -1, dtype=torch.int32)
+    for own, mine in zip(pages, torch.split(order, [*needed, total - sum(needed)])[:-1], strict=True):
+        own[: len(mine)] = mine
+    caches = [normal(choose, total, page_size, kv_heads, size, dtype=dtype) for _ in range(2)]
+    # What nobody has written yet may be anything, and has no part.
+    written = torch.zeros(total * page_size, dtype=torch.bool)
+    slots = [own.long()[(t := torch.arange(length)) // page_size] * page_size + t % page_size
+             for own, length in zip(pages, have, strict=True)]  # fmt: skip
+    written[torch.cat(slots)] = True
+    for cache in caches:
+        cache.view(total * page_size, kv_heads, size)[~written] = float("nan")
+    query = normal(choose, sum(runs), kv_heads * group, size, dtype=dtype)
+    window, softcap = choose.one((None, choose.whole(1, 9), choose.whole(1, 70))), choose.one((None, 2.0))
+    sinks, scale = choose.one((None, normal(choose, kv_heads * group))), size**-0.5
+    got = cuda_ops.paged_attention(
+        query, caches[0], caches[1], pages, bounds(runs), torch.tensor(have, dtype=torch.int32), max(runs),
+        scale=scale, window=window, softcap=softcap, sinks=sinks,
+    )  # fmt: skip
+
+    parts = []
+    for q, length, slot in zip(torch.split(query, runs), have, slots, strict=True):
+        key, value = (cache.view(total * page_size, kv_heads, size)[slot] for cache in caches)
+        behind = torch.arange(length)[None, :] - torch.arange(length - len(q), length)[:, None]
+        visible = (behind <= 0) & (behind > -(window or length + 1))
+        parts.append(attended(q, key, value, visible, scale=scale, softcap=softcap, sinks=sinks))
+    near_mean(got, torch.cat(parts), caches[1].nan_to_num(0))
+
+
 CASES: dict[str, Callable[[Choose], None]] = {
     case.__name__: case
     for case in (
@@ -286,5 +401,7 @@ CASES: dict[str, Callable[[Choose], None]] = {
         rotary,
         gated,
         paged,
+        packed_attention,
+        paged_attention,
     )
 }
