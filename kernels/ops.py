@@ -3,32 +3,76 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
-from carpool.kernels import cuda_ops, launch, native, reference
+from carpool.kernels import cuda_ops, launch, native, reference, varlen
+from carpool.kernels.attention import Asked, Choice, Place, choose
 from carpool.kernels.launch import LaunchError
+from carpool.kernels.layout import Layout
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _log = logging.getLogger(__name__)
 _told: set[str] = set()  # operations that were left to their twin on a device, and said so
+_ELSEWHERE = "it is not for this kind of device"
+_UNTRIED = "has not been tried on pages"
 
 
-def attention_in_use() -> str:
-    """Which attention runs on a CPU, for people to read."""
-    return f"native ({native.LEVELS[native.level]})" if native.library else "torch"
+def place(device: torch.device) -> Place:
+    """What there is for attention on tensors of this device."""
+    return _place(device, native.level if native.library else 0, launch.backend.serves(device))
+
+
+@cache  # every layer asks
+def _place(device: torch.device, level: int, serves: bool) -> Place:
+    if device.type == "cpu":
+        kernels = None if serves else _ELSEWHERE
+        return Place("cpu", None, native.LEVELS[level] if level else None, kernels, _ELSEWHERE, _ELSEWHERE)
+    kernels = None if serves else (launch.fault() or _ELSEWHERE).rstrip(".")
+    capability = torch.cuda.get_device_capability(device)
+    return Place("cuda", capability, None, kernels, varlen.fault(device), _UNTRIED)
+
+
+_choose = cache(
+    choose
+)  # a layer asks for the same thing every time: what it is answered is found once, at load
+
+
+def attention_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: Layout,
+    *,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    **_: Any,
+) -> Choice:
+    """Which implementation `varlen_attention` takes for these, and why. Called as it is."""
+    asked = Asked(
+        dtype=query.dtype,
+        head_size=query.shape[2],
+        value_size=value.shape[2],
+        softcap=softcap is not None,
+        bias=bias is not None,
+        sinks=sinks is not None,
+        unseen=bool(row.unseen),
+    )
+    return _choose(place(query.device), asked)
 
 
 def varlen_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    runs: Sequence[tuple[int, int]],
+    row: Layout,
     *,
     scale: float,
     causal: bool = False,
@@ -37,26 +81,25 @@ def varlen_attention(
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention within each sequence of a packed row: see `kernels.reference.varlen_attention`."""
-    if bias is None and sinks is None and native.serves(query, key, value):
-        return native.varlen_attention(
-            query, key, value, runs, scale=scale, causal=causal, window=window, softcap=softcap
-        )
-    return reference.varlen_attention(
-        query,
-        key,
-        value,
-        runs,
-        scale=scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        bias=bias,
-        sinks=sinks,
-    )
+    """Attention within each sequence of a packed row: `kernels.reference.varlen_attention`, and `attention_to_first`
+    for sequences of which only the first tokens are looked at.
+    """
+    plain: dict[str, Any] = {"scale": scale, "causal": causal, "window": window}
+    whole: dict[str, Any] = {**plain, "softcap": softcap, "bias": bias, "sinks": sinks}
+    match attention_of(query, key, value, row, **whole).by:
+        case "varlen_attn":
+            return varlen.varlen_attention(query, key, value, row.cu_seqlens, row.longest, **plain)
+        case "cupy":
+            return packed_attention(query, key, value, row.cu_seqlens, row.longest, **whole, seen=row.seen)
+        case "native" if native.serves(query, key, value):
+            out = native.varlen_attention(query, key, value, row.runs, **plain, softcap=softcap)
+        case _:
+            out = reference.varlen_attention(query, key, value, row.runs, **whole)
+    for own, seen in row.partly_seen():
+        out[own] = reference.attention_to_first(query[own], key[own], value[own], seen, **whole)
+    return out
 
 
-attention_to_first = reference.attention_to_first
 disentangled_attention = reference.disentangled_attention  # no other implementation yet
 
 
@@ -92,3 +135,5 @@ rotary = _on_device(cuda_ops.rotary, reference.rotary)
 gated = _on_device(cuda_ops.gated, reference.gated)
 kv_write = _on_device(cuda_ops.kv_write, reference.kv_write)
 kv_gather = _on_device(cuda_ops.kv_gather, reference.kv_gather)
+packed_attention = _on_device(cuda_ops.packed_attention, reference.packed_attention)
+paged_attention = _on_device(cuda_ops.paged_attention, reference.paged_attention)

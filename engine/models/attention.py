@@ -12,15 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from carpool.kernels.ops import attention_to_first, varlen_attention
+from carpool.engine.packing import PackedBatch
+from carpool.kernels.attention import Choice
+from carpool.kernels.layout import Layout
+from carpool.kernels.ops import attention_of, varlen_attention
 
 NAME = "carpool_packed"  # neither "flash" nor "/" may be in it: both mean something to transformers
 
@@ -50,58 +51,24 @@ class UnknownAttentionArgument(TypeError):
     """The model asks for a kind of attention that carpool does not compute."""
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where sequences begin and end in the row under way: `runs` of (length, count).
-
-    `unseen` as PackedBatch has it.
-    """
-
-    runs: tuple[tuple[int, int], ...]
-    unseen: tuple[int | None, ...] = ()
-
-    @property
-    def longest(self) -> int:
-        return max(length for length, _ in self.runs)
-
-    def positions(self, device: torch.device) -> Tensor:
-        """int64 [T]: each token's place in its sequence, from 0."""
-        return torch.cat([torch.arange(length, device=device).repeat(count) for length, count in self.runs])
-
-    def distances(self, device: torch.device) -> Tensor:
-        """int64 [2M - 1], M the longest length: how far a key can stand behind its query, from 1 - M to M - 1."""
-        return torch.arange(1 - self.longest, self.longest, device=device)
-
-    def partly_seen(self) -> Iterator[tuple[slice, int]]:
-        """The sequences of which only the first tokens are looked at: where in the row, and how many those are."""
-        if self.unseen:
-            ends = accumulate(length for length, count in self.runs for _ in range(count))
-            for (start, end), seen in zip(pairwise((0, *ends)), self.unseen, strict=True):
-                if seen is not None:
-                    yield slice(start, end), seen
-
-    def hide(self, rows: Tensor) -> Tensor:
-        """[T, H] with zeros for tokens that are not looked at: for layers that mix tokens without attention."""
-        for own, seen in self.partly_seen():
-            rows = rows.clone()
-            rows[own][seen:] = 0
-        return rows
-
-    def split(self, rows: Tensor) -> Iterator[Tensor]:
-        """[T, H] → a [count, length, H] for each run."""
-        sizes = [length * count for length, count in self.runs]
-        for (length, count), run in zip(self.runs, torch.split(rows, sizes), strict=True):
-            yield run.view(count, length, -1)
-
-
 _current: ContextVar[Layout | None] = ContextVar("carpool_layout", default=None)
 _witness: ContextVar[list[torch.nn.Module] | None] = ContextVar("carpool_witness", default=None)
+_choices: ContextVar[list[Choice] | None] = ContextVar("carpool_choices", default=None)
 
 
 @contextmanager
-def layout(runs: tuple[tuple[int, int], ...], unseen: tuple[int | None, ...] = ()) -> Iterator[None]:
-    """Within this block, this thread's forward passes are over a row laid out like this."""
-    token = _current.set(Layout(runs, unseen))
+def layout(batch: PackedBatch) -> Iterator[None]:
+    """Within this block, this thread's forward passes are over this row."""
+    token = _current.set(
+        Layout(
+            runs=batch.runs,
+            longest=batch.max_seqlen,
+            cu_seqlens=batch.cu_seqlens,
+            positions=batch.position_ids,
+            unseen=batch.unseen,
+            seen=batch.seen,
+        )
+    )
     try:
         yield
     finally:
@@ -117,6 +84,24 @@ def witnessed() -> Iterator[list[torch.nn.Module]]:
         yield seen
     finally:
         _witness.reset(token)
+
+
+@contextmanager
+def choices() -> Iterator[list[Choice]]:
+    """Which attention served within this block, a layer at a time."""
+    made: list[Choice] = []
+    token = _choices.set(made)
+    try:
+        yield made
+    finally:
+        _choices.reset(token)
+
+
+def note(choice: Choice) -> None:
+    """For those who asked within `choices`."""
+    made = _choices.get()
+    if made is not None:
+        made.append(choice)
 
 
 def row_of(module: torch.nn.Module) -> Layout:
@@ -174,10 +159,14 @@ def packed_attention(
         "sinks": s_aux,
     }
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = varlen_attention(q, k, v, current.runs, **kind)
-    for own, seen in current.partly_seen():
-        out[own] = attention_to_first(q[own], k[own], v[own], seen, **kind)
-    return out[None], None
+    return attend(q, k, v, current, **kind)[None], None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, row: Layout, **kind: Any) -> Tensor:
+    """`kernels.ops.varlen_attention`, noted for those who ask which it was."""
+    if _choices.get() is not None:
+        note(attention_of(query, key, value, row, **kind))
+    return varlen_attention(query, key, value, row, **kind)
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -43,7 +43,7 @@ class Backbone:
             inputs["token_type_ids"] = (
                 torch.zeros_like(batch.input_ids)[None] if types is None else types[None]
             )
-        with layout(batch.runs, batch.unseen), riding(batch.adapters, batch.lengths):
+        with layout(batch), riding(batch.adapters, batch.lengths):
             hidden: Tensor = self.module(**inputs).last_hidden_state
         return hidden[0]
 
@@ -56,7 +56,7 @@ class Backbone:
         starts = batch.cu_seqlens[:-1].long()
         before = (count - real)[starts]  # tokens counted before each sequence began
         lengths = batch.cu_seqlens.diff().long()
-        return (count - torch.repeat_interleave(before, lengths)) * real + self._pad_id
+        return (count - torch.repeat_interleave(before, lengths, output_size=len(real))) * real + self._pad_id
 
     def replica(self) -> Backbone:
         """A second one for another thread: weights aliased, everything else copied."""

@@ -8,6 +8,7 @@ are not built.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,7 @@ from carpool.engine.models.padded import PaddedBackbone
 from carpool.engine.models.patches import patch, unpatch
 from carpool.engine.models.stretching import StretchingBackbone
 from carpool.engine.packing import PackedBatch, pack_ids
+from carpool.kernels.attention import Choice
 
 # Largest relative difference between company and alone. Rounding gives 1e-6 in float32 and 1e-2 in bfloat16
 # (products are blocked differently for other row counts); a leak gives 0.1 and more.
@@ -97,6 +99,19 @@ def keeps_unseen(backbone: Backbone, vocab_size: int) -> bool:
         rows = [backbone.forward(pack_ids([ids], device, unseen=[2])) for ids in (one, other)]
     seen, same = [0, 1, 3], _TOLERANCE.get(rows[0].dtype, 1e-3)
     return _difference(rows[0][seen], rows[1][seen]) <= same
+
+
+def attention_chosen(backbone: Backbone, vocab_size: int, *, unseen: bool = False) -> Counter[Choice]:
+    """Which attention serves how many layers; none of ours does in a padded model. `unseen`: for expanded queries, too.
+
+    Every layer has then met its choice: nothing is tried or compiled for the first time while serving.
+    """
+    device = next(backbone.module.parameters()).device
+    ids = [[min(5, vocab_size - 1)] * length for length in (3, 2)]
+    with attention.choices() as made, torch.inference_mode():
+        for places in ((), (2, None)) if unseen else ((),):
+            backbone.forward(pack_ids(ids, device, unseen=places))
+    return Counter(made)
 
 
 def _forward(backbone: Backbone, batch: PackedBatch) -> Tensor:

@@ -104,7 +104,7 @@ def quantize(backbone: Backbone, *, vocab_size: int) -> tuple[int, list[str]]:
     with torch.inference_mode(False), torch.no_grad():
         said: list[Tensor] = []
         rehearsal = Rehearsal.of(
-            model, lambda: said.append(backbone.forward(batch).float()), scene=lambda: layout(batch.runs)
+            model, lambda: said.append(backbone.forward(batch).float()), scene=lambda: layout(batch)
         )
         tables = {id(child.weight) for child in model.modules() if isinstance(child, nn.Embedding)}
         weights = sum(weight.numel() for weight in model.parameters() if id(weight) not in tables)

@@ -19,9 +19,9 @@ from carpool.engine.build import build
 from carpool.engine.config import EngineConfig
 from carpool.engine.errors import ConfigError
 from carpool.engine.late_interaction import Expansion, LateInteraction, Role, Writing
-from carpool.engine.models import attention
 from carpool.engine.models.probe import keeps_unseen
 from carpool.engine.scoring import max_sim, mean_max_sim, plan
+from carpool.kernels.layout import Layout
 from fakes import FAKE_MODEL
 from tiny import edit_json
 from zoo import heads
@@ -205,7 +205,7 @@ def test_a_model_that_looks_at_everything_is_not_expanded_and_says_so(
     healthy = build(config)
     assert keeps_unseen(healthy.runners[0]._backbone, healthy.model.vocab_size)
     assert healthy.model.notices == ()
-    monkeypatch.setattr(attention.Layout, "partly_seen", lambda self: iter(()))
+    monkeypatch.setattr(Layout, "partly_seen", lambda self: iter(()))
     deaf = build(config)
     assert not keeps_unseen(deaf.runners[0]._backbone, deaf.model.vocab_size)
     assert [notice for notice in deaf.model.notices if notice.startswith("Queries are not expanded")]

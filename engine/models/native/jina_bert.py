@@ -50,6 +50,7 @@ class JinaBertModel(_PreTrained):
     def __init__(self, config: JinaBertConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
         self.slopes = _slopes(config.num_attention_heads)
+        self._slopes_there: Tensor | None = None  # on the device, from the first batch on
         self.embeddings = _Embeddings(config)
         self.encoder = _Encoder(config)
         self.pooler = _Pooler(config) if add_pooling_layer else None
@@ -58,12 +59,18 @@ class JinaBertModel(_PreTrained):
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> BaseModelOutputWithPooling:
         hidden = self.embeddings(input_ids, token_type_ids)
         distances = under_way().distances(hidden.device).abs()
-        slopes = torch.tensor(self.slopes, device=hidden.device)
-        position_bias = -slopes[:, None] * distances  # float32 [N, 2M - 1]
+        position_bias = -self._slopes_on(hidden.device)[:, None] * distances  # float32 [N, 2M - 1]
         for layer in self.encoder.layer:
             hidden = layer(hidden, position_bias)
         pooled = None if self.pooler is None else self.pooler(hidden)
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
+
+    def _slopes_on(self, device: torch.device) -> Tensor:
+        """float32 [N]. Kept, since to carry them there takes waiting for it; no buffer, for those are loaded."""
+        if self._slopes_there is None or self._slopes_there.device != device:
+            with torch.inference_mode(False):  # replicas copy it outside
+                self._slopes_there = torch.tensor(self.slopes, device=device)
+        return self._slopes_there
 
 
 class JinaBertForSequenceClassification(_PreTrained):

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from carpool.engine.models.attention import row_of, under_way
+from carpool.engine.models.attention import attend, note, row_of, under_way
 from carpool.engine.models.patches.layer import PackedLayer
-from carpool.kernels.ops import disentangled_attention, varlen_attention
+from carpool.kernels.attention import DISENTANGLED
+from carpool.kernels.ops import disentangled_attention
+
+_MOST = 512  # tokens: what most of these models take
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +33,18 @@ class Positions:
         return self  # never written to: replicas share it as they share weights
 
 
+class Rows(NamedTuple):
+    """int64 [2M - 1], by how far a key stands behind its query: the row of the tables."""
+
+    there: Tensor  # where the tables are
+    host: list[int]
+
+
 class PackedEncoder(PackedLayer):
     """Over either encoder."""
 
     relative_attention: bool
+    _rows: Rows | None = None  # for the longest text so far
 
     def get_attention_mask(self, attention_mask: Tensor) -> Tensor:
         """As it comes: the stock layer makes [1, 1, T, T] of it."""
@@ -42,13 +53,26 @@ class PackedEncoder(PackedLayer):
     def get_rel_embedding(self) -> None:
         """Nothing: the layers have their tables."""
 
-    def get_rel_pos(self, *_: Any, **__: Any) -> Tensor | None:
-        """int64 [2M - 1]: by how far a key stands behind its query, the row of the tables."""
+    def get_rel_pos(self, *_: Any, **__: Any) -> Rows | None:
+        """The rows for this batch's distances."""
         if not self.relative_attention:
             return None
+        row = under_way()
+        rows, longest = self._rows, row.longest
+        if rows is None or len(rows.host) < 2 * longest - 1 or rows.there.device != row.cu_seqlens.device:
+            rows = self._rows = self._rows_for(longest, row.cu_seqlens.device)
+        middle = len(rows.host) // 2
+        near = slice(middle - longest + 1, middle + longest)
+        return Rows(rows.there[near], rows.host[near])
+
+    @torch.inference_mode(False)  # replicas copy them outside
+    def _rows_for(self, longest: int, device: torch.device) -> Rows:
+        """For more than is asked: they are carried to the device, which takes waiting for it, seldom or never again."""
+        most = max(_MOST, 1 << (longest - 1).bit_length())
         span = self.span()
-        back = -under_way().distances(torch.device("cpu"))  # the tables count the other way round
-        return (self.bucket(back) + span).clamp(0, 2 * span - 1)
+        back = torch.arange(most - 1, -most, -1)  # the tables count the other way round
+        host = (self.bucket(back) + span).clamp(0, 2 * span - 1)
+        return Rows(host.to(device), host.tolist())
 
     def span(self) -> int:
         """Half the rows of the tables."""
@@ -71,23 +95,25 @@ class PackedSelfAttention(PackedLayer):
         raise NotImplementedError
 
     def forward(
-        self, hidden_states: Tensor, *_: Any, relative_pos: Tensor | None = None, **__: Any
+        self, hidden_states: Tensor, *_: Any, relative_pos: Rows | None = None, **__: Any
     ) -> tuple[Tensor, None]:
         """hidden_states [1, T, H] → ([1, T, H], None)"""
         assert isinstance(self, nn.Module)
-        runs = row_of(self).runs
+        row = row_of(self)
         query, key, value = self.project(hidden_states[0])
         scale = 1 / math.sqrt(query.shape[-1] * (1 + self.kinds()))
         if relative_pos is None or self.positions is None:
-            out = varlen_attention(query, key, value, runs, scale=scale)
+            out = attend(query, key, value, row, scale=scale)
         else:
+            note(DISENTANGLED)
             out = disentangled_attention(
                 query,
                 key,
                 value,
-                runs,
+                row.runs,
                 scale=scale,
-                rows_of=relative_pos,
+                rows_of=relative_pos.there,
+                on_host=relative_pos.host,
                 position_keys=self.positions.keys,
                 position_queries=self.positions.queries,
             )

@@ -19,7 +19,7 @@ class PackedShortConv(PackedLayer, Lfm2ShortConv):  # type: ignore[misc]
         before, after, x = self.in_proj(under_way().hide(hidden_states[0])).chunk(3, dim=-1)
         x = before * x
         kernel = self.conv.weight[:, 0].t()  # [K, H], the last row for the token itself
-        place = under_way().positions(x.device)[:, None]
+        place = under_way().positions[:, None]
         mixed = x * kernel[-1]
         for back in range(1, len(kernel)):
             mixed = mixed + torch.where(place >= back, x.roll(back, 0), 0) * kernel[-1 - back]

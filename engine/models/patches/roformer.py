@@ -17,7 +17,7 @@ from carpool.engine.models.patches.layer import PackedLayer, become
 class PackedPositions(PackedLayer, RoFormerSinusoidalPositionalEmbedding):  # type: ignore[misc]
     def forward(self, *_: Any, **__: Any) -> Tensor:
         """[T, D]: sines and cosines of each token's place in its sequence."""
-        return nn.functional.embedding(under_way().positions(self.weight.device), self.weight)
+        return nn.functional.embedding(under_way().positions, self.weight)
 
 
 class PackedSelfAttention(PackedLayer, RoFormerSelfAttention):  # type: ignore[misc]

@@ -21,10 +21,14 @@ from carpool.engine.models.attention import (
     witnessed,
 )
 from carpool.engine.models.probe import Probe
-from carpool.engine.packing import pack_ids
+from carpool.engine.packing import PackedBatch, pack_ids
 from carpool.kernels.reference import varlen_attention
 
 RUNS = ((3, 1), (5, 1))
+
+
+def row(*lengths: int) -> PackedBatch:
+    return pack_ids([[7] * length for length in lengths], torch.device("cpu"))
 
 
 def qkv() -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +46,7 @@ class Layer(nn.Module):
 
 
 def attend(module: nn.Module | None = None, **options: Any) -> Tensor:
-    with layout(RUNS):
+    with layout(row(3, 5)):
         out, weights = packed_attention(module or Layer(False), *qkv(), None, **options)
     assert weights is None
     return out
@@ -96,7 +100,7 @@ def test_a_bias_over_the_whole_row_raises() -> None:
 
 
 def test_a_mask_raises() -> None:
-    with layout(RUNS), pytest.raises(UnknownAttentionArgument, match="attention_mask"):
+    with layout(row(3, 5)), pytest.raises(UnknownAttentionArgument, match="attention_mask"):
         packed_attention(Layer(), *qkv(), torch.zeros(1, 1, 8, 8))
 
 
@@ -106,18 +110,19 @@ def test_without_a_layout_nothing_is_computed() -> None:
 
 
 def test_a_layout_ends_with_its_block_also_when_that_raises() -> None:
-    with pytest.raises(ZeroDivisionError), layout(RUNS):
+    with pytest.raises(ZeroDivisionError), layout(row(3, 5)):
         _ = 1 / 0
     test_without_a_layout_nothing_is_computed()
 
 
 def test_a_layout_knows_where_every_token_stands() -> None:
-    with layout(((2, 2), (3, 1))):
-        row = under_way()
-    assert row.longest == 3
-    assert row.positions(torch.device("cpu")).tolist() == [0, 1, 0, 1, 0, 1, 2]
-    assert row.distances(torch.device("cpu")).tolist() == [-2, -1, 0, 1, 2]
-    pairs, single = row.split(torch.arange(7)[:, None])
+    with layout(row(2, 2, 3)):
+        current = under_way()
+    assert (current.runs, current.longest) == (((2, 2), (3, 1)), 3)
+    assert current.cu_seqlens.tolist() == [0, 2, 4, 7]
+    assert current.positions.tolist() == [0, 1, 0, 1, 0, 1, 2]
+    assert current.distances(torch.device("cpu")).tolist() == [-2, -1, 0, 1, 2]
+    pairs, single = current.split(torch.arange(7)[:, None])
     assert pairs[..., 0].tolist() == [[0, 1], [2, 3]]
     assert single[..., 0].tolist() == [[4, 5, 6]]
 
@@ -136,7 +141,7 @@ def test_each_thread_has_its_own_layout() -> None:
     meet = Barrier(2, timeout=10)
 
     def work(length: int) -> Tensor:
-        with layout(((length, 8 // length),)):
+        with layout(row(*[length] * (8 // length))):
             meet.wait()  # both are inside now
             out, _ = packed_attention(Layer(False), *qkv(), None)
             meet.wait()

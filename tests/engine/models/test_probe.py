@@ -17,6 +17,7 @@ from carpool.engine.models import attention
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.probe import Probe
 from carpool.engine.packing import PackedBatch
+from carpool.kernels.layout import Layout
 from carpool.kernels.reference import varlen_attention
 
 LEAK = "texts of one batch change each other's results"
@@ -65,7 +66,7 @@ def test_lengths_straddle_what_may_happen_beyond_a_limit(limits: tuple[int, ...]
 def test_attention_over_the_whole_row_is_found(
     family: str, parts: Callable[[str], Parts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def leaks(query: Tensor, key: Tensor, value: Tensor, runs: object, **options: Any) -> Tensor:
+    def leaks(query: Tensor, key: Tensor, value: Tensor, row: Layout, **options: Any) -> Tensor:
         return varlen_attention(query, key, value, [(len(query), 1)], **options)
 
     monkeypatch.setattr(attention, "varlen_attention", leaks)
@@ -78,10 +79,10 @@ def test_a_leak_in_a_single_layer_is_found(
 ) -> None:
     calls = 0
 
-    def leaks(query: Tensor, key: Tensor, value: Tensor, runs: Any, **options: Any) -> Tensor:
+    def leaks(query: Tensor, key: Tensor, value: Tensor, row: Layout, **options: Any) -> Tensor:
         nonlocal calls
         calls += 1
-        whole = [(len(query), 1)] if calls % 2 == layer else runs
+        whole = [(len(query), 1)] if calls % 2 == layer else row.runs
         return varlen_attention(query, key, value, whole, **options)
 
     monkeypatch.setattr(attention, "varlen_attention", leaks)
@@ -95,9 +96,9 @@ def test_a_leak_of_texts_longer_than_the_window_is_found(
 ) -> None:
     """Short texts are isolated; a long one sees the token beside it, behind or ahead."""
 
-    def leaks(query: Tensor, key: Tensor, value: Tensor, runs: Any, **options: Any) -> Tensor:
-        out = varlen_attention(query, key, value, runs, **options)
-        lengths = torch.tensor([length for length, count in runs for _ in range(count)])
+    def leaks(query: Tensor, key: Tensor, value: Tensor, row: Layout, **options: Any) -> Tensor:
+        out = varlen_attention(query, key, value, row.runs, **options)
+        lengths = torch.tensor([length for length, count in row.runs for _ in range(count)])
         ends = lengths.cumsum(0)
         at = torch.where(torch.tensor(side) > 0, ends - 1, ends - lengths)[lengths > WINDOWS[family]]
         at = at[(at + side >= 0) & (at + side < len(out))]
@@ -206,9 +207,9 @@ def test_a_model_without_any_attention_is_found_though_nothing_leaks(parts: Call
 def test_what_our_attention_leaves_out_of_account_is_found(
     drops: str, parts: Callable[[str], Parts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forgets(query: Tensor, key: Tensor, value: Tensor, runs: Any, **options: Any) -> Tensor:
+    def forgets(query: Tensor, key: Tensor, value: Tensor, row: Layout, **options: Any) -> Tensor:
         options[drops] = None
-        return varlen_attention(query, key, value, runs, **options)
+        return varlen_attention(query, key, value, row.runs, **options)
 
     monkeypatch.setattr(attention, "varlen_attention", forgets)
     assert "differ from those of transformers' own attention" in fault(copy_of(parts, "gemma2"), "gemma2")

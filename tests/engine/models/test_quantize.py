@@ -246,7 +246,7 @@ def test_other_formats_are_refused_with_the_choice(name: str) -> None:
 def test_a_gpu_is_refused_before_anything_is_loaded(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(building, "resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(building, "resolve_devices", lambda name, count: (torch.device("cuda"),))
     monkeypatch.setattr(building, "Loader", None)
     with pytest.raises(ConfigError, match=r"^--quantization int8 is for CPUs: give --device cpu"):
         built(checkpoint("bert"), quantization="int8")
