@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 
@@ -23,13 +22,15 @@ class Timings:
 class PoolingResult:
     """The answers to one request, in the order of its prompts.
 
-    `rows[i]` is float32: `[D]` for a pooled vector, `[tokens, D]` for a token task, `[n, 2]` for a sparse vector. Of
-    several tasks a prompt has as many rows, in the order of the tasks, before those of the next.
+    `rows[i]` is `[D]` for a pooled vector, `[tokens, D]` for a token task, `[n, 2]` for a sparse vector: float32, or an
+    embedding's `embed_dtype`. Of several tasks a prompt has as many rows, in the order of the tasks, before those of
+    the next.
     """
 
-    rows: list[NDArray[np.float32]]
+    rows: list[NDArray[Any]]
     prompt_token_ids: list[list[int]]
     timings: Timings = field(default_factory=Timings)
+    cached_tokens: int = 0  # of its prompts, those that had been run for others
 
     @property
     def prompt_tokens(self) -> int:
@@ -47,3 +48,4 @@ class ScoreResult:
     prompt_tokens: int
     timings: Timings
     pair_token_ids: list[list[int]] = field(default_factory=list)
+    cached_tokens: int = 0

@@ -8,6 +8,7 @@ from carpool.engine.errors import InvalidParameter
 Task = Literal["embed", "token_embed", "sparse_embed", "classify", "token_classify"]
 Side = Literal["left", "right"]
 Padding = Literal["max_length", "do_not_pad"]
+EmbedDType = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +18,7 @@ class PoolingParams:
     `dimensions`: keep the first so many components (Matryoshka models only), before normalising.
     `use_activation`: None is the model's own choice; for embeddings it means L2 normalisation.
     `normalize`, `softmax` and `activation` are older names of `use_activation`.
+    `embed_dtype`: what embeddings of unit length may come in, to nearest even; all other results are float32.
     """
 
     dimensions: int | None = None
@@ -24,6 +26,7 @@ class PoolingParams:
     normalize: bool | None = None
     softmax: bool | None = None
     activation: bool | None = None
+    embed_dtype: EmbedDType = "float32"
 
     def __post_init__(self) -> None:
         for alias in ("normalize", "softmax", "activation"):

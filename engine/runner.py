@@ -1,20 +1,30 @@
-"""ModelRunner: one replica of the model. Built once, then `run(batch)` in the thread that owns it."""
+"""ModelRunner: one replica of the model. Built once, then driven in the thread that owns it."""
 
 from __future__ import annotations
 
+import copy
+import logging
+import traceback
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from carpool.engine.batch import Batch
 from carpool.engine.errors import InferenceFailed
 from carpool.engine.models.backbone import Backbone
+from carpool.engine.models.graphs import graphed
+from carpool.engine.models.moving import moving_to
 from carpool.engine.packing import pack
 from carpool.engine.poolers.pooler import Pooler
+from carpool.engine.poolers.pooler import Row as Result
+from carpool.engine.staging import carrier
 
-Row = NDArray[np.float32] | InferenceFailed
+Row = Result | InferenceFailed
+Landing = Callable[[], list[Row]]  # waits for a batch that was launched
+
+_log = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -24,44 +34,103 @@ class ModelRunner:
         self._backbone = backbone
         self._pooler = pooler
         self._device = device
+        self._carrier = carrier(device)
 
-    def replica(self) -> ModelRunner:
-        """For another thread: shares the weights and nothing else that changes."""
-        return ModelRunner(self._backbone.replica(), self._pooler, self._device)
+    def replica(self, device: torch.device | None = None) -> ModelRunner:
+        """For another thread: shares the weights and nothing else that changes. For another device: shares nothing."""
+        if device is None or device == self._device:
+            return ModelRunner(self._backbone.replica(), self._pooler, self._device)
+        with moving_to(device):
+            backbone, pooler = copy.deepcopy((self._backbone, self._pooler))
+        return ModelRunner(backbone, pooler, device)
+
+    def record(self, vocab_size: int, max_model_len: int) -> str | None:
+        """Have small batches played back as CUDA graphs from now on; a notice if this model cannot be recorded."""
+        self._backbone, notice = graphed(self._backbone, vocab_size=vocab_size, max_model_len=max_model_len)
+        return notice
+
+    @property
+    def depth(self) -> int:
+        """Batches that may be under way at once."""
+        return self._carrier.depth
 
     def bind(self) -> None:
-        """To be called once, first, in the thread that will call `run`.
-
-        One thread a worker: on a CPU, workers side by side beat threads inside one operation.
-        """
-        if self._device.type == "cpu":
-            torch.set_num_threads(1)
+        """To be called once, first, in the thread that will launch batches."""
+        self._carrier.bind()
 
     def run(self, batch: Batch) -> list[Row]:
-        """One result a sequence, in the batch's order; a failure takes down as few sequences as can be.
+        """One result a sequence, in the batch's order; a failure takes down as few sequences as can be."""
+        return self.launch(batch)()
+
+    def launch(self, batch: Batch) -> Landing:
+        """Begin a batch; calling what comes back, once and after those launched before, waits for its results.
 
         If a batch raises, its halves are tried apart: what one input breaks (or memory that only the whole
-        lacks) costs its neighbours time, not their answers.
+        lacks) costs its neighbours time, not their answers. That is left to the landing, when the batches before
+        have let go of their memory.
         """
         try:
-            return self._forward(batch)
+            land = self._begin(batch)
         except Exception as error:
-            if len(batch.sequences) == 1:
-                failure = InferenceFailed(f"{type(error).__name__}: {error}")
-                failure.__cause__ = error
-                return [failure]
-            return [row for half in batch.halves() for row in self.run(half)]
+            failed = _without_frames(error)
+            return lambda: self._apart(batch, failed)
+
+        def landing() -> list[Row]:
+            try:
+                return land()
+            except Exception as error:
+                return self._apart(batch, _without_frames(error))
+
+        return landing
+
+    def attempt(self, batch: Batch) -> None:
+        """Run a batch as it is served, as many at once as may be under way, and raise what it raises."""
+        for land in [self._begin(batch) for _ in range(self.depth)]:
+            land()
 
     @torch.inference_mode()
-    def _forward(self, batch: Batch) -> list[Row]:
+    def _begin(self, batch: Batch) -> Landing:
         distinct, places = batch.distinct()
         packed = pack(distinct, self._device)
         hidden = self._backbone.forward(packed)
-        rows = self._pooler(hidden, packed.cu_seqlens, batch.sequences, places)
-        return _finite(rows)
+        pooled = self._pooler(hidden, packed, batch.sequences, places)
+        arrival = self._carrier.send_for(pooled.tensors)
+        return lambda: _finite(pooled.unpack(arrival()))
+
+    def _apart(self, batch: Batch, error: Exception) -> list[Row]:
+        """After a failure: each half alone. Raises if the device is lost, for then nobody's next try can succeed."""
+        self._carrier.recover()
+        alone = len(batch.sequences) == 1
+        if isinstance(error, torch.OutOfMemoryError):
+            _log.warning(
+                "A batch of %d tokens does not fit in memory%s. To keep such batches out, lower %s.",
+                batch.num_tokens,
+                "" if alone else " and is run in halves",
+                "--max-model-len" if alone else "--max-num-batched-tokens",
+            )
+        if alone:
+            failure = InferenceFailed(_reason(error, batch.num_tokens))
+            failure.__cause__ = error
+            return [failure]
+        return [row for half in batch.halves() for row in self.run(half)]
 
 
-def _finite(rows: Seq[NDArray[np.float32]]) -> list[Row]:
+def _reason(error: Exception, tokens: int) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{tokens} tokens do not fit in memory, even alone: start the server with a lower --max-model-len."
+    return f"{type(error).__name__}: {error}"
+
+
+def _without_frames(error: Exception) -> Exception:
+    """The error with the local variables of its traceback let go: tensors that the next try needs the room of."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    return error
+
+
+def _finite(rows: Seq[Result]) -> list[Row]:
     """A number that is not finite never leaves: that row fails, its neighbours do not."""
     return [
         row if np.isfinite(row).all() else InferenceFailed("the model produced a number that is not finite")

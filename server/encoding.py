@@ -24,7 +24,7 @@ from carpool.engine.errors import InferenceFailed
 from carpool.server.errors import InvalidRequest
 from carpool.server.protocol import EmbedDType, Endianness, VectorPlace
 
-Row = NDArray[np.float32]
+Row = NDArray[Any]  # float32, or what a request for 16-bit numbers gets from the engine as such
 Rows = Sequence[Row]
 T = TypeVar("T")
 

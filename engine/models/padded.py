@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.lora import riding
 from carpool.engine.packing import PackedBatch
+from carpool.engine.staging import upload
 
 # The shortest of a group has at least this part of the tokens of its longest: at most a quarter of a call is padding.
 _NEAR = 0.75
@@ -42,18 +44,20 @@ class PaddedBackbone(Backbone):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """[T, H] in the model's dtype, as `Backbone.forward`."""
-        starts = batch.cu_seqlens[:-1].long()
-        lengths = batch.cu_seqlens.diff().long()
+        lengths, starts = np.array(batch.lengths), np.array(batch.bounds)
         rows, places = [], []
         for group in self._groups(batch.lengths):
-            chosen = torch.tensor(group, device=lengths.device)
-            place = torch.arange(max(batch.lengths[i] for i in group), device=lengths.device)
-            real = place < lengths[chosen, None]  # [B, L]
-            index = torch.where(real, starts[chosen, None] + place, 0)
+            shape = len(group), int(lengths[group].max())
+            place = np.arange(shape[1])
+            mask = place < lengths[group, None]  # [B, L], as everything here is found out on the host
+            lies = np.where(mask, starts[group, None] + place, 0)
+            index, real, kept, lay = upload(
+                batch.input_ids.device, lies.ravel(), mask.ravel(), np.flatnonzero(mask), lies[mask]
+            )
             slots = [batch.adapters[i] for i in group] if batch.adapters else []
-            hidden = self._run(batch, index, real, slots)
-            rows.append(hidden[real])
-            places.append(index[real])
+            hidden = self._run(batch, index.view(shape), real.view(shape), slots)
+            rows.append(hidden.flatten(0, 1)[kept])
+            places.append(lay)
         together = torch.cat(rows)
         return torch.empty_like(together).index_copy_(0, torch.cat(places), together)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from carpool.engine.poolers.pooler import Pool, Rows
+from carpool.engine.packing import PackedBatch
+from carpool.engine.poolers.pooler import Pool, Pooled, together
 from carpool.engine.sequence import Sequence
 
 
@@ -20,13 +19,13 @@ class AdaptedPool:
         self._pools = pools
 
     def __call__(
-        self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]
-    ) -> Rows:
-        results: dict[int, NDArray[np.float32]] = {}
+        self, hidden: Tensor, packed: PackedBatch, places: Seq[int], sequences: Seq[Sequence]
+    ) -> Pooled:
+        parts = []
         served_by = [seq.adapter if seq.adapter in self._pools else 0 for seq in sequences]
         for adapter, pool in self._pools.items():
             mine = [i for i, own in enumerate(served_by) if own == adapter]
             if mine:
-                rows = pool(hidden, cu_seqlens, [places[i] for i in mine], [sequences[i] for i in mine])
-                results.update(zip(mine, rows, strict=True))
-        return [results[i] for i in range(len(sequences))]
+                own = [places[i] for i in mine], [sequences[i] for i in mine]
+                parts.append((mine, pool(hidden, packed, *own)))
+        return together(parts)

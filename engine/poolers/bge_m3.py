@@ -15,17 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from carpool.engine.errors import ConfigError
-from carpool.engine.poolers.pooler import Pool, Rows
+from carpool.engine.packing import PackedBatch
+from carpool.engine.poolers.pooler import Pool, Pooled, Rows
 from carpool.engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """The tokens that the tokenizer begins and ends a text with; `unweighted` are all that say nothing of a text."""
+    """The tokens that the tokenizer begins and ends a text with; `unweighted` are all that say nothing of a text.
+
+    `listed` stand behind the documents and the query of a listwise reranker's prompt.
+    """
 
     first: int | None
     last: int | None
     unweighted: frozenset[int]
+    listed: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, fast: Any) -> Marks:
@@ -49,10 +54,14 @@ class UnmarkedPool:
         self._flat = flat
 
     def __call__(
-        self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]
-    ) -> Rows:
+        self, hidden: Tensor, packed: PackedBatch, places: Seq[int], sequences: Seq[Sequence]
+    ) -> Pooled:
+        pooled = self._pool(hidden, packed, places, sequences)
+        return pooled.then(lambda rows: self._unmarked(rows, sequences))
+
+    def _unmarked(self, rows: Rows, sequences: Seq[Sequence]) -> Rows:
         kept = []
-        for row, seq in zip(self._pool(hidden, cu_seqlens, places, sequences), sequences, strict=True):
+        for row, seq in zip(rows, sequences, strict=True):
             start = int(seq.token_ids[0] == self._first)
             end = len(row) - int(seq.token_ids[-1] == self._last)
             kept.append(row[start:end, 0] if self._flat else row[start:end])

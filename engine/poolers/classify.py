@@ -5,20 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from carpool.engine.poolers.methods import Method
-from carpool.engine.poolers.pooler import Rows, token_rows
+from carpool.engine.packing import PackedBatch, places_of
+from carpool.engine.poolers.methods import pool
+from carpool.engine.poolers.pooler import Pooled, is_whole, split, token_rows
 from carpool.engine.sequence import Sequence
+from carpool.engine.side_files import PoolingMode
+from carpool.engine.staging import upload
+from carpool.kernels import ops
+from carpool.kernels.reference import IDENTITY, SIGMOID, SOFTMAX
 
 Activate = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class ClassifyHead:
-    """rows [R, H] → logits [R, labels]: the head, then (logit - mean) / sigma.
+    """rows [R, H] → logits [R, labels] by the `head`; then (logit - mean) / sigma.
 
     `activate` makes probabilities of logits, for those who want them; `by_default` is for those who do not say.
     """
@@ -30,34 +37,54 @@ class ClassifyHead:
     logit_sigma: float = 1.0
 
     def logits(self, rows: Tensor) -> Tensor:
+        """float32 [R, H] → [R, labels], as the head has them."""
         logits: Tensor = self.head(rows)
+        return logits
+
+    def calibrated(self, logits: Tensor) -> Tensor:
         return (logits - self.logit_mean) / self.logit_sigma
 
-    def finish(self, logits: Tensor, sequence: Sequence) -> Tensor:
-        wish = sequence.params.use_activation
-        return self.activate(logits) if (self.by_default if wish is None else wish) else logits
+    def finish(
+        self, logits: Tensor, sequences: Seq[Sequence], counts: Seq[int], *, calibrated: bool = False
+    ) -> Tensor:
+        """[R, labels] calibrated, if they are not yet, and activated for those who want it: as many, float32.
+
+        counts[i] of the rows belong to sequence i.
+        """
+        wishes = [seq.params.use_activation for seq in sequences]
+        each = np.array([self.by_default if wish is None else wish for wish in wishes], np.bool_)
+        wanted = np.repeat(each, counts)
+        kind = _kind(self.activate)
+        if kind is not None:
+            (kinds,) = upload(logits.device, np.where(wanted, kind, IDENTITY).astype(np.int8))
+            mean, sigma = (0.0, 1.0) if calibrated else (self.logit_mean, self.logit_sigma)
+            return ops.activate_rows(logits, kinds, mean, sigma)
+        plain = logits if calibrated else self.calibrated(logits)
+        if each.all():
+            return self.activate(plain)
+        (chosen,) = upload(logits.device, wanted)
+        return torch.where(chosen[:, None], self.activate(plain), plain)
 
 
 class ClassifyPool:
-    """One result a text: [labels]. The head is behind the pooling `method` or, if `late`, before it."""
+    """One result a text: [labels]. The head is behind the pooling `mode` or, if `late`, before it."""
 
-    def __init__(self, method: Method, head: ClassifyHead, late: bool = False) -> None:
-        self._method = method
+    def __init__(self, mode: PoolingMode, head: ClassifyHead, late: bool = False) -> None:
+        self._mode = mode
         self._head = head
         self._late = late
 
     def __call__(
-        self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]
-    ) -> Rows:
-        if self._late:
-            logits = self._method(self._head.logits(hidden.float()), cu_seqlens)[list(places)]
-        else:
-            logits = self._head.logits(self._method(hidden, cu_seqlens)[list(places)])
-        plain = logits.cpu().numpy()
-        probabilities = self._head.activate(logits).cpu().numpy()
-        wishes = [seq.params.use_activation for seq in sequences]
-        wanted = [self._head.by_default if wish is None else wish for wish in wishes]
-        return [probabilities[i] if yes else plain[i] for i, yes in enumerate(wanted)]
+        self, hidden: Tensor, packed: PackedBatch, places: Seq[int], sequences: Seq[Sequence]
+    ) -> Pooled:
+        rows = self._head.calibrated(self._head.logits(hidden.float())) if self._late else hidden
+        pooled = pool(self._mode, rows, packed.cu_seqlens, packed.max_seqlen)
+        if not is_whole(places, len(pooled)):
+            (index,) = upload(hidden.device, np.array(places, np.int64))
+            pooled = pooled[index]
+        logits = pooled if self._late else self._head.logits(pooled)
+        finished = self._head.finish(logits, sequences, [1] * len(sequences), calibrated=self._late)
+        return Pooled((finished,), lambda arrays: list(arrays[0]))
 
 
 class TokenClassifyPool:
@@ -75,27 +102,46 @@ class TokenClassifyPool:
         self._columns = list(returned_token_ids) if returned_token_ids else None
 
     def __call__(
-        self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]
-    ) -> Rows:
-        rows, lengths = token_rows(cu_seqlens, places)
-        if self._step_tag_id is not None:
-            token_ids = [token for seq in sequences for token in seq.token_ids]
-            kept = [token == self._step_tag_id for token in token_ids]
-            rows = [row for row, keep in zip(rows, kept, strict=True) if keep]
-            lengths = [seq.token_ids.count(self._step_tag_id) for seq in sequences]
-        logits = self._head.logits(hidden[rows].float())
+        self, hidden: Tensor, packed: PackedBatch, places: Seq[int], sequences: Seq[Sequence]
+    ) -> Pooled:
+        if self._step_tag_id is None:
+            rows, counts = token_rows(hidden, packed, places)
+        else:
+            rows, counts = _steps(hidden, packed, places, sequences, self._step_tag_id)
+        logits = self._head.logits(rows.float())
         if self._columns is not None:
-            logits = logits[:, self._columns]
-        texts = torch.split(logits, lengths)
-        return [
-            self._head.finish(text, seq).cpu().numpy() for text, seq in zip(texts, sequences, strict=True)
-        ]
+            (columns,) = upload(hidden.device, np.array(self._columns, np.int64))
+            logits = logits.index_select(1, columns)
+        finished = self._head.finish(logits, sequences, counts)
+        return Pooled((finished,), lambda arrays: split(arrays[0], counts))
+
+
+def _steps(
+    hidden: Tensor, packed: PackedBatch, places: Seq[int], sequences: Seq[Sequence], tag: int
+) -> tuple[Tensor, list[int]]:
+    """The rows of the tag's tokens, and how many each sequence has. The host has the ids: no device is asked."""
+    token_ids = np.fromiter(chain.from_iterable(seq.token_ids for seq in sequences), np.int64)
+    (steps,) = upload(hidden.device, places_of(packed.bounds, places)[token_ids == tag])
+    return hidden[steps], [seq.token_ids.count(tag) for seq in sequences]
 
 
 def activation_named(name: str) -> Activate:
     """Identity, sigmoid and softmax by name; softmax is over the labels."""
-    return {
-        "identity": lambda logits: logits,
-        "sigmoid": torch.sigmoid,
-        "softmax": lambda logits: torch.softmax(logits, dim=-1),
-    }[name]
+    named: dict[str, Activate] = {"identity": _identity, "sigmoid": torch.sigmoid, "softmax": _softmax}
+    return named[name]
+
+
+def _identity(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return torch.softmax(logits, dim=-1)
+
+
+def _kind(activate: Activate) -> int | None:
+    """Which of the kinds of `kernels.reference.activate_rows` it is."""
+    known: dict[object, int] = {
+        _identity: IDENTITY, nn.Identity: IDENTITY, torch.sigmoid: SIGMOID, nn.Sigmoid: SIGMOID, _softmax: SOFTMAX
+    }  # fmt: skip
+    return known.get(type(activate) if isinstance(activate, nn.Module) else activate)

@@ -5,29 +5,65 @@ Each task has a pool: a method (which rows) and the heads behind it (what become
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from typing import Protocol
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from carpool.engine.packing import PackedBatch, places_of
 from carpool.engine.params import Task
 from carpool.engine.sequence import Sequence
+from carpool.engine.staging import upload
 
-Rows = list[NDArray[np.float32]]
+Row = NDArray[Any]  # float32, or the 16 bits that an embedding was asked for in
+Rows = list[Row]
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """Results that may still be on a device, or yet to be computed there.
+
+    `unpack` takes the `tensors` as arrays, in their order, and gives one result a sequence. The tensors are new ones: a
+    backbone may use its own again before these are read.
+    """
+
+    tensors: tuple[Tensor, ...]
+    unpack: Callable[[Seq[Row]], Rows]
+
+    def then(self, change: Callable[[Rows], Rows]) -> Pooled:
+        """The same, with `change` made to the results on the host."""
+        return Pooled(self.tensors, lambda arrays: change(self.unpack(arrays)))
+
+
+def together(parts: Seq[tuple[Seq[int], Pooled]]) -> Pooled:
+    """Several as one. Each part comes with the numbers of its results among all, which count from 0."""
+
+    def unpack(arrays: Seq[Row]) -> Rows:
+        left = iter(arrays)
+        results: dict[int, Row] = {}
+        for numbers, pooled in parts:
+            own = list(islice(left, len(pooled.tensors)))
+            results.update(zip(numbers, pooled.unpack(own), strict=True))
+        return [results[i] for i in range(len(results))]
+
+    return Pooled(tuple(chain.from_iterable(pooled.tensors for _, pooled in parts)), unpack)
 
 
 class Pool(Protocol):
     """Serves one task for the sequences of a batch that ask for it."""
 
     def __call__(
-        self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]
-    ) -> Rows:
-        """hidden [T, H], cu_seqlens [B+1]; the hidden states of `sequences[i]` are those at `places[i]` of the B.
+        self, hidden: Tensor, packed: PackedBatch, places: Seq[int], sequences: Seq[Sequence]
+    ) -> Pooled:
+        """hidden [T, H]; the hidden states of `sequences[i]` are those at `places[i]` of the B in `packed`.
 
-        Returns one float32 array each: [D] for a whole text, [tokens, D] for a token task.
+        One result each: [D] for a whole text, [tokens, D] for a token task. A pool does not make the host wait for a
+        device: what it has to know of the batch, the host knows.
         """
 
 
@@ -38,25 +74,32 @@ class Pooler:
         self._pools = pools
 
     def __call__(
-        self, hidden: Tensor, cu_seqlens: Tensor, sequences: Seq[Sequence], places: Seq[int]
-    ) -> Rows:
+        self, hidden: Tensor, packed: PackedBatch, sequences: Seq[Sequence], places: Seq[int]
+    ) -> Pooled:
         """`places` as a Pool has them: sequences that ask several things of one text share its hidden states."""
-        results: dict[int, NDArray[np.float32]] = {}
+        parts = []
         for task, pool in self._pools.items():
             asking = [i for i, seq in enumerate(sequences) if seq.task == task]
             if asking:
-                rows = pool(hidden, cu_seqlens, [places[i] for i in asking], [sequences[i] for i in asking])
-                results.update(zip(asking, rows, strict=True))
-        return [results[i] for i in range(len(sequences))]
+                own = [places[i] for i in asking], [sequences[i] for i in asking]
+                parts.append((asking, pool(hidden, packed, *own)))
+        return together(parts)
 
 
-def token_rows(cu_seqlens: Tensor, places: Seq[int]) -> tuple[list[int], list[int]]:
-    """Which rows of a packed batch belong to the sequences at `places`, and how many each has."""
-    bounds = cu_seqlens.tolist()
-    lengths = [bounds[i + 1] - bounds[i] for i in places]
-    return [row for i in places for row in range(bounds[i], bounds[i + 1])], lengths
+def is_whole(places: Seq[int], count: int) -> bool:
+    """Whether these are all of `count` sequences, in their order."""
+    return len(places) == count and all(map(int.__eq__, places, range(count)))
 
 
-def split(rows: NDArray[np.float32], lengths: Seq[int]) -> Rows:
-    """Views of `rows` [sum(lengths), D], one of each length."""
+def token_rows(hidden: Tensor, packed: PackedBatch, places: Seq[int]) -> tuple[Tensor, list[int]]:
+    """The rows of the sequences at `places`, [R, H] in hidden's dtype, and how many each has."""
+    lengths = packed.lengths
+    if is_whole(places, len(lengths)):
+        return hidden, lengths
+    (rows,) = upload(hidden.device, places_of(packed.bounds, places))
+    return hidden[rows], [lengths[i] for i in places]
+
+
+def split(rows: Row, lengths: Seq[int]) -> Rows:
+    """Views of `rows` [sum(lengths), ...], one of each length."""
     return np.split(rows, np.cumsum(lengths)[:-1])

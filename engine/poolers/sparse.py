@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from carpool.engine.poolers.pooler import Pool, Rows, split, token_rows
+from carpool.engine.packing import PackedBatch
+from carpool.engine.poolers.pooler import Pool, Pooled, Row, split, token_rows
 from carpool.engine.sequence import Sequence
 
 
@@ -23,10 +24,13 @@ class NonZeroPool:
         self._pool = pool
 
     def __call__(
-        self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]
-    ) -> Rows:
-        vectors = self._pool(hidden, cu_seqlens, places, sequences)
-        return [_entries(np.flatnonzero(vector), vector[vector != 0]) for vector in vectors]
+        self, hidden: Tensor, packed: PackedBatch, places: Seq[int], sequences: Seq[Sequence]
+    ) -> Pooled:
+        return self._pool(hidden, packed, places, sequences).then(lambda rows: list(map(_sparse, rows)))
+
+
+def _sparse(vector: Row) -> Row:
+    return _entries(np.flatnonzero(vector), vector[vector != 0])
 
 
 class LexicalPool:
@@ -38,12 +42,16 @@ class LexicalPool:
         self._unweighted = np.array(sorted(unweighted), dtype=np.int64)
 
     def __call__(
-        self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]
-    ) -> Rows:
-        rows, lengths = token_rows(cu_seqlens, places)
-        weights = torch.relu(self._head(hidden[rows].float())).cpu().numpy()[:, 0]
-        texts = zip(split(weights, lengths), sequences, strict=True)
-        return [self._of_text(own, np.array(seq.token_ids)) for own, seq in texts]
+        self, hidden: Tensor, packed: PackedBatch, places: Seq[int], sequences: Seq[Sequence]
+    ) -> Pooled:
+        rows, lengths = token_rows(hidden, packed, places)
+        weights = torch.relu(self._head(rows.float()))
+
+        def unpack(arrays: Seq[Row]) -> list[Row]:
+            texts = zip(split(arrays[0][:, 0], lengths), sequences, strict=True)
+            return [self._of_text(own, np.array(seq.token_ids)) for own, seq in texts]
+
+        return Pooled((weights,), unpack)
 
     def _of_text(self, weights: NDArray[np.float32], token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         kept = (weights > 0) & ~np.isin(token_ids, self._unweighted)

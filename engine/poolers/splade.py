@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from carpool.engine.poolers.pooler import Rows, token_rows
+from carpool.engine.packing import PackedBatch
+from carpool.engine.poolers.pooler import Pooled, token_rows
 from carpool.engine.sequence import Sequence
 from carpool.engine.side_files import Splade
+from carpool.engine.staging import upload
+from carpool.kernels import ops
 
 _MOST_LOGITS = 1 << 23  # at a time, 32 MiB of float32: 274 tokens of BERT's vocabulary, 33 of XLM-RoBERTa's
 
@@ -26,26 +30,20 @@ class SpladePool:
         self._splade = splade
 
     def __call__(
-        self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]
-    ) -> Rows:
-        rows, lengths = token_rows(cu_seqlens, places)
-        sums = self._splade.strategy == "sum"
+        self, hidden: Tensor, packed: PackedBatch, places: Seq[int], sequences: Seq[Sequence]
+    ) -> Pooled:
+        rows, lengths = token_rows(hidden, packed, places)
+        sums, twice = self._splade.strategy == "sum", self._splade.twice
+        chunks = list(_chunks(lengths, max(1, _MOST_LOGITS // self._width)))
+        every = upload(hidden.device, *(np.array(chunk.bounds, np.int32) for chunk in chunks))
         # Where a weight begins, as a maximum and as a sum: ReLU leaves nothing below.
-        pooled = torch.zeros(len(places), self._width, device=hidden.device)
-        step = max(1, _MOST_LOGITS // self._width)
-        for start in range(0, len(rows), step):
-            logits = torch.relu(self._head(hidden[rows[start : start + step]].float()))
-            for text, part in _parts(lengths, start, len(logits)):
-                if sums:
-                    pooled[text] += self._squash(logits[part]).sum(0)
-                else:
-                    torch.maximum(pooled[text], logits[part].amax(0), out=pooled[text])
-        weights = pooled if sums else self._squash(pooled)  # of a maximum, the logarithm can be taken last
-        return list(self._largest(weights).cpu().numpy())
-
-    def _squash(self, weights: Tensor) -> Tensor:
-        weights = weights.log1p()
-        return weights.log1p() if self._splade.twice else weights
+        weights = torch.zeros(len(places), self._width, device=hidden.device)
+        for chunk, bounds in zip(chunks, every, strict=True):
+            logits = self._head(rows[chunk.rows].float())
+            part = ops.sparse_rows(logits, bounds, sums=sums, twice=twice)
+            so_far = weights[chunk.texts]
+            torch.add(so_far, part, out=so_far) if sums else torch.maximum(so_far, part, out=so_far)
+        return Pooled((self._largest(weights),), lambda arrays: list(arrays[0]))
 
     def _largest(self, weights: Tensor) -> Tensor:
         most = self._splade.most
@@ -55,9 +53,21 @@ class SpladePool:
         return torch.zeros_like(weights).scatter_(1, top.indices, top.values)
 
 
-def _parts(lengths: Seq[int], start: int, count: int) -> Iterator[tuple[int, slice]]:
-    """Which of the `count` rows from `start` on belong to which text; places within those rows."""
-    for text, (first, end) in enumerate(pairwise(accumulate(lengths, initial=0))):
-        low, high = max(first - start, 0), min(end - start, count)
-        if low < high:
-            yield text, slice(low, high)
+class _Chunk(NamedTuple):
+    """`rows` of all, which are of these `texts`, whose parts in the chunk end to end have these `bounds`."""
+
+    rows: slice
+    texts: slice
+    bounds: list[int]
+
+
+def _chunks(lengths: Seq[int], size: int) -> list[_Chunk]:
+    """All rows of texts of these lengths, so many at a time."""
+    chunks = []
+    texts = list(pairwise(accumulate(lengths, initial=0)))
+    for start in range(0, sum(lengths), size):
+        end = min(start + size, sum(lengths))
+        own = [i for i, (first, last) in enumerate(texts) if first < end and last > start]
+        bounds = [0, *(min(texts[i][1], end) - start for i in own)]
+        chunks.append(_Chunk(slice(start, end), slice(own[0], own[-1] + 1), bounds))
+    return chunks

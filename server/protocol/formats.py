@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from msgspec import Struct
 
+from carpool.engine.params import PoolingParams
 from carpool.server.protocol.model_request import TextRequest
 from carpool.server.protocol.usage import BinaryUsage
 
@@ -26,6 +28,16 @@ class FormattedRequest(TextRequest, kw_only=True, gc=False):
     def layout(self) -> tuple[EmbedDType, Endianness]:
         """Of base64 and bytes."""
         return self.embed_dtype or "float32", self.endianness or "native"
+
+    def pooling(self, dimensions: int | None = None) -> PoolingParams:
+        """The engine gives 16-bit numbers where they leave as they are; all others are made of float32 on the way."""
+        params = super().pooling(dimensions)
+        if self.encoding_format in (None, "float"):
+            return params
+        match self.embed_dtype:
+            case "float16" | "bfloat16" as dtype:
+                return replace(params, embed_dtype=dtype)
+        return params
 
 
 class VectorPlace(Struct, gc=False):

@@ -197,7 +197,8 @@ def test_classify_gives_probabilities_and_logits(
 
 @pytest.mark.parametrize("alias", ["use_activation", "activation", "softmax", "normalize"])
 def test_each_prompt_may_have_parameters_of_its_own(alias: str, llm: Callable[..., LLM]) -> None:
-    params = [PoolingParams(**{alias: wish}) for wish in (True, False, True)]
+    wishes: list[dict[str, Any]] = [{alias: wish} for wish in (True, False, True)]
+    params = [PoolingParams(**wish) for wish in wishes]
     sums = [sum(o.outputs.probs) for o in llm("bert_3").classify(TEXTS, pooling_params=params)]
     assert sums[0] == pytest.approx(1)
     assert sums[1] != pytest.approx(1, abs=1e-3)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from carpool.engine.batch import Batch
-from carpool.engine.packing import pack, pack_ids, select
+from carpool.engine.packing import pack, pack_ids, places_of, select
 from carpool.engine.params import PoolingParams
 from carpool.engine.sequence import Sequence
 
@@ -24,6 +24,7 @@ def test_a_row_holds_every_sequence_end_to_end(token_ids: list[list[int]]) -> No
     assert packed.input_ids.tolist() == list(chain.from_iterable(token_ids))
     assert packed.position_ids.tolist() == list(chain.from_iterable(range(len(ids)) for ids in token_ids))
     assert (bounds[0], len(bounds), packed.num_tokens) == (0, len(token_ids) + 1, bounds[-1])
+    assert packed.bounds == tuple(bounds)
     for ids, start, end in zip(token_ids, bounds, bounds[1:], strict=False):
         assert packed.input_ids[start:end].tolist() == ids
     assert (packed.input_ids.dtype, packed.cu_seqlens.dtype) == (torch.int64, torch.int32)
@@ -61,6 +62,27 @@ def test_adapters_come_along_where_there_are_any() -> None:
     assert packed(0, 0) == ()
 
 
+def test_what_is_not_looked_at_is_told_to_host_and_device() -> None:
+    packed = pack_ids([[1, 2, 3], [4, 5], [6]], CPU, unseen=[2, None, 0])
+    assert (packed.unseen, packed.seen is not None) == ((2, None, 0), True)
+    assert packed.seen is not None
+    assert packed.seen.tolist() == [2, 2, 0]
+    selected, _ = select(packed, [2, 0])
+    assert selected.seen is not None
+    assert (selected.unseen, selected.seen.tolist()) == ((0, 2), [0, 2])
+    assert pack_ids([[1]], CPU, unseen=[None]).seen is None
+
+
+@given(rows, st.data())
+def test_places_are_those_of_each_chosen_sequence_in_turn(
+    token_ids: list[list[int]], data: st.DataObject
+) -> None:
+    bounds = pack_ids(token_ids, CPU).bounds
+    chosen = data.draw(st.lists(st.sampled_from(range(len(token_ids))), max_size=6))
+    every = [place for i in chosen for place in range(bounds[i], bounds[i + 1])]
+    assert places_of(bounds, chosen).tolist() == every
+
+
 def test_lengths_are_those_of_the_runs() -> None:
     assert pack_ids([[1], [2, 3], [4, 5], [6]], CPU).lengths == [1, 2, 2, 1]
 
@@ -82,6 +104,7 @@ def test_a_selection_is_what_packing_those_alone_would_be(
         assert torch.equal(getattr(selected, name), getattr(alone, name))
         assert getattr(selected, name).dtype == getattr(alone, name).dtype
     assert selected.runs == alone.runs
+    assert selected.bounds == alone.bounds
     assert not any(selected.adapters) if not alone.adapters else selected.adapters == alone.adapters
     none = torch.zeros_like(alone.input_ids)
     types = [none if x.token_type_ids is None else x.token_type_ids for x in (selected, alone)]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
+import weakref
+from collections.abc import Sequence as Seq
+from typing import Any, cast
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -15,12 +18,14 @@ from carpool.engine.batch import Batch
 from carpool.engine.errors import InferenceFailed
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.packing import PackedBatch
-from carpool.engine.params import PoolingParams, Task
+from carpool.engine.params import EmbedDType, PoolingParams, Task
 from carpool.engine.poolers.embed import EmbedHead, EmbedPool, TokenEmbedPool
 from carpool.engine.poolers.pooler import Pooler
-from carpool.engine.runner import ModelRunner
+from carpool.engine.runner import ModelRunner, Row
 from carpool.engine.sequence import Sequence
 from carpool.engine.side_files import PoolingMode
+from carpool.engine.staging import Arrival, Host
+from carpool.kernels.launch import LaunchError
 
 CPU = torch.device("cpu")
 NAN, INFINITE, BREAKS, WEIGHTS = 90, 91, 92, torch.tensor([1.0, -2.0, 0.5, 3.0])
@@ -97,6 +102,47 @@ def test_memory_that_only_the_whole_batch_lacks_fails_nobody() -> None:
     assert [float(cast(np.ndarray[tuple[int], np.dtype[np.float32]], row)[0]) for row in rows] == [1, 2, 3, 4]
 
 
+def test_a_whole_that_lacks_memory_is_told_of_once_each_time(caplog: pytest.LogCaptureFixture) -> None:
+    runner = make(StandIn(room=4))
+    rows = runner.run(batch([1, 1], [2, 2, 2], [3, 3, 3, 3, 3]))
+    assert [isinstance(row, InferenceFailed) for row in rows] == [False, False, True]
+    assert str(rows[2]) == (
+        "5 tokens do not fit in memory, even alone: start the server with a lower --max-model-len."
+    )
+    assert [record.getMessage() for record in caplog.records] == [
+        "A batch of 10 tokens does not fit in memory and is run in halves. To keep such batches out, lower "
+        "--max-num-batched-tokens.",
+        "A batch of 8 tokens does not fit in memory and is run in halves. To keep such batches out, lower "
+        "--max-num-batched-tokens.",
+        "A batch of 5 tokens does not fit in memory. To keep such batches out, lower --max-model-len.",
+    ]
+
+
+def test_a_failed_try_holds_on_to_no_tensor_while_the_next_one_runs() -> None:
+    """Else the halves would have less room than the whole: a traceback keeps the variables of its functions."""
+    held: list[weakref.ref[Tensor]] = []
+
+    class Greedy(StandIn):
+        def forward(self, batch: PackedBatch) -> Tensor:
+            assert all(tensor() is None for tensor in held)
+            activations = super().forward(batch)
+            held.append(weakref.ref(activations))
+            if batch.num_tokens > 1:
+                self.fail(activations + 1)
+            return activations
+
+        def fail(self, product: Tensor) -> None:
+            held.append(weakref.ref(product))
+            try:
+                raise LaunchError("a kernel that cannot")
+            except LaunchError:
+                raise torch.OutOfMemoryError  # noqa: B904 as the twin would, in the kernel's place
+
+    rows = make(Greedy()).run(batch([1], [2], [3]))
+    assert not any(isinstance(row, InferenceFailed) for row in rows)
+    assert len(held) == 5 + 2, "five tries, of which two failed"
+
+
 def test_what_kills_the_thread_is_not_caught() -> None:
     class Killed(StandIn):
         def forward(self, batch: PackedBatch) -> Tensor:
@@ -104,6 +150,113 @@ def test_what_kills_the_thread_is_not_caught() -> None:
 
     with pytest.raises(SystemExit):
         make(Killed()).run(batch([1]))
+
+
+# ── under way ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Device(Host):
+    """A device whose results come when they are waited for, if they come."""
+
+    depth = 2
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.breaks: set[int] = set()  # which of the arrivals, counted from 0
+        self.lost = False
+        self.sent = 0
+
+    def send_for(self, tensors: Seq[Tensor]) -> Arrival:
+        number, self.sent = self.sent, self.sent + 1
+        self.told.append(f"sent {number}")
+
+        def arrive() -> list[np.ndarray[Any, Any]]:
+            self.told.append(f"landed {number}")
+            if number in self.breaks:
+                raise RuntimeError("an error of the device, found out late")
+            return Host.send_for(self, tensors)()
+
+        return arrive
+
+    def recover(self) -> None:
+        self.told.append("recovered")
+        if self.lost:
+            raise RuntimeError("the device is lost")
+
+
+@pytest.fixture
+def device() -> Device:
+    return Device()
+
+
+def on(device: Device, backbone: StandIn | None = None) -> ModelRunner:
+    runner = make(backbone)
+    runner._carrier = device
+    return runner
+
+
+def first(rows: list[Row]) -> list[float | None]:
+    return [None if isinstance(row, InferenceFailed) else float(row[0]) for row in rows]
+
+
+def test_batches_are_under_way_until_they_land(device: Device) -> None:
+    runner = on(device)
+    assert runner.depth == 2
+    landings = [runner.launch(batch([number])) for number in (1, 2)]
+    assert device.told == ["sent 0", "sent 1"]
+    assert [first(landing()) for landing in landings] == [[1], [2]]
+    assert device.told[2:] == ["landed 0", "landed 1"]
+
+
+def test_a_batch_that_fails_at_landing_is_halved_and_its_neighbour_lands_all_the_same(device: Device) -> None:
+    device.breaks = {0}
+    runner = on(device)
+    landings = [runner.launch(batch([1], [2], [3])), runner.launch(batch([4]))]
+    assert [first(landing()) for landing in landings] == [[1, 2, 3], [4]]
+
+
+def test_a_batch_that_fails_at_launch_waits_with_the_next_try_until_it_lands(device: Device) -> None:
+    """The batches before it hold memory until then."""
+    backbone = StandIn(room=3)
+    runner = on(device, backbone)
+    landings = [runner.launch(batch([1])), runner.launch(batch([2, 2], [3, 3]))]
+    assert backbone.batches == [1, 2]
+    assert first(landings[0]()) == [1]
+    assert "recovered" not in device.told
+    assert first(landings[1]()) == [2, 3]
+    assert backbone.batches == [1, 2, 1, 1]
+
+
+def test_a_lost_device_is_not_taken_for_a_bad_input(device: Device) -> None:
+    """Every further batch would fail: whoever drives the runner has to know."""
+    device.breaks, device.lost = {0}, True
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        on(device).launch(batch([1], [2]))()
+
+
+# ── replicas ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_replica_for_another_device_has_everything_there_and_leaves_everything_here() -> None:
+    class Holder(StandIn):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2).requires_grad_(False)
+            self.tied = self.layer.weight
+            self.unregistered = {"table": [torch.ones(3)]}
+            self.layer.register_buffer("cache", torch.zeros(2), persistent=False)
+
+    runner = make(Holder(), dense=nn.Linear(4, 4).requires_grad_(False))
+    moved = runner.replica(torch.device("meta"))
+    theirs, ours = cast(Holder, moved._backbone), cast(Holder, runner._backbone)
+    assert theirs.tied is theirs.layer.weight
+    assert isinstance(theirs.tied, nn.Parameter)
+    for holder, place in ((ours, "cpu"), (theirs, "meta")):
+        tensors = [*holder.layer.parameters(), *holder.layer.buffers(), holder.unregistered["table"][0]]
+        assert {tensor.device.type for tensor in tensors} == {place}
+    for work, place in ((runner, "cpu"), (moved, "meta")):
+        pool = cast(EmbedPool, work._pooler._pools["embed"])
+        assert {weight.device.type for weight in pool._head._dense.parameters()} == {place}
 
 
 # ── finishing ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -166,6 +319,37 @@ def test_several_modes_are_joined_before_the_dense_layer() -> None:
     (row,) = make(modes=("cls", "last"), dense=dense).run(batch([1, 5, 2]))
     joined = np.concatenate([1 * WEIGHTS.numpy(), 2 * WEIGHTS.numpy()])
     np.testing.assert_allclose(vector(row), [joined @ np.arange(8)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)])
+@pytest.mark.parametrize("task", ["embed", "token_embed"])
+@given(ids=st.lists(st.integers(1, 80), min_size=1, max_size=5), data=st.data())
+@settings(deadline=None)
+def test_16_bit_rows_are_the_float32_rows_cast(
+    dtype: EmbedDType, kind: Any, task: Task, ids: list[int], data: st.DataObject
+) -> None:
+    """Rounded as numpy rounds, which is what was sent before the device did it; neighbours keep theirs."""
+    asked = [data.draw(st.sampled_from(["float32", dtype])) for _ in ids]
+    widths = [data.draw(st.integers(1, 4)) for _ in ids]
+
+    def rows(dtypes: list[Any]) -> list[Any]:
+        params = [PoolingParams(embed_dtype=d, dimensions=w) for d, w in zip(dtypes, widths, strict=True)]
+        sequences = [
+            Sequence(i, 0, [n, i, 5], p, task) for i, (n, p) in enumerate(zip(ids, params, strict=True))
+        ]
+        return make(normalize=True).run(Batch(tuple(sequences)))
+
+    for own, row, exact in zip(asked, rows(asked), rows(["float32"] * len(ids)), strict=True):
+        truth = exact if own == "float32" else exact.astype(kind)
+        assert row.dtype == truth.dtype
+        assert row.tobytes() == truth.tobytes()
+
+
+def test_what_may_be_too_large_for_16_bits_comes_in_float32() -> None:
+    params = PoolingParams(embed_dtype="float16", use_activation=False)
+    (row,) = make(normalize=True).run(batch([80_000], params=params))
+    assert vector(row).dtype == np.float32
+    np.testing.assert_array_equal(vector(row), 80_000 * WEIGHTS.numpy())
 
 
 def test_a_zero_vector_stays_zero_when_normalised() -> None:

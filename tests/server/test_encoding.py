@@ -7,6 +7,7 @@ import json
 import sys
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -100,6 +101,18 @@ def test_base64_is_that_of_each_vectors_bytes(dtype: Any) -> None:
     assert [base64.b64decode(item["embedding"]) for item in items] == [
         torch_bytes(row, dtype) for row in VECTORS
     ]
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)])
+@pytest.mark.parametrize("endianness", ["little", "big"])
+def test_rows_that_are_of_the_dtype_already_give_the_same_bytes(
+    dtype: Any, kind: Any, endianness: Any
+) -> None:
+    """All of them, or some: of several tasks of one prompt only embeddings come so."""
+    cast = [row.astype(kind) for row in ROWS]
+    expected = raw_vectors(ROWS, dtype, endianness)
+    assert raw_vectors(cast, dtype, endianness) == expected
+    assert raw_vectors([*cast[:2], *ROWS[2:]], dtype, endianness) == expected
 
 
 def test_places_say_where_each_vector_lies() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -284,12 +285,14 @@ class FakeEngine:
         ids = [ord(character) % VOCAB_SIZE for character in text]
         return [CLS, *ids, SEP] if special else ids
 
-    def _row(self, ids: list[int], task: Task, params: PoolingParams) -> NDArray[np.float32]:
+    def _row(self, ids: list[int], task: Task, params: PoolingParams) -> NDArray[Any]:
         if task == "sparse_embed":  # a token weighs what it is, in thousandths
             return np.array([[token, token / 1000] for token in sorted(set(ids))], np.float32)
         if "embed" in task:
             width = params.dimensions or WIDTH
-            rows = [self._vector(ids, WIDTH)[:width]] * (1 if task == "embed" else len(ids))
+            kind: Any = ml_dtypes.bfloat16 if params.embed_dtype == "bfloat16" else params.embed_dtype
+            vector = self._vector(ids, WIDTH)[:width].astype(kind)
+            rows = [vector] * (1 if task == "embed" else len(ids))
         else:
             rows = [self._probabilities(ids, params)] * (1 if task == "classify" else len(ids))
         return rows[0] if task in ("embed", "classify") else np.stack(rows)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from asking import packed_of, read
+from carpool.engine.packing import PackedBatch
 from carpool.engine.params import PoolingParams
 from carpool.engine.poolers.adapted import AdaptedPool
-from carpool.engine.poolers.pooler import Rows
+from carpool.engine.poolers.pooler import Pooled
 from carpool.engine.sequence import Sequence
 
-HIDDEN, BOUNDS = torch.zeros(9, 4), torch.tensor([0, 3, 6, 9])
+HIDDEN = torch.zeros(9, 4)
+PACKED = packed_of(HIDDEN, [3, 3, 3])
 
 
 class Names:
@@ -23,14 +25,12 @@ class Names:
         self.number = number
 
     def __call__(
-        self, hidden: Tensor, cu_seqlens: Tensor, places: Seq[int], sequences: Seq[Sequence]
-    ) -> Rows:
+        self, hidden: Tensor, packed: PackedBatch, places: Seq[int], sequences: Seq[Sequence]
+    ) -> Pooled:
         assert hidden is HIDDEN
-        assert cu_seqlens is BOUNDS
-        return [
-            np.array([self.number, place, seq.index], dtype=np.float32)
-            for place, seq in zip(places, sequences, strict=True)
-        ]
+        assert packed is PACKED
+        rows = [[self.number, place, seq.index] for place, seq in zip(places, sequences, strict=True)]
+        return Pooled((torch.tensor(rows),), lambda arrays: list(arrays[0]))
 
 
 def test_each_sequence_meets_its_own_head() -> None:
@@ -39,5 +39,5 @@ def test_each_sequence_meets_its_own_head() -> None:
     adapters = [2, 0, 3, 1, 2]
     sequences = [Sequence(0, i, [7], PoolingParams(), adapter=adapter) for i, adapter in enumerate(adapters)]
     places = [2, 0, 1, 0, 1]
-    rows = [row.tolist() for row in pool(HIDDEN, BOUNDS, places, sequences)]
+    rows = [row.tolist() for row in read(pool(HIDDEN, PACKED, places, sequences))]
     assert rows == [[2, 2, 0], [0, 0, 1], [3, 1, 2], [0, 0, 3], [2, 1, 4]]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from asking import ask, packed_of, read
 from carpool.engine.params import PoolingParams, Task
 from carpool.engine.poolers.classify import ClassifyHead, ClassifyPool, TokenClassifyPool, activation_named
 from carpool.engine.poolers.methods import METHODS
@@ -43,8 +44,8 @@ def texts(
 
 
 def results(pool: Pool, lengths: Seq[int], sequences: list[Sequence]) -> list[Tensor]:
-    hidden, bounds = packed(lengths)
-    return [torch.from_numpy(row) for row in pool(hidden, bounds, range(len(lengths)), sequences)]
+    hidden, _ = packed(lengths)
+    return [torch.from_numpy(row) for row in ask(pool, hidden, lengths, range(len(lengths)), sequences)]
 
 
 # ── whole texts ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -56,7 +57,7 @@ def test_a_text_is_pooled_then_put_through_the_head_then_activated(mode: Any) ->
     hidden, bounds = packed(lengths)
     pooled = {"cls": bounds[:-1], "last": bounds[1:] - 1}
     rows = METHODS["mean"](hidden, bounds) if mode == "mean" else hidden[pooled[mode].long()]
-    found = results(ClassifyPool(METHODS[mode], ClassifyHead(head, SOFTMAX)), lengths, texts(lengths))
+    found = results(ClassifyPool(mode, ClassifyHead(head, SOFTMAX)), lengths, texts(lengths))
     assert all(close(row, theirs) for row, theirs in zip(found, head(rows).softmax(-1), strict=True))
 
 
@@ -69,7 +70,7 @@ def test_a_late_head_pools_logits_not_rows() -> None:
 
     lengths = [3, 2]
     hidden, _ = packed(lengths)
-    pool = ClassifyPool(METHODS["mean"], ClassifyHead(Squares(), activation_named("identity")), late=True)
+    pool = ClassifyPool("mean", ClassifyHead(Squares(), activation_named("identity")), late=True)
     for row, text in zip(results(pool, lengths, texts(lengths)), torch.split(hidden, lengths), strict=True):
         assert close(row, (text**2).mean(0))
 
@@ -79,7 +80,7 @@ def test_neighbours_may_differ_in_what_they_want() -> None:
     wishes = [PoolingParams(use_activation=wish) for wish in (True, False, None)]
     hidden, bounds = packed(lengths)
     logits = head(METHODS["cls"](hidden, bounds))
-    pool = ClassifyPool(METHODS["cls"], ClassifyHead(head, SOFTMAX))
+    pool = ClassifyPool("cls", ClassifyHead(head, SOFTMAX))
     yes, no, default = results(pool, lengths, texts(lengths, params=wishes))
     assert close(yes, logits[0].softmax(-1))
     assert close(no, logits[1])
@@ -91,7 +92,7 @@ def test_a_head_may_leave_its_logits_alone_by_default() -> None:
     wishes = [PoolingParams(), PoolingParams(use_activation=True)]
     hidden, bounds = packed(lengths)
     logits = head(METHODS["last"](hidden, bounds))
-    pool = ClassifyPool(METHODS["last"], ClassifyHead(head, SOFTMAX, by_default=False))
+    pool = ClassifyPool("last", ClassifyHead(head, SOFTMAX, by_default=False))
     default, yes = results(pool, lengths, texts(lengths, params=wishes))
     assert close(default, logits[0])
     assert close(yes, logits[1].softmax(-1))
@@ -101,16 +102,17 @@ def test_calibration_comes_before_the_activation() -> None:
     head = weights(labels=1)
     rows = torch.randn(4, 4)
     calibrated = ClassifyHead(head, torch.sigmoid, logit_mean=2.65, logit_sigma=0.5)
-    assert close(calibrated.logits(rows), (head(rows) - 2.65) / 0.5)
+    assert close(calibrated.calibrated(calibrated.logits(rows)), (head(rows) - 2.65) / 0.5)
     hidden, _ = packed([2])
-    (row,) = results(ClassifyPool(METHODS["cls"], calibrated), [2], texts([2]))
+    (row,) = results(ClassifyPool("cls", calibrated), [2], texts([2]))
     assert close(row, torch.sigmoid((head(hidden[:1]) - 2.65) / 0.5)[0])
 
 
 @pytest.mark.parametrize("alias", ["normalize", "softmax", "activation"])
 def test_older_names_of_the_wish_are_understood(alias: str) -> None:
-    assert PoolingParams(**{alias: False}).use_activation is False
-    assert PoolingParams(**{alias: False, "use_activation": True}).use_activation is True
+    older: dict[str, Any] = {alias: False}
+    assert PoolingParams(**older).use_activation is False
+    assert PoolingParams(**older, use_activation=True).use_activation is True
 
 
 @pytest.mark.parametrize(
@@ -167,13 +169,14 @@ def test_a_text_without_a_step_has_no_rows() -> None:
 
 def test_each_sequence_of_a_mixed_batch_goes_to_its_own_pool() -> None:
     lengths, head = [3, 2, 4, 1], ClassifyHead(weights(), SOFTMAX)
-    hidden, bounds = packed(lengths)
-    pooler = Pooler(
-        {"classify": ClassifyPool(METHODS["cls"], head), "token_classify": TokenClassifyPool(head)}
-    )
+    hidden, _ = packed(lengths)
+    pooler = Pooler({"classify": ClassifyPool("cls", head), "token_classify": TokenClassifyPool(head)})
     tasks: list[Task] = ["token_classify", "classify", "token_classify", "classify"]
     mixed = [Sequence(0, i, [1] * n, PoolingParams(), tasks[i]) for i, n in enumerate(lengths)]
-    rows = [torch.from_numpy(row) for row in pooler(hidden, bounds, mixed, range(len(mixed)))]
+    rows = [
+        torch.from_numpy(row)
+        for row in read(pooler(hidden, packed_of(hidden, lengths), mixed, range(len(mixed))))
+    ]
     each = torch.split(weights()(hidden).softmax(-1), lengths)
     expected = [each[0], each[1][0], each[2], each[3][0]]
     assert all(close(row, theirs) for row, theirs in zip(rows, expected, strict=True))

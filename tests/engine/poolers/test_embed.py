@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tiny
+from asking import ask
 from carpool import LLM
 from carpool.engine.errors import InvalidParameter
 from carpool.engine.params import PoolingParams, Task
@@ -35,10 +36,13 @@ def hidden(lengths: Seq[int] = LENGTHS, dtype: torch.dtype = torch.float32) -> l
 def run(
     pool: Pool, rows: Seq[Tensor], params: Seq[PoolingParams] | None = None, task: Task = "embed"
 ) -> list[Tensor]:
-    bounds = torch.tensor([0, *map(len, rows)]).cumsum(0).int()
+    lengths = list(map(len, rows))
     each = params or [PoolingParams()] * len(rows)
     sequences = [Sequence(0, i, [1] * len(text), each[i], task) for i, text in enumerate(rows)]
-    return [torch.from_numpy(row) for row in pool(torch.cat(list(rows)), bounds, range(len(rows)), sequences)]
+    return [
+        torch.from_numpy(row)
+        for row in ask(pool, torch.cat(list(rows)), lengths, range(len(rows)), sequences)
+    ]
 
 
 def unit(x: Tensor) -> Tensor:
@@ -126,11 +130,10 @@ def test_16_bit_rows_are_pooled_in_float32() -> None:
 
 def test_only_the_texts_of_the_task_are_answered() -> None:
     rows = hidden()
-    bounds = torch.tensor([0, *map(len, rows)]).cumsum(0).int()
     sequence = Sequence(0, 2, [1] * 4, PoolingParams(), "embed")
-    (found,) = EmbedPool(("last",), head())(torch.cat(rows), bounds, [2], [sequence])
+    (found,) = ask(EmbedPool(("last",), head()), torch.cat(rows), LENGTHS, [2], [sequence])
     assert close(torch.from_numpy(found), unit(rows[2][-1]))
-    (found,) = TokenEmbedPool(head())(torch.cat(rows), bounds, [2], [sequence])
+    (found,) = ask(TokenEmbedPool(head()), torch.cat(rows), LENGTHS, [2], [sequence])
     assert close(torch.from_numpy(found), unit(rows[2]))
 
 
@@ -141,12 +144,11 @@ def test_only_the_texts_of_the_task_are_answered() -> None:
 def test_a_prompt_that_is_not_pooled_has_no_part_in_the_result(mode: PoolingMode) -> None:
     """Of a text that is nothing else, the last row is all there is; texts out of order, and one twice."""
     rows, skips, places = hidden(), [1, 3, 0, 2], [2, 0, 1, 2]
-    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     sequences = [
         Sequence(0, i, [1] * LENGTHS[place], PoolingParams(), skip=skip)
         for i, (place, skip) in enumerate(zip(places, skips, strict=True))
     ]
-    found = EmbedPool([mode], head())(torch.cat(rows), bounds, places, sequences)
+    found = ask(EmbedPool([mode], head()), torch.cat(rows), LENGTHS, places, sequences)
     for place, skip, ours in zip(places, skips, found, strict=True):
         kept = rows[place][skip:] if skip < LENGTHS[place] else rows[place][-1:]
         assert close(torch.from_numpy(ours), unit(BY_HAND[mode](kept)))

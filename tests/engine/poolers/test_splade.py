@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from asking import ask
 from carpool import LLM
 from carpool.engine.build import Parts, build
 from carpool.engine.config import EngineConfig, PoolerConfig
@@ -40,9 +41,8 @@ def rows() -> list[Tensor]:
 
 
 def run(pool: SpladePool | NonZeroPool, places: list[int]) -> list[Tensor]:
-    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     sequences = [Sequence(0, i, [1] * LENGTHS[place], PoolingParams()) for i, place in enumerate(places)]
-    return [torch.from_numpy(row) for row in pool(torch.cat(rows()), bounds, places, sequences)]
+    return [torch.from_numpy(row) for row in ask(pool, torch.cat(rows()), LENGTHS, places, sequences)]
 
 
 def by_hand(text: Tensor, head: nn.Linear, strategy: str, twice: bool) -> Tensor:

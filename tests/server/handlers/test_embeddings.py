@@ -18,6 +18,7 @@ from carpool.engine.config import EngineConfig
 from carpool.engine.errors import DeadlineExceeded, Overloaded
 from carpool.engine.params import Matryoshka, PoolingParams, TokenizationParams
 from carpool.server.config import ServerConfig
+from carpool.server.encoding import raw_vectors
 from fakes import FAKE_MODEL, WIDTH, FakeEngine
 from serving import EMBEDDINGS, Served, assert_error, serving
 
@@ -77,6 +78,36 @@ async def test_bytes_come_with_their_map(served: Served) -> None:
     }
     assert metadata["usage"] == {"prompt_tokens": 6, "total_tokens": 6}
     assert np.allclose(np.frombuffer(answer.body, ">f2")[WIDTH:], await vector(served, "b"), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("endianness", ["little", "big"])
+async def test_numbers_that_come_as_they_leave_leave_as_if_cast_here(
+    served: Served, dtype: Any, endianness: Any
+) -> None:
+    """The engine is asked for 16 bits where the answer is made of them, and the bytes are those of float32 cast."""
+    form = {"embed_dtype": dtype, "endianness": endianness}
+    binary = await served.embed(input=["a", "b"], encoding_format="bytes_only", **form)
+    coded = await served.embed(input=["a", "b"], encoding_format="base64", **form)
+    assert [call["params"] for call in served.engine.calls] == [PoolingParams(embed_dtype=dtype)] * 2
+    exact = [await vector(served, text) for text in ("a", "b")]
+    assert binary.body == raw_vectors(exact, dtype, endianness)
+    items = [base64.b64decode(item["embedding"]) for item in coded.json["data"]]
+    assert b"".join(items) == binary.body
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"encoding_format": "float", "embed_dtype": "float16"},
+        {"embed_dtype": "bfloat16"},
+        {"encoding_format": "bytes_only", "embed_dtype": "fp8_e4m3"},
+        {"encoding_format": "base64"},
+    ],
+)
+async def test_what_is_made_of_float32_here_is_asked_for_as_such(served: Served, form: Any) -> None:
+    await served.embed(input="a", **form)
+    assert served.engine.calls[0]["params"] == PoolingParams()
 
 
 async def test_bytes_only_are_nothing_else(served: Served) -> None:
