@@ -17,6 +17,9 @@ import tiny
 import tiny_heads
 from carpool.engine.build import Parts, build
 from carpool.engine.config import EngineConfig
+from carpool.kernels import launch
+from emu.backend import Emulated
+from emu.build import MISSING
 
 torch.set_num_threads(1)  # tiny operations lose more than they gain by being spread
 
@@ -54,3 +57,19 @@ def parts(checkpoint: Callable[[str], Path]) -> Callable[[str], Parts]:
         return build(EngineConfig(model=str(checkpoint(family)), cpu_workers=1, dtype="float32"))
 
     return built
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Emulated:
+    """For the whole session: what it has built serves every test."""
+    return Emulated()
+
+
+@pytest.fixture
+def emulated(emulator: Emulated, monkeypatch: pytest.MonkeyPatch) -> Emulated:
+    """The CUDA kernels serve tensors on the CPU; `ran` are those that did in this test."""
+    if MISSING is not None:
+        pytest.skip(MISSING)
+    monkeypatch.setattr(launch, "backend", emulator)
+    emulator.ran.clear()
+    return emulator

@@ -8,6 +8,7 @@ kind and reported by the engine. A file here is one kind of swap.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +17,32 @@ from carpool.engine.errors import ConfigError
 from carpool.engine.models.attention import layout
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.surgery.conv1d import as_linear
-from carpool.engine.models.surgery.gated_mlp import gated
+from carpool.engine.models.surgery.gated_mlp import GatedMLP, gated
 from carpool.engine.models.surgery.joint_linear import join
 from carpool.engine.models.surgery.leaves import replace_linears
 from carpool.engine.models.surgery.linear_gelu import fuse_gelu
 from carpool.engine.models.surgery.packed_linear import packed
 from carpool.engine.models.surgery.rehearsal import Rehearsal, small_batch, submodule
+from carpool.engine.models.surgery.residual_norm import ResidualNorm, residual_norm
 from carpool.engine.models.surgery.rms_norm import RMSNorm, fused_norm
 from carpool.engine.models.surgery.rotary import turn
+from carpool.kernels import launch
 
-KINDS = ("conv1d", "rms_norm", "rotary", "gated_mlp", "joint_linear", "linear_gelu", "linear")
+KINDS = (
+    "conv1d",
+    "rms_norm",
+    "residual_norm",
+    "rotary",
+    "gated_mlp",
+    "joint_linear",
+    "linear_gelu",
+    "linear",
+)
+_WHOLE: Mapping[type[nn.Module], str] = {  # what takes a module's place as a whole
+    RMSNorm: "rms_norm",
+    ResidualNorm: "residual_norm",
+    GatedMLP: "gated_mlp",
+}
 _MAY_CHANGE = 1e-3  # relative: what rounding grows to in a deep model of float32
 _MAY_CHANGE_16_BIT = 0.1
 
@@ -43,7 +60,7 @@ def operate(backbone: Backbone, *, vocab_size: int, pack: bool = True) -> dict[s
     with torch.inference_mode(False), torch.no_grad():
         turned_round = turn_round(model)  # first, so that all else finds linear layers there
         rehearsal = Rehearsal.of(
-            model, lambda: before.append(backbone.forward(batch)), scene=lambda: layout(batch.runs)
+            model, lambda: before.append(backbone.forward(batch)), scene=lambda: layout(batch)
         )
         swapped = swap_modules(model, rehearsal)
         swapped["conv1d"] = turned_round
@@ -77,6 +94,7 @@ def turn_round(model: nn.Module) -> int:
 def swap_modules(model: nn.Module, rehearsal: Rehearsal) -> Counter[str]:
     """All kinds but the packing of linear layers, which comes last since it hides their weights."""
     swapped: Counter[str] = Counter()
+    on_device = launch.backend.serves(next(model.parameters()).device)
     choirs: dict[str, list[list[str]]] = {}
     for choir in rehearsal.choirs():
         parents = {_parent(path)[0] for path in choir}
@@ -88,10 +106,12 @@ def swap_modules(model: nn.Module, rehearsal: Rehearsal) -> Counter[str]:
         if module is None:
             continue
         parent, name = _parent(path)
-        fused = gated(path, module, rehearsal) or fused_norm(module)
+        fused: nn.Module | None = gated(path, module, rehearsal) or fused_norm(module)
+        if fused is None and on_device:
+            fused = residual_norm(path, module, rehearsal)
         if fused is not None and path:
             setattr(model.get_submodule(parent), name, fused)
-            swapped["rms_norm" if isinstance(fused, RMSNorm) else "gated_mlp"] += 1
+            swapped[_WHOLE[type(fused)]] += 1
             continue
         swapped["rotary"] += turn(path, module, rehearsal)
         swapped["linear_gelu"] += fuse_gelu(path, module, rehearsal)

@@ -13,6 +13,7 @@ from carpool.engine.models.surgery.activation import ACTIVATIONS, Activation, wh
 from carpool.engine.models.surgery.agreement import agree
 from carpool.engine.models.surgery.joint_linear import joined
 from carpool.engine.models.surgery.rehearsal import Rehearsal
+from carpool.kernels import launch, ops
 
 
 class GatedMLP(nn.Module):
@@ -25,10 +26,17 @@ class GatedMLP(nn.Module):
         self.activation, self.gate_first = activation, gate_first
 
     def forward(self, x: Tensor) -> Tensor:
-        one, other = self.both(x).chunk(2, -1)
-        gate, up = (one, other) if self.gate_first else (other, one)
-        out: Tensor = self.down(ACTIVATIONS[self.activation](gate).mul_(up))
+        out: Tensor = self.down(self._gated(self.both(x)))
         return out
+
+    def _gated(self, both: Tensor) -> Tensor:
+        """[..., 2F] → [..., F]"""
+        if launch.backend.serves(both.device):  # one kernel, which reads each half once
+            rows = both.view(-1, both.shape[-1])
+            return ops.gated(rows, self.activation, gate_first=self.gate_first).view(*both.shape[:-1], -1)
+        one, other = both.chunk(2, -1)
+        gate, up = (one, other) if self.gate_first else (other, one)
+        return ACTIVATIONS[self.activation](gate).mul_(up)
 
 
 def gated(path: str, module: nn.Module, rehearsal: Rehearsal) -> GatedMLP | None:

@@ -22,8 +22,11 @@ from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.surgery import KINDS, gated_mlp, joint_linear, operate
 from carpool.engine.models.surgery.joint_linear import FirstLinear
 from carpool.engine.models.surgery.packed_linear import PackedLinear
+from carpool.engine.models.surgery.residual_norm import ResidualNorm
 from carpool.engine.models.surgery.rms_norm import RMSNorm, fused_norm
 from carpool.engine.packing import pack_ids
+from emu.backend import Emulated
+from zoo import stock
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
@@ -79,6 +82,59 @@ def test_in_bfloat16_it_is_as_exact_as_before(family: str, checkpoint: Callable[
     before = apart(hidden(built(checkpoint(family), surgery=False, dtype="bfloat16")), exact)
     after = apart(hidden(built(checkpoint(family), dtype="bfloat16")), exact)
     assert 1e-3 < after <= 2 * before
+
+
+# What is swapped besides where kernels run, and the kernels that then do.
+_POST_NORM = {"residual_norm": 4}, {"norm_rows"}
+_TURNED: tuple[dict[str, int], set[str]] = {}, {"rotary", "gated"}
+ON_DEVICE = dict.fromkeys(tiny.FAMILIES, _TURNED) | dict.fromkeys(("bert", "xlmr", "roberta"), _POST_NORM)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_models_results_survive_on_a_device(
+    family: str, checkpoint: Callable[[str], Path], emulated: Emulated
+) -> None:
+    whole = hidden(built(checkpoint(family), surgery=False))
+    assert not emulated.ran & {"norm_rows", "rotary", "gated"}
+    patient = built(checkpoint(family))
+    more, kernels = ON_DEVICE[family]
+    assert patient.model.surgery == {**dict.fromkeys(KINDS, 0), **SWAPS[family], **more}
+    emulated.ran.clear()
+    assert apart(hidden(patient), whole) <= 2e-6
+    assert emulated.ran & {"norm_rows", "rotary", "gated"} == kernels
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_on_a_device_in_bfloat16_it_is_as_exact_as_before(
+    family: str, checkpoint: Callable[[str], Path], emulated: Emulated
+) -> None:
+    exact = hidden(built(checkpoint(family), surgery=False))
+    before = apart(hidden(built(checkpoint(family), surgery=False, dtype="bfloat16")), exact)
+    emulated.ran.clear()
+    after = apart(hidden(built(checkpoint(family), dtype="bfloat16")), exact)
+    assert 1e-3 < after <= 2 * before
+    assert ("norm_rows" in emulated.ran) == (family in ("bert", "xlmr", "roberta", "gemma2"))
+
+
+def test_on_a_device_a_gate_and_up_that_were_one_already_are_found(
+    tmp_path: Path, emulated: Emulated
+) -> None:
+    """Phi-3: one weight for query, key and value, one for gate and up."""
+    member = next(member for member in stock.MEMBERS if "Phi-3" in member.name)
+    member.make(tmp_path)
+    patient = built(tmp_path)
+    assert (patient.model.surgery["gated_mlp"], patient.model.surgery["rotary"]) == (2, 2)
+    assert apart(hidden(patient), hidden(built(tmp_path, surgery=False))) <= 2e-6
+    assert {"rotary", "gated"} <= emulated.ran
+
+
+def test_residuals_are_summed_by_a_kernel_only_where_there_is_one(
+    checkpoint: Callable[[str], Path], emulated: Emulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin takes more passes than torch's own functions do."""
+    assert any(isinstance(module, ResidualNorm) for module in modules(built(checkpoint("bert"))))
+    monkeypatch.undo()
+    assert not any(isinstance(module, ResidualNorm) for module in modules(built(checkpoint("bert"))))
 
 
 @pytest.mark.parametrize("family", ["bert", "qwen3", "modernbert"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import tiny
 from carpool.engine.models.surgery.gated_mlp import GatedMLP, gated
 from carpool.engine.models.surgery.rehearsal import Rehearsal
+from emu.backend import Emulated
 
 X = torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(1))
 ACTS = {"silu": nn.SiLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh")}
@@ -85,6 +86,23 @@ def test_which_half_is_the_gate_is_found_out() -> None:
     assert (found.activation, found.gate_first) == ("silu", False)
     assert found.both is module.Wi
     torch.testing.assert_close(found(X), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: Llama(nn.GELU()), lambda: Llama(nn.SiLU()), GateLast])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_device_one_kernel_activates_and_multiplies(
+    make: Callable[[], nn.Module], dtype: torch.dtype, emulated: Emulated
+) -> None:
+    found, expected = as_gated(make(), dtype)
+    assert found is not None
+    assert emulated.ran == {"gated"}
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found(X.to(dtype)), expected, rtol=bound, atol=bound)
+
+
+def test_on_a_device_as_well_what_only_looks_like_one_is_left(emulated: Emulated) -> None:
+    assert as_gated(Summed(nn.SiLU()))[0] is None
+    assert emulated.ran == {"gated"}
 
 
 @pytest.mark.parametrize(

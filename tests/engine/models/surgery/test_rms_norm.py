@@ -14,6 +14,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from carpool.engine.models.surgery.rms_norm import fused_norm
+from emu.backend import Emulated
 
 X = torch.randn(2, 3, 5, 16, generator=torch.Generator().manual_seed(1)) * 3
 STOCK: list[Callable[[], nn.Module]] = [
@@ -44,6 +45,24 @@ def test_it_says_what_the_original_says(make: Callable[[], nn.Module], dtype: to
     bound = 1e-6 if dtype == torch.float32 else 2e-2
     assert (ours.float() - theirs.float()).abs().max() <= bound * theirs.float().abs().max()
     assert x.equal(X.to(dtype)), "the input was written to"
+
+
+@pytest.mark.parametrize("make", STOCK)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_device_torchs_kernel_serves_unless_the_weight_is_wider(
+    make: Callable[[], nn.Module], dtype: torch.dtype, emulated: Emulated
+) -> None:
+    norm = seeded(make()).to(dtype)
+    twin = fused_norm(norm)
+    assert twin is not None
+    emulated.ran.clear()
+    ours, theirs = twin(X.to(dtype)), norm(X.to(dtype))
+    assert (ours.shape, ours.dtype) == (theirs.shape, dtype)
+    bound = 1e-6 if dtype == torch.float32 else 2e-2
+    assert (ours.float() - theirs.float()).abs().max() <= bound * theirs.float().abs().max()
+    wider = twin.weight.dtype != dtype
+    assert wider == (isinstance(norm, Gemma2RMSNorm) and dtype != torch.float32)
+    assert emulated.ran == ({"norm_rows"} if wider else set())
 
 
 def test_its_weights_are_the_originals() -> None:

@@ -22,6 +22,8 @@ from carpool.engine.config import EngineConfig
 from carpool.engine.models.surgery import rotary
 from carpool.engine.models.surgery.rehearsal import Rehearsal
 from carpool.engine.models.surgery.rotary import rotate, turn
+from carpool.kernels.launch import Launch
+from emu.backend import Emulated
 
 GENERATOR = torch.Generator().manual_seed(1)
 Q, K = torch.randn(1, 4, 9, 16, generator=GENERATOR), torch.randn(1, 2, 9, 16, generator=GENERATOR)
@@ -46,6 +48,45 @@ def test_it_says_what_transformers_function_says(module: Any, size: int, dtype: 
     token_first = rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin, unsqueeze_dim=2)
     for ours, theirs in zip(token_first, rotate(q, k, cos, sin), strict=True):
         assert torch.equal(ours.transpose(1, 2), theirs)
+
+
+@pytest.mark.parametrize("size", [16, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_device_a_kernel_turns_heads_where_they_are(
+    size: int, dtype: torch.dtype, emulated: Emulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are parts of one product's rows, and nothing is copied before the kernel reads them."""
+    launched: list[Launch] = []
+    honest = emulated.run
+
+    def run(launch: Launch) -> None:
+        launched.append(launch)
+        honest(launch)
+
+    monkeypatch.setattr(emulated, "run", run)
+    cos, sin = (x.to(dtype) for x in angles(size))
+    joint = torch.randn(1, 9, 4 * 16 + 2 * 16, generator=torch.Generator().manual_seed(3)).to(dtype)
+    q, k = joint[..., :64].view(1, 9, 4, 16), joint[..., 64:].view(1, 9, 2, 16)
+    ours = rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    theirs = modeling_gpt_neox.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    bound = 1e-6 if dtype == torch.float32 else 2e-2
+    for turned, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(turned, expected, rtol=bound, atol=bound)
+        assert turned.transpose(1, 2).is_contiguous()
+    for turned, expected in zip(rotate(q, k, cos, sin, unsqueeze_dim=2), ours, strict=True):
+        assert torch.equal(turned, expected.transpose(1, 2))
+    read = [x.data_ptr() for launch in launched if isinstance(x := launch.arguments[0], Tensor)]
+    assert read == 2 * [q.data_ptr(), k.data_ptr()]
+
+
+def test_on_a_device_heads_between_which_others_lie_are_brought_together(emulated: Emulated) -> None:
+    """GPT-NeoX has each head's query, key and value beside each other."""
+    cos, sin = angles(16)
+    q, k, _ = torch.randn(1, 4, 9, 48, generator=torch.Generator().manual_seed(3)).chunk(3, -1)
+    theirs = modeling_gpt_neox.apply_rotary_pos_emb(q, k, cos, sin)
+    for turned, expected in zip(rotate(q, k, cos, sin), theirs, strict=True):
+        torch.testing.assert_close(turned, expected, rtol=1e-6, atol=1e-6)
+    assert emulated.ran == {"rotary"}
 
 
 @pytest.mark.parametrize("module", [modeling_cohere, modeling_glm])
