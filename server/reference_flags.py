@@ -12,6 +12,7 @@ from carpool.engine.config import CONVERT_OF_TASK
 from carpool.engine.errors import ConfigError
 
 OLD_NAMES = {"override_pooler_config": "pooler_config"}
+SHORT_NAMES = {"dp": "data_parallel_size"}
 GENERATIVE = ("generate", "draft", "transcription")
 
 

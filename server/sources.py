@@ -15,7 +15,7 @@ import yaml
 from carpool.engine.errors import ConfigError
 from carpool.engine.reference_options import ONE_ONLY, WITHOUT_MEANING, require_one
 from carpool.server.options import OPTIONS, Option, flag_of, nearest, read_object
-from carpool.server.reference_flags import OLD_NAMES, refuse_generation, runner_and_convert
+from carpool.server.reference_flags import OLD_NAMES, SHORT_NAMES, refuse_generation, runner_and_convert
 
 ENVIRONMENT_PREFIX = "CARPOOL_"
 KUBERNETES = re.compile("CARPOOL_(SERVICE_(HOST|PORT)|PORT_[0-9]+_(TCP|UDP|SCTP))")
@@ -36,6 +36,7 @@ class Settings:
     def put(self, written: str, raw: Any) -> None:
         """Take in one value under the name it was written with."""
         name, _, path = normal(written).partition(".")
+        name = SHORT_NAMES.get(name, name)
         if name in OLD_NAMES:
             self.deprecated.append(f"{flag_of(name)} is deprecated; use {flag_of(OLD_NAMES[name])}.")
             name = OLD_NAMES[name]
@@ -143,7 +144,7 @@ def _following(name: str, word: str, words: deque[str]) -> Any:
 
 def _takes_value(name: str) -> bool:
     """Also False for names nobody knows, which `Settings.put` is about to refuse."""
-    option = KNOWN.get(name)
+    option = KNOWN.get(SHORT_NAMES.get(name, name))
     if option:
         return not option.is_switch
     head = name.partition(".")[0]

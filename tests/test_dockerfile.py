@@ -105,17 +105,51 @@ def test_the_links_survive_and_lead_to_the_rooms(build_folder: Path) -> None:
         assert {path.name for path in link.iterdir()} == {path.name for path in (ROOT / room).iterdir()}
 
 
-@pytest.mark.parametrize(("extras", "expected"), [("", False), ("cuda13", True), ("otel,cuda13", True)])
-def test_requirements_are_read_from_the_project(build_folder: Path, extras: str, expected: bool) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, set()),
+        ({"CUDA": "12"}, {"cupy-cuda12x"}),
+        ({"CUDA": "13"}, {"cupy-cuda13x"}),
+        ({"EXTRAS": "otel", "CUDA": "13"}, {"cupy-cuda13x", "opentelemetry-sdk"}),
+        ({"EXTRAS": "otel,cuda12"}, {"cupy-cuda12x", "opentelemetry-sdk"}),
+    ],
+)
+def test_requirements_are_read_from_the_project(
+    build_folder: Path, arguments: dict[str, str], expected: set[str]
+) -> None:
     [command] = (run for run in BUILD.all("RUN") if "requirements.txt" in run)
 
-    subprocess.run(
-        ["sh", "-c", command], check=True, cwd=build_folder, env={"PATH": _path(), "EXTRAS": extras}
-    )
+    given = {"EXTRAS": "", "CUDA": "", **arguments}
+    subprocess.run(["sh", "-c", command], check=True, cwd=build_folder, env={"PATH": _path(), **given})
 
     lines = (build_folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert any(line.startswith("torch>=") for line in lines)
-    assert any(line.startswith("cupy-cuda13x>=") for line in lines) == expected
+    names = {line.partition(">=")[0] for line in lines}
+    assert names & {"cupy-cuda12x", "cupy-cuda13x", "opentelemetry-sdk"} == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "torch", "passes"),
+    [
+        ("", "None", True),
+        ("", "'13.0'", True),
+        ("13", "'13.0'", True),
+        ("12", "'13.0'", False),
+        ("12", "None", False),
+    ],
+)
+def test_a_torch_for_another_cuda_than_was_asked_for_ends_the_build(
+    tmp_path: Path, asked: str, torch: str, passes: bool
+) -> None:
+    (tmp_path / "torch.py").write_text(f"__version__ = '2.x'\nclass version:\n    cuda = {torch}\n")
+    [command] = (run for run in FINAL.all("RUN") if "torch.version.cuda" in run)
+
+    environment = {"PATH": _path(), "PYTHONPATH": str(tmp_path), "CUDA": asked}
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment)
+
+    assert (done.returncode == 0) == passes
+    assert ("TORCH_INDEX_URL" in done.stderr) != passes
 
 
 def _path() -> str:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from carpool.engine import async_engine
+from carpool.engine import async_engine, staging
 from carpool.engine.async_engine import AsyncEngine
 from carpool.engine.batch import Batch
 from carpool.engine.build import build
@@ -44,7 +44,7 @@ from carpool.engine.outputs import PoolingResult
 from carpool.engine.params import Matryoshka, PoolingParams, Task, TokenizationParams
 from carpool.engine.prepared import Prepared
 from carpool.engine.tokenizer import Tokenizer
-from carpool.engine.worker import Row
+from carpool.engine.worker import Landing, Row
 
 POISON, DEADLY = 91, 92  # token ids: the first fails its sequence, the second kills the worker's thread
 TOKENIZATION = TokenizationParams()
@@ -56,9 +56,13 @@ MODEL = ModelInfo(
 
 
 class StandIn:
-    """A runner that answers each sequence with (its length, the sum of its ids), when the gate is open."""
+    """A runner that answers each sequence with (its length, the sum of its ids), when the gate is open.
 
-    def __init__(self) -> None:
+    Of depth 1 it computes at launch, as a CPU does; of more, at landing, as a device would meanwhile.
+    """
+
+    def __init__(self, depth: int = 1) -> None:
+        self.depth = depth
         self.gate = threading.Event()
         self.gate.set()
         self.running = threading.Event()  # set while a batch is inside
@@ -70,6 +74,12 @@ class StandIn:
     def bind(self) -> None:
         if self.error_at_bind:
             raise self.error_at_bind
+
+    def launch(self, batch: Batch) -> Landing:
+        if self.depth > 1:
+            return lambda: self.run(batch)
+        rows = self.run(batch)
+        return lambda: rows
 
     def run(self, batch: Batch) -> list[Row]:
         ids = [seq.token_ids for seq in batch.sequences]
@@ -157,9 +167,9 @@ async def until(true: Callable[[], object]) -> None:
 
 @asynccontextmanager
 async def scene(
-    workers: int = 1, model: ModelInfo = MODEL, config: EngineConfig | None = None
+    workers: int = 1, model: ModelInfo = MODEL, config: EngineConfig | None = None, depth: int = 1
 ) -> AsyncIterator[Scene]:
-    built = BuiltStandIn([StandIn() for _ in range(workers)], model)
+    built = BuiltStandIn([StandIn(depth) for _ in range(workers)], model)
     ledger = Ledger()
     engine = AsyncEngine(config or EngineConfig(), ledger, build=lambda _: built)
     await engine.start()
@@ -243,6 +253,43 @@ async def test_idle_workers_share_what_arrives() -> None:
         assert [len(runner.batches) for runner in s.built.runners] == [1, 1]
 
 
+async def test_a_short_queue_is_not_split_over_the_places_of_one_worker() -> None:
+    async with scene(depth=2) as s:
+        first = await s.occupy()
+        rest = [s.ask([i]) for i in range(7)]
+        await until(lambda: s.engine.waiting_sequences == 7)
+        await asyncio.sleep(0.01)
+        assert s.engine.waiting_sequences == 7, "they wait for company, since less than a batch waits"
+        s.open()
+        await asyncio.gather(first, *rest)
+        assert [len(batch) for batch in s.runner.batches] == [1, 7]
+
+
+async def test_full_batches_are_ready_before_the_device_is() -> None:
+    """Two under way and one at the door, at the most: what comes later waits where it can still be sorted."""
+    async with scene(depth=2) as s:
+        first = await s.occupy()
+        rest = [s.ask([i]) for i in range(4 * 8 + 3)]
+        await until(lambda: s.engine.waiting_sequences == 2 * 8 + 3)
+        assert s.engine._flight.held == {s.engine._workers[0]: 3}
+        s.open()
+        await asyncio.gather(first, *rest)
+        assert [len(batch) for batch in s.runner.batches] == [1, 8, 8, 8, 8, 3]
+        assert (s.engine._flight.held, s.engine._flight.idle) == ({}, s.engine._workers)
+        assert not s.engine._flight.watchdogs
+
+
+async def test_full_batches_go_where_the_fewest_are() -> None:
+    async with scene(workers=2, depth=2) as s:
+        for runner in s.built.runners:
+            runner.gate.clear()
+        rest = [s.ask([i]) for i in range(4 * 8)]
+        await until(lambda: sum(s.engine._flight.held.values()) == 4)
+        assert list(s.engine._flight.held.values()) == [2, 2]
+        s.open()
+        await asyncio.gather(*rest)
+
+
 async def test_progress_adds_up_to_the_number_of_prompts() -> None:
     async with scene() as s:
         told: list[int] = []
@@ -282,12 +329,13 @@ async def test_the_observer_sees_every_token_and_sequence() -> None:
         max_size=25,
     ),
     workers=st.integers(1, 3),
+    depth=st.integers(1, 3),
 )
 def test_each_request_gets_exactly_one_answer(
-    requests: list[tuple[list[int], str, int]], workers: int
+    requests: list[tuple[list[int], str, int]], workers: int, depth: int
 ) -> None:
     async def story() -> None:
-        async with scene(workers) as s:
+        async with scene(workers, depth=depth) as s:
             tasks = []
             submitted = 0
             for lengths, fate, turns in requests:
@@ -399,6 +447,20 @@ async def test_a_lost_worker_is_the_end_for_all() -> None:
         assert s.engine.state == "dead"
         with pytest.raises(EngineDead):
             await s.ask([1])
+        assert_nothing_left(s.engine)
+
+
+async def test_a_deep_worker_that_is_lost_answers_all_that_landed_and_no_more() -> None:
+    async with scene(depth=2) as s:
+        first = await s.occupy()
+        landed = [s.ask([i]) for i in range(8)]
+        lost = [s.ask([DEADLY]), *(s.ask([i]) for i in range(3 * 8))]
+        await until(lambda: s.engine._flight.held.get(s.engine._workers[0]) == 3)
+        s.open()
+        answers = await asyncio.gather(first, *landed, *lost, return_exceptions=True)
+        kinds = [type(given_answer) for given_answer in answers]
+        assert kinds == [PoolingResult] * 9 + [EngineDead] * 25
+        assert s.engine.state == "dead"
         assert_nothing_left(s.engine)
 
 
@@ -586,6 +648,20 @@ async def test_a_refused_model_says_why_at_start() -> None:
         await AsyncEngine(EngineConfig(), build=no).start()
 
 
+async def test_every_batch_of_a_deep_worker_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that was given while another was under way; and each has its whole time once it is its turn."""
+    async with scene(depth=2) as s:
+        monkeypatch.setattr(async_engine, "_HUNG_AFTER_S", 0.4)
+        s.runner.slow = 0.15
+        rest = asyncio.gather(*(s.ask([i]) for i in range(8 * 8)))
+        await until(lambda: s.ledger.batches == 4)
+        assert s.engine.state == "ready", "none took 0.4 s, though each waited longer behind others"
+        s.runner.gate.clear()
+        with pytest.raises(EngineDead, match="hangs"):
+            await rest
+        s.open()
+
+
 @pytest.mark.parametrize("how", ["every batch fails", "the thread cannot start", "the thread dies"])
 async def test_a_model_that_cannot_run_a_single_batch_is_refused_at_start(how: str) -> None:
     built = BuiltStandIn()
@@ -633,6 +709,21 @@ async def test_what_a_stop_cannot_finish_in_time_is_refused_not_forgotten() -> N
                 await task
         assert_nothing_left(s.engine)
         assert s.engine.state == "stopped"
+
+
+async def test_what_hangs_after_a_stop_is_left_behind_in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(depth=2) as s:
+        first = await s.occupy()
+        rest = [s.ask([i]) for i in range(2 * 8)]
+        await until(lambda: s.engine._flight.held.get(s.engine._workers[0]) == 3)
+        assert await s.engine.stop(0) is False
+        await asyncio.gather(first, *rest, return_exceptions=True)
+        monkeypatch.setattr(async_engine, "_HUNG_AFTER_S", 0.02)
+        s.runner.slow = 0.1
+        s.open()  # the first lands, and the one behind it is given its time
+        await until(lambda: s.engine._flight.held.get(s.engine._workers[0]) == 1)
+        assert s.engine.state == "stopped"
+        assert not s.engine._dead.is_set()
 
 
 async def test_work_still_in_the_tokenizer_when_draining_starts_is_refused(
@@ -754,7 +845,9 @@ async def test_tokenize_and_detokenize_are_each_others_inverse() -> None:
 # ── with a real model ────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_two_workers_give_one_workers_results(checkpoint: Callable[[str], Path]) -> None:
+async def test_workers_side_by_side_and_batches_in_a_row_give_one_workers_results(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Over more than 1,000 batches of mixed lengths, tasks and widths."""
     rng = random.Random(5)
     requests = [
@@ -769,7 +862,8 @@ async def test_two_workers_give_one_workers_results(checkpoint: Callable[[str], 
         hf_overrides={"num_hidden_layers": 1},
     )  # fmt: skip
     results = []
-    for workers in (1, 2):
+    for workers, depth in ((1, 1), (2, 1), (1, 2)):
+        monkeypatch.setattr(staging.Host, "depth", depth)
         ledger = Ledger()
         engine = AsyncEngine(replace(config, cpu_workers=workers), ledger, build=build)
         await engine.start()
@@ -784,6 +878,8 @@ async def test_two_workers_give_one_workers_results(checkpoint: Callable[[str], 
         results.append(await asyncio.gather(*tasks))
         assert ledger.batches > 1000
         assert await engine.stop(5)
-    for one, two in zip(*results, strict=True):
-        for a, b in zip(one.rows, two.rows, strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * float(np.abs(a).max()))
+    one, *others = results
+    for other in others:
+        for expected, result in zip(one, other, strict=True):
+            for a, b in zip(expected.rows, result.rows, strict=True):
+                np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * float(np.abs(a).max()))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+import tiny_heads
+from carpool.engine import build as building
+from carpool.engine import runner as running
+from carpool.engine import staging
 from carpool.engine.batch import Batch
 from carpool.engine.build import Parts, build
 from carpool.engine.config import EngineConfig, PoolerConfig
 from carpool.engine.errors import ConfigError
+from carpool.engine.models.backbone import Backbone
+from carpool.engine.packing import PackedBatch
 from carpool.engine.params import PoolingParams
 from carpool.engine.sequence import Sequence
+from carpool.kernels import launch
 from oracle import Oracle
 
 TANH = "torch.nn.modules.activation.Tanh"
@@ -182,6 +191,166 @@ def test_code_that_is_not_run_is_noticed(fresh: Callable[[str], Path]) -> None:
     (notice,) = made(folder).model.notices
     assert "someone/code--code.OwnModel" in notice
     assert "BertModel" in notice
+
+
+# ── GPUs ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+CPU = torch.device("cpu")
+GPUS = (torch.device("cuda", 0), torch.device("cuda", 1))
+
+
+class Replicated:
+    """A runner of which copies are made, but on a GPU that is full."""
+
+    def __init__(self, device: torch.device, full: torch.device | None = None) -> None:
+        self.device, self.full = device, full
+
+    def replica(self, device: torch.device) -> Replicated:
+        if device == self.full:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Replicated(device)
+
+    def attempt(self, batch: Batch) -> None:
+        if batch.distinct()[0].num_tokens > 9000:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_every_gpu_has_a_copy_of_the_model_and_one_worker() -> None:
+    plan: Any = SimpleNamespace(device=GPUS[0], devices=GPUS)
+    first: Any = Replicated(GPUS[0])
+    runners: list[Any] = building._runners(plan, first, 2)
+    assert runners[0] is first
+    assert [runner.device for runner in runners] == list(GPUS)
+    config = EngineConfig(cpu_workers=7)
+    assert building._workers(config, GPUS) == 2
+    assert building._workers(config, (CPU,)) == 7
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_every_gpu_records_its_own_graphs_if_asked_to(asked: bool) -> None:
+    recorded: list[tuple[int, int]] = []
+
+    def record(vocab_size: int, max_model_len: int) -> str | None:
+        recorded.append((vocab_size, max_model_len))
+        return f"A model of {vocab_size} words runs without CUDA graphs." if len(recorded) > 1 else None
+
+    plan: Any = SimpleNamespace(
+        config=EngineConfig(cuda_graphs=asked), checkpoint=SimpleNamespace(vocab_size=113), max_model_len=64
+    )
+    runners: list[Any] = [SimpleNamespace(record=record) for _ in range(3)]
+    notices = building._recorded(plan, runners)
+    assert recorded == [(113, 64)] * 3 * asked
+    assert list(notices) == ["A model of 113 words runs without CUDA graphs."] * asked
+
+
+def test_a_model_that_cannot_be_recorded_runs_on_as_it_did(checkpoint: Callable[[str], Path]) -> None:
+    parts = made(checkpoint("bert"))
+    before = embed(parts, "a cat")
+    notice = parts.runners[0].record(113, 100)  # on a CPU: there is nothing to record on
+    assert "runs without CUDA graphs, which were asked for" in str(notice)
+    np.testing.assert_array_equal(embed(parts, "a cat"), before)
+
+
+def test_a_recorded_backbone_is_the_one_that_is_run(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = made(checkpoint("bert"))
+    run: list[int] = []
+
+    class Recorded(Backbone):
+        def forward(self, batch: PackedBatch) -> torch.Tensor:
+            run.append(batch.num_tokens)
+            return super().forward(batch)
+
+    monkeypatch.setattr(running, "graphed", lambda inner, **_: (Recorded(inner.module), None))
+    assert parts.runners[0].record(113, 100) is None
+    embed(parts, "a cat")
+    assert run == [4]
+
+
+def test_a_trial_is_of_as_many_batches_as_may_be_under_way_and_is_not_taken_apart(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging.Host, "depth", 2)
+    (runner,) = made(checkpoint("bert")).runners
+    batch = Batch(tuple(Sequence(0, i, [5, 6, i], PoolingParams()) for i in range(4)))
+    begun: list[str] = []
+
+    def begin(whole: Batch) -> Callable[[], list[Any]]:
+        begun.append("begun")
+        if len(begun) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return lambda: begun.append("landed") or []  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(runner, "_begin", begin)
+    runner.attempt(batch)
+    assert begun == ["begun", "begun", "landed", "landed"]
+    with pytest.raises(torch.OutOfMemoryError):
+        runner.attempt(batch)
+    assert len(begun) == 5, "halves are for requests"
+
+
+def test_a_gpu_without_room_for_the_weights_is_named() -> None:
+    plan: Any = SimpleNamespace(device=GPUS[0], devices=GPUS)
+    first: Any = Replicated(GPUS[0], full=GPUS[1])
+    with pytest.raises(ConfigError, match=r"weights do not fit in the memory of cuda:1"):
+        building._runners(plan, first, 2)
+
+
+def test_the_model_says_how_large_batches_are_that_fit(checkpoint: Callable[[str], Path]) -> None:
+    info = replace(
+        made(checkpoint("bert")).model, max_num_batched_tokens=16_384, notices=("another",), device="cuda:0"
+    )
+    runner: Any = Replicated(GPUS[0])
+    fitted = building._fitted(info, GPUS[:1], [runner])
+    assert fitted.max_num_batched_tokens == 8192
+    assert fitted.notices == (
+        "another",
+        "A batch of 16384 tokens does not fit in the memory of cuda:0: 8192 are the most.",
+    )
+    roomy: Any = Replicated(GPUS[0])
+    small = replace(info, max_num_batched_tokens=4096)
+    assert building._fitted(small, GPUS[:1], [roomy]) == small
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny_heads.FAMILIES])
+def test_what_is_tried_on_a_gpu_is_what_every_kind_of_model_can_be_asked(
+    family: str, parts: Callable[[str], Parts]
+) -> None:
+    """The trial's batches mean nothing; no pool may fail at them, for then the server would not start."""
+    built = parts(family)
+    info = replace(built.model, max_num_batched_tokens=4 * built.model.max_model_len, max_num_seqs=16)
+    assert building._fitted(info, (CPU,), built.runners) == info
+
+
+def test_graphs_are_for_gpus(checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError, match="--cuda-graphs is for GPUs"):
+        made(checkpoint("bert"), device="cpu", cuda_graphs=True)
+
+
+def test_options_for_the_other_kind_of_device_are_noticed(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = made(checkpoint("bert"), device="cpu", gpu_memory_utilization=0.9)
+    assert parts.model.notices == ("--gpu-memory-utilization has no meaning on a CPU.",)
+    monkeypatch.setattr(launch, "fault", lambda: None)
+    monkeypatch.setattr(launch, "mismatch", lambda: None)
+    notices = list(building._device_notices(EngineConfig(cpu_workers=2, gpu_memory_utilization=0.9), GPUS[0]))
+    assert len(notices) == 1
+    assert notices[0].startswith("--cpu-workers has no meaning on a GPU")
+
+
+def test_what_is_missing_beside_a_gpu_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "fault", lambda: "CuPy is not installed: pip install 'carpool[cuda13]'.")
+    monkeypatch.setattr(launch, "mismatch", lambda: pytest.fail("it cannot be asked without CuPy"))
+    (notice,) = building._device_notices(EngineConfig(), GPUS[0])
+    assert "torch serves in their place, slower: CuPy is not installed: pip install" in notice
+    monkeypatch.setattr(launch, "fault", lambda: None)
+    monkeypatch.setattr(launch, "mismatch", lambda: "CuPy is for CUDA 12 and torch for CUDA 13.")
+    assert list(building._device_notices(EngineConfig(), GPUS[0])) == [
+        "CuPy is for CUDA 12 and torch for CUDA 13."
+    ]
+    assert list(building._device_notices(EngineConfig(), CPU)) == []
 
 
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────

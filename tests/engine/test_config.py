@@ -12,7 +12,15 @@ from carpool.engine.errors import ConfigError
 
 
 @pytest.mark.parametrize(
-    "name", ["max_model_len", "max_num_seqs", "max_num_batched_tokens", "cpu_workers", "max_queued_tokens"]
+    "name",
+    [
+        "max_model_len",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "data_parallel_size",
+        "cpu_workers",
+        "max_queued_tokens",
+    ],
 )
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_count_below_one_is_refused_by_its_flags_name(name: str, value: int) -> None:
@@ -22,12 +30,34 @@ def test_a_count_below_one_is_refused_by_its_flags_name(name: str, value: int) -
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("dtype", "int8"), ("device", "tpu"), ("runner", "generate"), ("convert", "x")]
+    ("name", "value"),
+    [
+        ("dtype", "int8"),
+        ("device", "tpu"),
+        ("device", "cuda:"),
+        ("device", "cuda:-1"),
+        ("device", "cuda:1,2"),
+        ("device", "cuda:٣"),
+        ("runner", "generate"),
+        ("convert", "x"),
+    ],
 )
 def test_a_choice_that_does_not_exist_is_refused_and_the_others_are_listed(name: str, value: str) -> None:
     options: dict[str, Any] = {name: value}
     with pytest.raises(ConfigError, match=f"--{name} must be one of auto, .*{value}"):
         EngineConfig(**options)
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:11"])
+def test_a_gpu_may_be_named_by_its_number(device: str) -> None:
+    assert EngineConfig(device=device).device == device
+
+
+@pytest.mark.parametrize("part", [0.0, -0.1, 1.01, float("nan")])
+def test_a_part_of_the_memory_is_more_than_none_and_at_most_all(part: float) -> None:
+    with pytest.raises(ConfigError, match="--gpu-memory-utilization must be more than 0 and at most 1"):
+        EngineConfig(gpu_memory_utilization=part)
+    assert EngineConfig(gpu_memory_utilization=1).gpu_memory_utilization == 1
 
 
 @pytest.mark.parametrize("key", ["pooling_type", "seq_pooling_type"])

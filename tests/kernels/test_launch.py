@@ -65,6 +65,34 @@ def pooled(
     return cuda_ops.pool_rows(**{**given, **changed})
 
 
+def attended(**changed: Any) -> Tensor:
+    """`packed_attention` of the two sequences of BOUNDS, 4 heads of 32 columns that share 2 of keys."""
+    given: dict[str, Any] = {
+        "query": torch.zeros(8, 4, 32),
+        "key": torch.zeros(8, 2, 32),
+        "value": torch.zeros(8, 2, 32),
+        "cu_seqlens": BOUNDS,
+        "longest": 5,
+        "scale": 0.5,
+    }
+    return cuda_ops.packed_attention(**{**given, **changed})
+
+
+def attended_pages(**changed: Any) -> Tensor:
+    """`paged_attention` of the same queries' heads of 8 columns, 2 pages a sequence."""
+    given: dict[str, Any] = {
+        "query": torch.zeros(8, 2, 8),
+        "key_cache": NO_CACHE,
+        "value_cache": NO_CACHE,
+        "pages": torch.zeros(2, 2, dtype=torch.int32),
+        "cu_seqlens": BOUNDS,
+        "key_lengths": PAIR,
+        "longest": 5,
+        "scale": 0.5,
+    }
+    return cuda_ops.paged_attention(**{**given, **changed})
+
+
 # ── what goes to the device ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -122,6 +150,66 @@ def test_a_row_a_warp_fills_whole_blocks_and_no_more(recorder: Recorder) -> None
     assert {made.threads for made in recorder.launches} == {128}
 
 
+def by_name(made: Launch) -> dict[str, launch.Argument]:
+    return dict(zip((each.name for each in made.instance.parameters), made.arguments, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("size", "instance", "queries"), [(8, "64", 64), (64, "64", 64), (72, "128", 64), (256, "256", 32)]
+)
+def test_attention_has_a_block_for_every_tile_and_head(
+    recorder: Recorder, size: int, instance: str, queries: int
+) -> None:
+    """As many blocks as there may be tiles, without a look at where sequences end: that is on the device."""
+    query, key = torch.zeros(200, 4, size), torch.zeros(200, 2, size)
+    attended(
+        query=query, key=key, value=key, cu_seqlens=torch.tensor([0, 3, 200], dtype=torch.int32), longest=197
+    )
+    [made] = recorder.launches
+    assert recorder.names == [f"attention<float, {instance}>"]
+    assert made.grid == (200 // queries + 2, 4)
+    assert made.shared == 0
+    assert by_name(made)["group"] == 2
+
+
+def test_attention_takes_views_of_a_fused_row(recorder: Recorder) -> None:
+    fused = torch.zeros(8, 8, 32)
+    query, key, value = torch.split(fused, [4, 2, 2], 1)
+    attended(query=query, key=key, value=value)
+    given = by_name(recorder.launches[0])
+    strides = [given[f"{name}_{kind}"] for name in ("query", "key", "value") for kind in ("stride", "head")]
+    assert strides == [256, 32] * 3
+    at = fused.data_ptr()
+    assert [int(each) for each in recorder.launches[0].packed[:3]] == [at, at + 4 * 128, at + 4 * 192]
+
+
+def test_how_far_a_token_sees(recorder: Recorder) -> None:
+    for causal, window in ((False, None), (True, None), (False, 3), (True, 3), (False, 1 << 40)):
+        attended(causal=causal, window=window)
+    attended_pages(window=2)
+    far = cuda_ops._FAR
+    sights = [(by_name(made)["left"], by_name(made)["right"]) for made in recorder.launches]
+    assert sights == [(far, far), (far, 0), (2, 2), (2, 0), (far, far), (1, 0)]
+
+
+def test_pages_are_read_at_the_strides_of_their_caches(recorder: Recorder) -> None:
+    attended_pages()
+    given = by_name(recorder.launches[0])
+    assert [given[name] for name in ("page_size", "most", "key_stride", "key_head")] == [4, 2, 8, 8]
+    assert given["pages"] is not None
+    assert given["key_lengths"] is PAIR
+
+
+def test_16_bit_biases_and_sinks_are_widened(recorder: Recorder) -> None:
+    attended(bias=torch.zeros(4, 9).half(), sinks=torch.zeros(4).bfloat16())
+    given = by_name(recorder.launches[0])
+    assert given["reach"] == 9
+    for name in ("bias", "sinks"):
+        widened = given[name]
+        assert isinstance(widened, Tensor)
+        assert widened.dtype == torch.float32
+
+
 @pytest.mark.parametrize("columns", [8, 24, 384, 768, 1024, 4096, cuda_ops.WIDEST])
 @pytest.mark.parametrize("vector", [4, 8])
 def test_staged_rows_fit_for_every_width(columns: int, vector: int) -> None:
@@ -160,6 +248,13 @@ def test_empty_batches_launch_nothing(recorder: Recorder) -> None:
     cuda_ops.kv_write(torch.zeros(0, 1, 8), torch.zeros(0, 1, 8), none.long(), NO_CACHE, NO_CACHE)
     pages = torch.zeros(0, 3, dtype=torch.int32)
     assert cuda_ops.kv_gather(NO_CACHE, NO_CACHE, pages, BOUNDS[:1], 0)[0].shape == (0, 1, 8)
+    heads = torch.zeros(0, 2, 8)
+    assert attended(query=heads, key=heads, value=heads, cu_seqlens=BOUNDS[:1]).shape == (0, 2, 8)
+    assert attended_pages(query=heads, pages=pages, cu_seqlens=BOUNDS[:1], key_lengths=none).shape == (
+        0,
+        2,
+        8,
+    )
     assert not recorder.launches
 
 
@@ -218,6 +313,55 @@ def test_other_operations_refuse_what_does_not_fit(recorder: Recorder) -> None:
     assert not recorder.launches
 
 
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"query": torch.zeros(8, 4, 34)}, "whole 16 bytes and at most 256 columns wide, got 34"),
+        ({"query": torch.zeros(8, 4, 260)}, "at most 256 columns"),
+        ({"query": torch.zeros(8, 4, 33)[..., 1:]}, "query: heads must be whole 16 bytes"),
+        ({"key": torch.zeros(8, 32, 2).transpose(1, 2)}, "key: heads must be whole 16 bytes"),
+        ({"value": torch.zeros(513)[1:].view(8, 2, 32)}, "value: heads must be whole 16 bytes"),
+        ({"query": torch.zeros(8, 4, 32).double()}, "must be float32"),
+        ({"key": torch.zeros(8, 2, 32).half()}, "does not fit 32 columns of torch.float32"),
+        ({"value": torch.zeros(8, 2, 64)}, "does not fit 32 columns"),
+        ({"value": torch.zeros(8, 4, 32)}, "are not alike"),
+        ({"key": torch.zeros(8, 3, 32), "value": torch.zeros(8, 3, 32)}, "4 heads do not share out 3"),
+        ({"key": torch.zeros(7, 2, 32)}, "key has 7 tokens, query has 8"),
+        ({"cu_seqlens": BOUNDS.long()}, "bounds points to int"),
+        ({"window": 0}, "at least 1"),
+        ({"bias": torch.zeros(4, 7)}, "do not cover a text of 5 tokens"),
+        ({"bias": torch.zeros(4, 10)}, "2M - 1"),
+        ({"bias": torch.zeros(2, 9)}, "2M - 1"),
+        ({"sinks": torch.zeros(2)}, r"sinks must be \[4\]"),
+        ({"seen": torch.zeros(3, dtype=torch.int32)}, r"seen must be \[2\]"),
+        ({"seen": torch.zeros(2)}, "seen points to int"),
+    ],
+)
+def test_attention_refuses_what_it_cannot_read(recorder: Recorder, changed: dict[str, Any], why: str) -> None:
+    with pytest.raises(LaunchError, match=why):
+        attended(**changed)
+    assert not recorder.launches
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"pages": torch.zeros(3, 2, dtype=torch.int32)}, "pages must be"),
+        ({"pages": torch.zeros(2, 4, dtype=torch.int32)[:, ::2]}, "pages must be"),
+        ({"pages": torch.zeros(2, 2)}, "pages points to int"),
+        ({"key_lengths": BOUNDS}, r"key_lengths must be \[2\]"),
+        ({"value_cache": NO_CACHE[:1]}, "caches must be alike"),
+        ({"query": torch.zeros(8, 2, 8).half()}, "does not fit 8 columns of torch.float16"),
+    ],
+)
+def test_attention_refuses_pages_that_do_not_fit(
+    recorder: Recorder, changed: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(LaunchError, match=why):
+        attended_pages(**changed)
+    assert not recorder.launches
+
+
 def launched(*arguments: launch.Argument, grid: tuple[int, ...] = (1,)) -> Launch:
     return Launch(cuda_table.instance("step_count"), grid, 128, 0, arguments)
 
@@ -258,7 +402,7 @@ OPERATIONS = [
 
 
 def test_each_operation_has_a_twin_of_its_name_and_signature() -> None:
-    assert len(OPERATIONS) == 12
+    assert len(OPERATIONS) == 14
     for name in OPERATIONS:
         ours, twin = (inspect.signature(getattr(room, name), eval_str=True) for room in (cuda_ops, reference))
         assert ours == twin, name
@@ -404,6 +548,27 @@ def test_what_cupy_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=None))
     assert "finds no NVRTC or no driver" in str(launch.fault())
     launch.fault.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("runtime", "torchs", "words"),
+    [
+        (12090, "12.9", None),
+        (12090, "12.4", None),
+        (13020, "13.0", None),
+        (12090, None, None),
+        (12090, "13.0", "pip uninstall cupy-cuda12x, then pip install 'carpool[cuda13]'"),
+        (13020, "12.8", "pip uninstall cupy-cuda13x, then pip install 'carpool[cuda12]'"),
+    ],
+)
+def test_cupy_and_torch_are_better_for_one_cuda(
+    runtime: int, torchs: str | None, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = SimpleNamespace(runtime=SimpleNamespace(runtimeGetVersion=lambda: runtime))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(torch.version, "cuda", torchs)
+    said = launch.mismatch()
+    assert (said is None) if words is None else (words in str(said))
 
 
 def test_tensors_on_a_cpu_never_reach_cupy(monkeypatch: pytest.MonkeyPatch) -> None:

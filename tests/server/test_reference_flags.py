@@ -6,7 +6,7 @@ import pytest
 
 from carpool.engine.errors import ConfigError
 from carpool.engine.reference_options import ONE_ONLY, WITHOUT_MEANING
-from carpool.server.options import OPTIONS
+from carpool.server.options import OPTIONS, build_config
 from carpool.server.sources import from_arguments
 
 
@@ -17,8 +17,13 @@ def test_a_typical_command_passes_with_its_flags_listed() -> None:
         "--seed 0 --load-format auto --uvicorn-log-level info --disable-uvicorn-access-log --port 1"
     )
     settings = from_arguments(command.split())
-    assert settings.values == {"model": "m", "runner": "pooling", "port": "1"}
-    assert len(settings.ignored) == 13
+    assert settings.values == {
+        "model": "m",
+        "runner": "pooling",
+        "gpu_memory_utilization": "0.9",
+        "port": "1",
+    }
+    assert len(settings.ignored) == 12
 
 
 def test_a_command_with_adapters_passes() -> None:
@@ -30,6 +35,18 @@ def test_a_command_with_adapters_passes() -> None:
 
 def test_the_table_and_the_options_do_not_overlap() -> None:
     assert not (set(WITHOUT_MEANING) | set(ONE_ONLY)) & set(OPTIONS)
+
+
+@pytest.mark.parametrize("line", ["--data-parallel-size 2", "-dp 2", "-dp=2", "--dp 2"])
+def test_copies_of_the_model_are_counted_as_the_reference_counts_them(line: str) -> None:
+    settings = from_arguments(line.split())
+    assert (settings.values, settings.ignored, settings.deprecated) == ({"data_parallel_size": "2"}, [], [])
+    assert build_config(settings.values).engine.data_parallel_size == 2
+
+
+def test_a_short_name_without_its_value_is_refused() -> None:
+    with pytest.raises(ConfigError, match="-dp needs a value"):
+        from_arguments(["-dp"])
 
 
 @pytest.mark.parametrize("flag", ["--tensor-parallel-size", "-tp", "--pipeline-parallel-size"])
