@@ -6,6 +6,7 @@
     *ForProcessRewardModel                                       one a step tag
     HF_ColBERT, ColBERT*                                         a vector a token, for late interaction
     *SpladeSparseEmbeddingModel                                  a weight for each entry of the vocabulary
+    JinaForRanking                                               a vector a document of a list
     BgeM3EmbeddingModel                                          a vector, a vector a token, and a weight a token
     *ForTextEncoding, *EmbeddingModel, *Model, *ForCausalLM, …   embed
 
@@ -30,6 +31,7 @@ Kind = Literal[
     "multi_vector",
     "sparse",
     "bge_m3",
+    "listwise",
     "classify",
     "token_classify",
     "reward",
@@ -49,6 +51,7 @@ _SUFFIXES: tuple[tuple[str, Kind], ...] = (  # the first that fits
     (r"^ColBERT\w*", "multi_vector"),
     (r"SpladeSparseEmbeddingModel", "sparse"),
     (r"BgeM3EmbeddingModel", "bge_m3"),
+    (r"^JinaForRanking", "listwise"),
     (r"ForTextEncoding", "embed"),
     (r"Model", "embed"),  # EmbeddingModel, LMHeadModel, ChatModel …
     (r"ForCausalLM", "embed"),
@@ -58,7 +61,7 @@ _SUFFIXES: tuple[tuple[str, Kind], ...] = (  # the first that fits
 )
 # What a conversion has nothing to do for: the model's class computes it already.
 _FITS: Mapping[Kind, tuple[Kind, ...]] = {
-    "embed": ("embed", "multi_vector", "sparse", "bge_m3"),
+    "embed": ("embed", "multi_vector", "sparse", "bge_m3", "listwise"),
     "classify": ("classify", "token_classify"),
     "reward": ("reward", "process_reward"),
 }
@@ -67,6 +70,7 @@ _TASKS: Mapping[Kind, tuple[Task, ...]] = {
     "multi_vector": ("token_embed",),
     "sparse": ("embed", "sparse_embed"),
     "bge_m3": ("embed", "token_embed", "sparse_embed", "token_classify"),
+    "listwise": ("token_embed",),
     "classify": ("classify", "token_classify"),
     "token_classify": ("token_classify",),
     "reward": ("token_classify",),

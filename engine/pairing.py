@@ -1,8 +1,7 @@
 """Pairing: how a checkpoint is to be asked about pairs of texts, and which logits answer. Decided once, at start.
 
 In whose words a pair is put, the first that there is: the user's template, the folder's own (a sentence-transformers
-CrossEncoder), the row of `rerankers` that fits. With none of them a language model is asked in words it does not know,
-and that is said.
+CrossEncoder), the row of `rerankers` that fits. With none of them a language model is not asked, and that is said.
 """
 
 from __future__ import annotations
@@ -97,7 +96,7 @@ class Pairing:
         return None
 
     def notices(self, framer: Framer | None, config: EngineConfig, *, blunt: bool) -> Iterator[str]:
-        """What a user has to know. `blunt`: without a framer a language model gets the bare texts of a pair."""
+        """What a user has to know. `blunt`: a language model is to score pairs, and nobody said how they are put."""
         told = config.hf_overrides.get("is_original_qwen3_reranker")
         if isinstance(framer, Reranker) and framer.called is not None and not told:
             yield (
@@ -105,10 +104,10 @@ class Pairing:
                 "--chat-template puts another in its place, --convert embed makes it an embedding model."
             )
         if framer is None and blunt:
+            now = "refuse them" if self.files is None else "give it both texts as its tokenizer joins them"
             yield (
-                "No prompt is known for pairs of this language model: /score and /rerank put the document right "
-                "behind the query, and their scores mean nothing unless the client writes the model's own prompt "
-                "around both. Give it with --chat-template."
+                f"No prompt is known for pairs of this language model: /score and /rerank {now}. Give the prompt that "
+                "it was trained on with --chat-template."
             )
 
 

@@ -52,10 +52,7 @@ class Reranker:
 
     def frames(self, pairs: Seq[tuple[str, str]], kwargs: Mapping[str, Any] | None) -> list[Framed]:
         """Each query with its document. `kwargs` may name an `instruction`, as the reference's template does."""
-        asked = kwargs or {}
-        instruction = asked.get("instruction") or asked.get("instruct") or self.instruction
-        if not isinstance(instruction, str):
-            raise InvalidInput("instruction must be a text.", "instruction")
+        instruction = instruction_of(kwargs) or self.instruction
         return [self._written(*pair) or self._frame(*pair, instruction) for pair in pairs]
 
     def _frame(self, query: str, document: str, instruction: str) -> Framed:
@@ -72,6 +69,15 @@ class Reranker:
         if "{" in closing or not (query.startswith(opening) and document.endswith(closing)):
             return None
         return Framed((query + document,), (0,), closing, specials=True)
+
+
+def instruction_of(kwargs: Mapping[str, Any] | None) -> str:
+    """What a request asks for beside its texts; empty if nothing."""
+    asked = kwargs or {}
+    instruction = asked.get("instruction") or asked.get("instruct") or ""
+    if not isinstance(instruction, str):
+        raise InvalidInput("instruction must be a text.", "instruction")
+    return instruction
 
 
 _CHAT = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"

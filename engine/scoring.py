@@ -3,6 +3,7 @@
     cross-encoder      one prompt a pair                       the head's one number
     bi-encoder         the query once, each document            cosine of the two vectors, or (sparse) their product
     late interaction   the same, every token                   MaxSim: each query token's best product, summed
+    listwise           all documents in one prompt              `listwise`: cosines with a vector of the query
 
 No model and no event loop here: `plan` says what to run, `Plan.scores` reads the answers.
 """
@@ -18,9 +19,10 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from carpool.engine.errors import EmptyInput, InvalidInput, UnsupportedTask
+from carpool.engine.errors import EmptyInput, InvalidInput, InvalidParameter, UnsupportedTask
 from carpool.engine.framed import Framed
 from carpool.engine.late_interaction import Role, RoleText
+from carpool.engine.listwise import ListPlan, Listwise
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.params import Task
 
@@ -104,8 +106,12 @@ def plan(
     documents: Seq[str],
     framer: Framer | None,
     kwargs: Mapping[str, Any] | None = None,
-) -> Plan:
-    """How `model` scores each query with its document: 1:1, 1:N or N:N. `kwargs` are for the `framer`."""
+    limit: int | None = None,
+) -> Plan | ListPlan:
+    """How `model` scores each query with its document: 1:1, 1:N or N:N. `kwargs` are for the `framer`.
+
+    `limit` is how long a prompt is to be at most; only a list is dealt out by it, other prompts are cut later.
+    """
     if not queries:
         raise EmptyInput("At least one text element must be given", "queries")
     if not documents:
@@ -115,6 +121,14 @@ def plan(
     kind = model.score_type
     if kind is None:
         raise UnsupportedTask("The model does not support Score API")
+    if kind == "listwise":
+        if not isinstance(framer, Listwise):
+            raise InvalidParameter(
+                "This model reads a query and all its documents in a prompt of its own, in place of which no template "
+                "can stand.",
+                "chat_template",
+            )
+        return framer.plan(queries, documents, kwargs, limit)
     one = len(queries) == 1
     if kind == "cross-encoder":
         matched = [(queries[0] if one else queries[i], document) for i, document in enumerate(documents)]
@@ -140,9 +154,19 @@ def pair_prompts(
     framer: Framer | None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Prompts:
-    """Each pair as one prompt: in the framer's words, one text after the other, or apart."""
+    """Each pair as one prompt: in the framer's words, one text after the other, or apart.
+
+    A language model that is asked in other words than it was trained on gives scores that look like some and mean
+    nothing: where nobody said which they are, it is not asked.
+    """
     if framer is not None:
         return framer.frames(pairs, kwargs)
+    if model.pairs == "unknown":
+        raise UnsupportedTask(
+            "Nobody knows in what words this language model is to be asked about a pair of texts: start the server "
+            "with --chat-template, or, if clients write the whole prompt, half of it around each text, with "
+            """--hf-overrides '{"use_sep_token": false}'."""
+        )
     if model.pairs == "concatenated":
         return [query + document for query, document in pairs]
     return pairs

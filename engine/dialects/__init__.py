@@ -12,6 +12,7 @@ from carpool.engine.dialects.gte import GTE
 from carpool.engine.dialects.internlm import INTERNLM2
 from carpool.engine.dialects.jina import JINA_LEARNED, JINA_ROTARY
 from carpool.engine.dialects.jina_bert import JINA_BERT, JINA_BERT_CODE
+from carpool.engine.dialects.jina_ranking import JINA_RANKING
 from carpool.engine.dialects.jina_v5 import JINA_V5
 from carpool.engine.dialects.llama import BIDIRECTIONAL_LLAMA
 from carpool.engine.dialects.nomic import NOMIC
@@ -28,6 +29,7 @@ DIALECTS: tuple[Dialect, ...] = (  # the first that fits
     JINA_BERT,
     INTERNLM2,
     BIDIRECTIONAL_LLAMA,
+    JINA_RANKING,
     BIDIRECTIONAL_QWEN3,
     PLAIN_QWEN2,
     JINA_V5,

@@ -54,13 +54,14 @@ from carpool.engine.side_files import PoolingMode
 _MAY_MISS = re.compile(r"(^|\.)(pooler\.|position_ids$)")
 _REWARD_HEAD = re.compile(r"^(score|v_head)\.")
 _PROJECTION = re.compile(r"^(colbert_)?linear\.(weight|bias)$")
+_PROJECTOR = re.compile(r"^projector\.\d+\.(weight|bias)$")
 _SCORE_BIAS = re.compile(r"^score\.bias$")
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """`head` takes float32 rows [R, H] to logits (a masked language model's to its vocabulary's) or, a ColBERT's, to
-    vectors; None for a model that has none.
+    """`head` takes float32 rows [R, H] to logits (a masked language model's to its vocabulary's) or, a ColBERT's or a
+    listwise reranker's, to vectors; None for a model that has none.
 
     `pooling` is what a classifier's class pools for its head, where that is not left to the kind of its backbone;
     `late`: it pools the logits of all rows instead.
@@ -101,6 +102,9 @@ class Loader:
                 model = self._model(_embedder(config), checkpoint, config, **_without_pooler(config))
                 head = self._projection(checkpoint) if architecture.kind == "multi_vector" else None
                 return Loaded(self._backbone(model), head)
+            case "listwise":
+                model = self._model(_embedder(config), checkpoint, config)
+                return Loaded(self._backbone(model), self._projector(checkpoint))
             case "sparse":
                 full = self._model(AutoModelForMaskedLM, checkpoint, config)
                 return Loaded(self._backbone(full.base_model), ReplayedHead(full, per_token=True))
@@ -149,6 +153,16 @@ class Loader:
                 "vectors with."
             )
         return head_from_weights(tensors, ("linear", "colbert_linear")).to(self.device)
+
+    def _projector(self, checkpoint: Checkpoint) -> nn.Module:
+        """A listwise reranker's: `projector.0`, ReLU, `projector.2`, beside its backbone's weights."""
+        tensors = stored(checkpoint.path, _PROJECTOR)
+        if not {"projector.0.weight", "projector.2.weight"} <= tensors.keys():
+            raise ConfigError(
+                "The checkpoint says it is a listwise reranker and lacks projector.0.weight or projector.2.weight, "
+                "which make the vectors that it compares."
+            )
+        return head_from_weights(tensors, ("projector",)).to(self.device)
 
     def _model(
         self, auto: Any, checkpoint: Checkpoint, config: PreTrainedConfig, **options: Any

@@ -36,6 +36,7 @@ TANH = "torch.nn.modules.activation.Tanh"
         ("ColBERTModernBertModel", "multi_vector"),
         ("BertSpladeSparseEmbeddingModel", "sparse"),
         ("BgeM3EmbeddingModel", "bge_m3"),
+        ("JinaForRanking", "listwise"),
         ("LlamaForCausalLM", "embed"),
         ("GPT2LMHeadModel", "embed"),
         ("RobertaForMaskedLM", "embed"),

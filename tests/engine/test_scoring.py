@@ -70,6 +70,7 @@ def test_one_query_goes_with_every_document_and_many_with_their_own(
     assert (crossed.task, crossed.prompts) == ("classify", pairs)
     for who, task in ((BI, "embed"), (LATE, "token_embed")):
         apart = plan(who, queries, documents, NO_TEMPLATE)
+        assert isinstance(apart, Plan)
         assert (apart.task, apart.prompts) == (task, [*queries, *documents])  # a shared query once
         assert [(apart.prompts[a], apart.prompts[b]) for a, b in apart.pairs] == pairs
 

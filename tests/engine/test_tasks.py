@@ -162,10 +162,25 @@ def test_pairs_are_truncated_as_transformers_does(
     assert result.prompt_tokens == sum(len(ids) for ids, _ in pairs)
 
 
-def test_a_causal_cross_encoder_reads_one_text(
+def test_a_causal_cross_encoder_that_nobody_knows_how_to_ask_is_not_asked(
     serve: Callable[..., Engine], oracle: Callable[..., HeadOracle]
 ) -> None:
+    """Its scores would look like some; as a classifier of whole texts it is as good as any."""
     engine, theirs = serve("qwen2_cross"), oracle("qwen2_cross")
+    for documents in (DOCUMENTS, DOCUMENTS[:1]):
+        with pytest.raises(UnsupportedTask, match=r"in what words .* --chat-template.*use_sep_token"):
+            engine.score([QUERY], documents)
+    (row,) = engine.rows([QUERY], "classify", PLAIN)
+    assert close(row, theirs.logits(theirs.tokenizer(QUERY)["input_ids"]))
+
+
+_ONE_TEXT = {"use_sep_token": False}
+
+
+def test_a_causal_cross_encoder_reads_one_text_if_clients_write_it(
+    serve: Callable[..., Engine], oracle: Callable[..., HeadOracle]
+) -> None:
+    engine, theirs = serve("qwen2_cross", hf_overrides=_ONE_TEXT), oracle("qwen2_cross")
     assert engine.model.pairs == "concatenated"
     expected = [theirs.logits(theirs.tokenizer(QUERY + d)["input_ids"]) for d in DOCUMENTS]
     assert close(scores(engine.score([QUERY], DOCUMENTS, PLAIN).scores), torch.cat(expected))
@@ -258,7 +273,7 @@ def test_late_interaction_sums_the_best_match_of_each_query_token(
 
 @pytest.mark.parametrize("family", ["bert", "bert_cross", "qwen2_cross"])
 def test_each_side_can_be_cut_to_tokens_of_its_own(family: str, serve: Callable[..., Engine]) -> None:
-    engine = serve(family)
+    engine = serve(family, **({"hf_overrides": _ONE_TEXT} if family == "qwen2_cross" else {}))
     query, document = " the cat" * 10, " a mat in spain" * 10
 
     def tokens(**limits: Any) -> int:
@@ -314,7 +329,7 @@ def test_one_word_of_a_language_model_is_a_logit(
     serve: Callable[..., Engine], oracle: Callable[..., HeadOracle]
 ) -> None:
     overrides = {"classifier_from_token": ["yes"], "method": "no_post_processing"}
-    engine = serve("qwen3_lm", hf_overrides=overrides)
+    engine = serve("qwen3_lm", hf_overrides={**overrides, **_ONE_TEXT})
     theirs = oracle("qwen3_lm", AutoModelForCausalLM)
     (yes,) = theirs.tokenizer.convert_tokens_to_ids(["yes"])
     logits = torch.stack(

@@ -1,6 +1,7 @@
 """Rerankers made of language models: the logit of a word at the last token, or a row of their own, is the score.
 
-Asked with ids here; that pairs are put into each family's own words is tests/engine/test_rerankers.py's to show.
+Of the listwise ones it is the cosine of what stands at their marks. All are asked with ids here; that pairs and lists
+are put into each family's own words is shown by tests/engine/test_rerankers.py and test_listwise.py.
 """
 
 from __future__ import annotations
@@ -245,6 +246,69 @@ def untied(folder: Path) -> Reference:
     return WordReference(folder, ids(tokenizer, "no", "yes"), second_of_two)
 
 
+# ── a whole list at once ─────────────────────────────────────────────────────────────────────────────────────
+
+MARKS = ("<|embed_token|>", "<|rerank_token|>")
+_LISTS = (  # prompts with marks, in the published order and in others
+    '<passage id="0">\nthe cat sat on a mat<|embed_token|>\n</passage>\n<passage id="1">\nrain in spain'
+    "<|embed_token|>\n</passage>\n<query>\nwhere is the cat?<|rerank_token|>\n</query>",
+    "a<|embed_token|>",
+    "<|rerank_token|>ice cream<|embed_token|><|embed_token|> falls in spain at night",
+    "the cat sat on a mat, and nothing is marked",
+)
+
+
+class MarkReference:
+    """float32 vectors at the marks, [marks, 24]: the last hidden states of transformers' CausalLM, projected."""
+
+    def __init__(self, folder: Path) -> None:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.marks = torch.tensor(ids(tokenizer, *MARKS))
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
+        weights = load_file(folder / "model.safetensors")
+        self._first, self._second = weights["projector.0.weight"], weights["projector.2.weight"]
+
+    @torch.no_grad()
+    def __call__(
+        self, task: Task, ids: list[int], types: list[int] | None = None, adapter: str | None = None
+    ) -> Tensor:
+        row = torch.tensor([ids])
+        hidden = self._model(input_ids=row, output_hidden_states=True).hidden_states[-1][0]
+        marked = hidden[torch.isin(row[0], self.marks)]
+        projected: Tensor = (marked @ self._first.T).relu() @ self._second.T
+        return projected
+
+
+def jina_v3(folder: Path, **config: Any) -> MarkReference:
+    """Qwen3 with two linear layers beside it, and code of its own to put them there."""
+    tokenizer = qwen_words()
+    tokenizer.add_special_tokens(list(MARKS))
+    tokenizer.add_tokens(["<passage id=", "</passage>"])  # so that long lists are not all letters of these
+    save(folder, "qwen3", tokenizer, max_position_embeddings=16384, **config)
+    noise = torch.Generator().manual_seed(7)
+    weights = load_file(folder / "model.safetensors")
+    weights["projector.0.weight"] = torch.randn(16, 32, generator=noise)
+    weights["projector.2.weight"] = torch.randn(24, 16, generator=noise)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    code = {"AutoModel": "modeling.JinaForRanking"}
+    tiny.edit_json(folder / "config.json", architectures=["JinaForRanking"], auto_map=code)
+    tiny.edit_json(folder / "tokenizer_config.json", model_max_length=16384)
+    return MarkReference(folder)
+
+
+def jina_v3_5(folder: Path) -> MarkReference:
+    """The same with windows in some of its layers."""
+    kinds = ["sliding_attention", "full_attention"]
+    return jina_v3(folder, use_sliding_window=True, sliding_window=8, layer_types=kinds)
+
+
+def _listwise(name: str, make: Callable[[Path], Reference]) -> Member:
+    note = "all documents of a query in one prompt"
+    return Member(name, "JinaForRanking", make, ("token_embed",), texts=_LISTS, note=note)
+
+
 def _member(name: str, family: str, make: Callable[[Path], Reference], note: str) -> Member:
     return Member(name, family, make, ("classify",), note=note)
 
@@ -263,4 +327,6 @@ MEMBERS: tuple[Member, ...] = (
     _member("BAAI/bge-reranker-v2-gemma", "GemmaForCausalLM", bge_gemma, "its prompt and word by name"),
     _member("zeroentropy/zerank-2", "Qwen3ForCausalLM", zerank_with_files, "sentence-transformers files"),
     _member("zeroentropy/zerank-2, without its files", "Qwen3ForCausalLM", zerank, "its prompt by name"),
+    _listwise("jinaai/jina-reranker-v3", jina_v3),
+    _listwise("jinaai/jina-reranker-v3.5", jina_v3_5),
 )
