@@ -5,6 +5,8 @@
   served the fewest; then order of arrival. A request of 2,048 texts cannot starve a request of one.
 * Length-aware: of the next few in fair order, those near the first one's length ride along with it, but none is
   overtaken for longer than `max_overtaken_s`.
+* Of a prompt that has a cache to help it a batch may run a part only (`cache/paging.py`); then it waits again, before
+  the rest of its request. Each is charged for the tokens that are run of it.
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import deque
+from collections.abc import Container
 from itertools import count
 
 from carpool.engine.batch import Batch
+from carpool.engine.cache.blocks import Prompt
+from carpool.engine.cache.paging import Boarding, Paging
 from carpool.engine.sequence import Sequence
 
 _MAX_CANDIDATES = 256  # waiting sequences that one deal looks at (or max_num_seqs): bounds what a deal costs
@@ -70,6 +75,8 @@ class _Flow:
 class Scheduler:
     """Deals batches of at most `max_num_batched_tokens` tokens and `max_num_seqs` sequences.
 
+    With `paging`, prompts may be run in chunks and share prefixes; every batch is then to be reported to `landed`.
+
     `window_tokens` is how far ahead in fair order a deal looks for sequences of similar length (default: four
     batches). When several workers are idle a short queue is dealt in equal shares, none below `min_share_tokens`.
     """
@@ -82,7 +89,10 @@ class Scheduler:
         max_overtaken_s: float = 0.25,
         window_tokens: int | None = None,
         min_share_tokens: int = 128,
+        paging: Paging | None = None,
     ) -> None:
+        self._paging = paging
+        self._begun: dict[Sequence, None] = {}  # those that wait for their next chunk
         self._max_tokens = max_num_batched_tokens
         self._max_seqs = max_num_seqs
         self._max_overtaken_s = max_overtaken_s
@@ -100,13 +110,26 @@ class Scheduler:
         self.waiting_sequences = 0
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence; it must fit a batch by itself. The sequences of a request share its priority."""
-        if not 0 < seq.num_tokens <= self._max_tokens:
+        """Queue a sequence; it must `fit`. The sequences of a request share its priority."""
+        if not self.fits(seq):
             raise ValueError(f"{seq.num_tokens} tokens do not fit a batch of {self._max_tokens}")
+        self._queue(seq)
+
+    def fits(self, seq: Sequence) -> bool:
+        """Whether it can be run at all: whole in a batch by itself or, with the cache's help, in chunks."""
+        in_chunks = self._paging is not None and seq.prompt is not None and self._paging.holds(seq.num_tokens)
+        return 0 < seq.num_tokens <= self._max_tokens or in_chunks
+
+    def _queue(self, seq: Sequence) -> None:
+        """Behind the rest of its request or, if it has begun, before it."""
         request = self._requests.get(seq.request_id) or self._open(seq)
-        request.waiting.append(seq)
+        if seq.table is None:
+            request.waiting.append(seq)
+        else:
+            request.waiting.appendleft(seq)
+            self._begun[seq] = None
         request.dealt(0, -1)
-        self.waiting_tokens += seq.num_tokens
+        self.waiting_tokens += seq.remaining
         self.waiting_sequences += 1
 
     def abort(self, request_id: int) -> int:
@@ -115,8 +138,10 @@ class Scheduler:
         if request is None:
             return 0
         dropped = len(request.waiting)
-        self.waiting_tokens -= sum(seq.num_tokens for seq in request.waiting)
+        self.waiting_tokens -= sum(seq.remaining for seq in request.waiting)
         self.waiting_sequences -= dropped
+        for seq in request.waiting:
+            self._give_up(seq)
         request.waiting.clear()
         request.dealt(0, dropped)
         self._forget_idle()
@@ -130,19 +155,70 @@ class Scheduler:
             self._forget_idle()
             return None
         chosen = self._choose(candidates, budget, now)
-        last = max(i for i, seq in enumerate(candidates) if seq in chosen)
+        last = max((i for i, seq in enumerate(candidates) if seq in chosen), default=-1)
         for i in range(len(candidates) - 1, -1, -1):
             seq = candidates[i]
             if seq not in chosen:
                 self._put_back(seq)
                 if i < last and seq.overtaken_at is None:
                     seq.overtaken_at = now
+        if not chosen and self._begun:
+            # All that was looked at waits for blocks, and those who hold some stand further back.
+            chosen = self._next_chunk(next(iter(self._begun)))
+            candidates = list(chosen)
         for seq in candidates:
             request = self._requests.get(seq.request_id)
             if request is not None and not request.num_waiting:
                 del self._requests[seq.request_id]
         self._forget_idle()
-        return Batch.of(list(chosen))
+        return Batch.of(list(chosen), chosen) if chosen else None
+
+    def landed(self, batch: Batch, gone: Container[Sequence] = ()) -> None:
+        """The batch was run. Those with more to do wait again; nothing is kept of the `gone`, whose request ended."""
+        if self._paging is None:
+            return
+        for seq, tokens in zip(batch.sequences, batch.counts, strict=True):
+            if seq in gone:
+                self._give_up(seq)
+                continue
+            self._paging.landed(seq, tokens)
+            if seq.remaining:
+                self._queue(seq)
+
+    def undone(self, batch: Batch, gone: Container[Sequence] = ()) -> None:
+        """The batch failed, and one of its sequences may have read what another should have written: none of it counts.
+
+        Each starts again from nothing, in a batch of its own, but for the `gone`.
+        """
+        for seq in batch.sequences:
+            self._give_up(seq)
+            seq.computed, seq.cached, seq.alone = 0, 0, True
+            if seq.prompt is not None:
+                seq.prompt = Prompt(seq.num_tokens, reuse=False)
+            if seq not in gone:
+                self._queue(seq)
+
+    def _give_up(self, seq: Sequence) -> None:
+        """Take back what it holds of the cache."""
+        self._begun.pop(seq, None)
+        if self._paging is not None:
+            self._paging.drop(seq)
+
+    def _next_chunk(self, seq: Sequence) -> dict[Sequence, int]:
+        """Take one that has begun out of the middle of the queue, and run its next chunk by itself."""
+        request = self._requests[seq.request_id]
+        request.waiting.remove(seq)
+        del self._begun[seq]
+        self.waiting_tokens -= seq.remaining
+        self.waiting_sequences -= 1
+        tokens = Boarding(self._paging, self._max_tokens).take(seq)
+        request.dealt(tokens, 1)
+        return {seq: tokens}
+
+    @property
+    def fills_a_batch(self) -> bool:
+        """Whether so much waits that nothing to come could still join the next batch."""
+        return self.waiting_tokens >= self._max_tokens or self.waiting_sequences >= self._max_seqs
 
     def take_expired(self) -> list[Sequence]:
         """The sequences that were dropped because their deadline had passed, each exactly once."""
@@ -154,29 +230,44 @@ class Scheduler:
         share = -(-self.waiting_tokens // max(1, idle_workers))
         return min(self._max_tokens, max(share, self._min_share_tokens))
 
-    def _choose(self, candidates: list[Sequence], budget: int, now: float) -> dict[Sequence, None]:
-        """The first in fair order; then, priority by priority, the overdue and those nearest to it in length."""
-        first = candidates[0]
+    def _choose(self, candidates: list[Sequence], budget: int, now: float) -> dict[Sequence, int]:
+        """The first in fair order; then, priority by priority, the overdue and those nearest to it in length.
+
+        Each with the tokens that are run of it. Nobody is chosen only if all would have to wait for the cache.
+        """
+        boarding = Boarding(self._paging, budget)
+        chosen: dict[Sequence, int] = {}
+        charged = {seq: seq.remaining for seq in candidates}
+        behind = iter(candidates)
+        for first in behind:
+            if tokens := boarding.take(first, self._max_tokens):  # it rides even if its share is smaller
+                chosen[first] = tokens
+                break
+        else:
+            return chosen
 
         def rank(seq: Sequence) -> tuple[int, bool, int]:
             if seq.overtaken_at is not None and now - seq.overtaken_at >= self._max_overtaken_s:
                 return seq.priority, False, 0
-            return seq.priority, True, abs(seq.num_tokens - first.num_tokens)
+            return seq.priority, True, abs(charged[seq] - charged[first])
 
-        total = first.num_tokens
-        chosen = {first: None}  # a dict as an ordered set: sequences hash by identity
-        aboard = {
-            id(first.token_ids)
-        }  # a prompt of which several results are asked is one list, and is run once
-        for seq in sorted(candidates[1:], key=rank):  # stable: equal ranks stay in fair order
+        # A prompt of which several results are asked is one list, and is run once.
+        aboard = {id(first.token_ids)}
+        # Stable: those of equal rank stay in fair order.
+        others = [] if first.alone else sorted(behind, key=rank)
+        for seq in others:
             if len(chosen) == self._max_seqs:
                 break
-            if id(seq.token_ids) in aboard:
-                chosen[seq] = None
-            elif total + seq.num_tokens <= budget:
-                total += seq.num_tokens
-                chosen[seq] = None
+            if seq.alone:
+                continue
+            if id(seq.token_ids) in aboard and seq.prompt is None:
+                chosen[seq] = seq.num_tokens
+            elif tokens := boarding.take(seq):
+                chosen[seq] = tokens
                 aboard.add(id(seq.token_ids))
+        for seq, tokens in chosen.items():
+            if tokens < charged[seq]:
+                self._requests[seq.request_id].dealt(tokens - charged[seq], 0)
         return chosen
 
     def _pick(self, tokens: int, now: float) -> list[Sequence]:
@@ -191,25 +282,29 @@ class Scheduler:
                     flow = flow.least_served()
                 assert flow is not None, "a class that counts waiting sequences has a request that holds one"
                 seq = flow.waiting.popleft()
-                self.waiting_tokens -= seq.num_tokens
+                self._begun.pop(seq, None)
+                self.waiting_tokens -= seq.remaining
                 self.waiting_sequences -= 1
                 if seq.deadline is not None and seq.deadline <= now:
                     flow.dealt(0, 1)
+                    self._give_up(seq)
                     self._expired.append(seq)
                     if not flow.num_waiting:
                         self._requests.pop(seq.request_id)
                     continue
-                flow.dealt(seq.num_tokens, 1)
+                flow.dealt(seq.remaining, 1)
                 picked.append(seq)
-                total += seq.num_tokens
+                total += min(seq.remaining, self._max_tokens)
         return picked
 
     def _put_back(self, seq: Sequence) -> None:
         """Undo a pick. In reverse order of picking, every queue is as it was."""
         request = self._requests[seq.request_id]
         request.waiting.appendleft(seq)
-        request.dealt(-seq.num_tokens, -1)
-        self.waiting_tokens += seq.num_tokens
+        if seq.table is not None:
+            self._begun[seq] = None
+        request.dealt(-seq.remaining, -1)
+        self.waiting_tokens += seq.remaining
         self.waiting_sequences += 1
 
     def _open(self, seq: Sequence) -> _Flow:

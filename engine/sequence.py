@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from carpool.engine.cache.blocks import BlockTable, Prompt
 from carpool.engine.params import PoolingParams, Task
 
 
@@ -29,11 +30,25 @@ class Sequence:
 
     skip: int = 0  # tokens at its beginning that are not pooled: a prompt before the text
 
+    # What the cache is told of it, None to be run whole and by itself; and, written by the scheduler alone, where its
+    # keys and values are kept, how many tokens of it need not be run any more, and how many of them others had run.
+    prompt: Prompt | None = None
+    table: BlockTable | None = None
+    computed: int = 0
+    cached: int = 0
+    alone: bool = False  # it was in a batch that failed, and shares no other
+
     @property
     def work(self) -> tuple[object, ...]:
         """All that its hidden states depend on: of sequences of equal work in one batch, one is run."""
-        return tuple(self.token_ids), self.type_start, self.adapter, self.unseen
+        whole = tuple(self.token_ids), self.type_start, self.adapter, self.unseen
+        return whole if self.table is None else (*whole, id(self.table))
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that are still to be run."""
+        return len(self.token_ids) - self.computed

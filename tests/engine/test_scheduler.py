@@ -244,6 +244,15 @@ def test_a_handful_of_tokens_is_not_torn_apart_for_idle_workers() -> None:
     assert batch.num_tokens == 100
 
 
+@pytest.mark.parametrize(
+    ("lengths", "fills"), [([5, 4], False), ([5, 5], True), ([1, 1], False), ([1, 1, 1], True), ([], False)]
+)
+def test_a_batch_is_full_once_nothing_more_fits_it(lengths: list[int], fills: bool) -> None:
+    scheduler = Scheduler(10, 3)
+    add(scheduler, *lengths)
+    assert scheduler.fills_a_batch is fills
+
+
 # ── length grouping and its bound ────────────────────────────────────────────────────────────────────────────
 
 
