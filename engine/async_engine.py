@@ -33,6 +33,7 @@ from carpool.engine.errors import (
 )
 from carpool.engine.framed import Framed
 from carpool.engine.late_interaction import RoleText
+from carpool.engine.listwise import ListPlan
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.outputs import PoolingResult, ScoreResult, Timings
 from carpool.engine.params import PoolingParams, Task, TokenizationParams
@@ -96,10 +97,38 @@ class _Pending:
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """What the workers are doing."""
+    """What the workers are doing: `idle` have nothing to do, `held` counts the batches of each that has.
+
+    A worker's results come in the order of its batches, so one watchdog watches over the oldest of them.
+    """
 
     idle: list[Worker] = field(default_factory=list)
+    held: dict[Worker, int] = field(default_factory=dict)
     watchdogs: dict[Worker, asyncio.TimerHandle] = field(default_factory=dict)
+
+    def taker(self, full: bool) -> Worker | None:
+        """Who takes the next batch; None if it had better wait. `full` is whether nothing could join it any more.
+
+        A worker that is at work already takes another batch to have it ready when its device is done, but a full one
+        only: any other grows while it waits, and dealt now it would go in two parts through one device, for the price
+        of two.
+        """
+        if self.idle:
+            return self.idle[-1]
+        with_room = [worker for worker, held in self.held.items() if held < worker.places] if full else []
+        return min(with_room, key=self.held.__getitem__, default=None)
+
+    def took(self, worker: Worker) -> None:
+        held = self.held.get(worker, 0)
+        if not held:
+            self.idle.remove(worker)
+        self.held[worker] = held + 1
+
+    def landed(self, worker: Worker) -> None:
+        self.held[worker] -= 1
+        if not self.held[worker]:
+            del self.held[worker]
+            self.idle.append(worker)
 
 
 def _build(config: EngineConfig) -> Built:
@@ -284,6 +313,7 @@ class AsyncEngine:
                     "input",
                 )
             prepared = Prepared(slices)
+            params = replace(params, embed_dtype="float32")  # slices are averaged
         spent = time.monotonic() - start
         if timeout is not None and spent >= timeout:
             raise DeadlineExceeded("The request's deadline passed before it could run.")
@@ -326,7 +356,7 @@ class AsyncEngine:
         try:
             result = await self.pool(
                 planned.prompts,
-                params,
+                replace(params, embed_dtype="float32"),  # scores are computed on the host
                 replace(tokenization, add_special_tokens=True),
                 task=planned.task,
                 adapter=adapter,
@@ -352,7 +382,7 @@ class AsyncEngine:
         tokenization: TokenizationParams,
         template: str | None,
         template_kwargs: Mapping[str, Any] | None,
-    ) -> Plan:
+    ) -> Plan | ListPlan:
         longest = parts.model.max_model_len
         for name in ("max_tokens_per_query", "max_tokens_per_doc"):
             limit = getattr(tokenization, name)
@@ -365,7 +395,8 @@ class AsyncEngine:
         if tokenization.max_tokens_per_doc:
             documents = parts.tokenizer.shorten(documents, tokenization.max_tokens_per_doc)
         framer = parts.chat.replaced(template).for_pairs() if template else parts.framer
-        return plan(parts.model, queries, documents, framer, template_kwargs)
+        limit = tokenization.truncate_prompt_tokens
+        return plan(parts.model, queries, documents, framer, template_kwargs, limit)
 
     async def pair_prompts(self, pairs: list[tuple[str, str]]) -> Prompts:
         """Pairs of texts as the prompts that the model wants them in, to be given to `pool`."""
@@ -487,14 +518,14 @@ class AsyncEngine:
             asyncio.get_running_loop().call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
-        """Give every idle worker a batch, as long as something waits."""
+        """Give every worker that can do with one a batch, as long as something waits."""
         self._dispatch_due = False
         assert self._scheduler is not None
-        loop = asyncio.get_running_loop()
-        idle = self._flight.idle
-        while idle and self.state != "dead":
+        flight = self._flight
+        while self.state != "dead" and (worker := flight.taker(self._scheduler.fills_a_batch)):
             now = time.monotonic()
-            batch = self._scheduler.schedule(now, len(idle))
+            # A worker counts once, whatever its places: a short queue is shared by devices.
+            batch = self._scheduler.schedule(now, len(flight.idle))
             expired = self._scheduler.take_expired()
             if expired:
                 self.observer.sequences_cancelled(len(expired))
@@ -502,16 +533,22 @@ class AsyncEngine:
                 self._expire(seq.request_id)
             if batch is None:
                 return
-            for seq in batch.sequences:
-                pending = self._pending[seq.request_id]
-                pending.result.timings.queue = now - pending.arrival
-            worker = idle.pop()
-            self._flight.watchdogs[worker] = loop.call_later(_HUNG_AFTER_S, self._hung, worker)
+            flight.took(worker)
+            if worker not in flight.watchdogs:
+                self._watch(worker)
             worker.submit(batch)
 
+    def _watch(self, worker: Worker) -> None:
+        """Give the worker's oldest batch its time from now."""
+        loop = asyncio.get_running_loop()
+        self._flight.watchdogs[worker] = loop.call_later(_HUNG_AFTER_S, self._hung, worker)
+
     def _done(self, worker: Worker, batch: Batch, rows: list[Row], seconds: float) -> None:
+        began = time.monotonic() - seconds  # until then it waited, here or behind another on the device
         self._flight.watchdogs.pop(worker).cancel()
-        self._flight.idle.append(worker)
+        self._flight.landed(worker)
+        if worker in self._flight.held:
+            self._watch(worker)  # the next one, from now on
         self._dispatch()  # first, so that the worker is busy while results are handed out
         if self.state != "starting":  # the warm-up is nobody's traffic
             self.observer.batch_done(batch.num_tokens, len(batch.sequences), seconds)
@@ -523,6 +560,7 @@ class AsyncEngine:
                 self._settle(seq.request_id, row)
                 continue
             pending.result.rows[seq.index] = row
+            pending.result.timings.queue = max(0.0, began - pending.arrival)
             pending.result.timings.forward = max(pending.result.timings.forward, seconds)
             pending.remaining -= 1
             if pending.on_progress:
@@ -560,7 +598,8 @@ class AsyncEngine:
         self._die(f"A worker died: {type(error).__name__}.")
 
     def _hung(self, worker: Worker) -> None:
-        self._die("A worker hangs.")
+        if self.state != "stopped":  # else it holds what a stop has left behind
+            self._die("A worker hangs.")
 
     def _die(self, why: str) -> None:
         """A lost worker took its batch along; nothing that waits can be promised an answer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,20 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from carpool.engine import budget
 from carpool.engine.architecture import Architecture, labels_of
 from carpool.engine.chat import ChatTemplate
 from carpool.engine.checkpoint import Checkpoint
 from carpool.engine.config import EngineConfig
-from carpool.engine.device import resolve_device, resolve_dtype
+from carpool.engine.device import limit_memory, resolve_devices, resolve_dtype
 from carpool.engine.errors import ConfigError
 from carpool.engine.fast_tokenizer import end_notice, load_fast
 from carpool.engine.hub import locate
+from carpool.engine.listwise import MARKS, Listwise
 from carpool.engine.memory import bound_primitive_cache
 from carpool.engine.model_info import ModelInfo, PairShape
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.loader import Loaded, Loader
 from carpool.engine.models.model import Model
-from carpool.engine.models.probe import keeps_unseen
+from carpool.engine.models.probe import attention_chosen, keeps_unseen
 from carpool.engine.pairing import Pairing
 from carpool.engine.params import Task
 from carpool.engine.poolers.adapted import AdaptedPool
@@ -35,18 +37,18 @@ from carpool.engine.pools import head_width, make_pools, pooling_modes, pooling_
 from carpool.engine.runner import ModelRunner
 from carpool.engine.scoring import Framer
 from carpool.engine.tokenizer import Tokenizer
-from carpool.kernels.ops import attention_in_use
+from carpool.kernels import launch, native
+from carpool.kernels.attention import Choice
 
 _UNEXPANDED = (
     "Queries are not expanded, though the model's files ask for it: in this model, tokens that are not to be looked at "
     "would be. Scores differ from PyLate's."
 )
-_DEFAULT_BATCH_TOKENS = 2048  # the best micro-batch on the CPUs measured: docs/log.md
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an engine is made of. `runners` share one set of weights; each is for one worker."""
+    """What an engine is made of. `runners` are for one worker each, and share the weights of their device."""
 
     model: ModelInfo
     tokenizer: Tokenizer
@@ -63,10 +65,15 @@ class _Plan:
     checkpoint: Checkpoint
     pairing: Pairing
     architecture: Architecture
-    device: torch.device
+    devices: tuple[torch.device, ...]
     dtype: torch.dtype
     max_model_len: int
     notice: str | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is loaded; it is copied to the others."""
+        return self.devices[0]
 
     @classmethod
     def of(cls, config: EngineConfig, folder: Path) -> _Plan:
@@ -79,9 +86,12 @@ class _Plan:
             step_words=bool(pooler.steps and pooler.returned_token_ids),
             files=checkpoint.files,
         )
-        device = resolve_device(config.device)
+        devices = resolve_devices(config.device, config.data_parallel_size)
+        device = devices[0]
         if config.quantization and device.type != "cpu":
             raise ConfigError("--quantization int8 is for CPUs: give --device cpu as well, or leave it out.")
+        if config.cuda_graphs and device.type == "cpu":
+            raise ConfigError("--cuda-graphs is for GPUs: give --device cuda as well, or leave it out.")
         dtype, notice = resolve_dtype(
             config.dtype, checkpoint.stored_dtype, device, str(checkpoint.text_config.get("model_type"))
         )
@@ -90,7 +100,7 @@ class _Plan:
             checkpoint=checkpoint,
             pairing=pairing,
             architecture=architecture,
-            device=device,
+            devices=devices,
             dtype=dtype,
             max_model_len=_max_model_len(config, checkpoint),
             notice=notice,
@@ -131,30 +141,70 @@ def build(config: EngineConfig) -> Parts:
     fast = load_fast(words, trust_remote_code=config.trust_remote_code)
     tokenizer = plan.tokenizer(fast)
     chat = ChatTemplate.of(fast, config.chat_template)
-    framer = plan.pairing.framer(plan.config, chat, tokenizer)
-    model = plan.model(tokenizer)
+    framer = _framer(plan, chat, tokenizer)
+    if plan.device.type == "cuda" and config.gpu_memory_utilization:
+        limit_memory(plan.devices, config.gpu_memory_utilization)
+    with budget.room_for_weights(plan.device):
+        model = plan.model(tokenizer)
     unexpanded = _give_up_expansion(tokenizer, model.backbone, plan.checkpoint.vocab_size)
+    attention = attention_chosen(model.backbone, plan.checkpoint.vocab_size, unseen=tokenizer.expands_unseen)
     width = head_width(model.loaded)
-    pools = _pools(plan, model, width, Marks.of(fast))
+    pools = _pools(plan, model, width, _marks(plan, fast, tokenizer))
     notices = (
         plan.notice,
         *model.notices,
         unexpanded,
-        _native_notice(plan.device),
+        *_attention_notices(plan.device, attention),
+        *_device_notices(config, plan.device),
         end_notice(words, fast),
         *plan.pairing.notices(framer, plan.config, blunt=_is_blunt(plan, model, width)),
     )
     info = replace(
-        _model_info(plan, model, pools, width),
+        _model_info(plan, model, pools, width, attention),
         root=config.model or str(folder),
         roles={role: scribe.skipped for role, scribe in tokenizer.scribes.items()},
         chat_template=chat.present,
         score_template=framer is not None,
         notices=tuple(sentence for sentence in notices if sentence),
     )
-    runner = ModelRunner(model.backbone, Pooler(pools), plan.device)
-    runners = [runner, *(runner.replica() for _ in range(info.workers - 1))]
+    runners = _runners(plan, ModelRunner(model.backbone, Pooler(pools), plan.device), info.workers)
+    if plan.device.type == "cuda":
+        info = replace(info, notices=(*info.notices, *_recorded(plan, runners)))
+        info = _fitted(info, plan.devices, runners)
     return Parts(info, tokenizer, chat, framer, runners)
+
+
+def _runners(plan: _Plan, first: ModelRunner, workers: int) -> list[ModelRunner]:
+    """One a worker: on a CPU all over one set of weights, on GPUs each over a copy of its own."""
+    if plan.device.type == "cpu":
+        return [first, *(first.replica() for _ in range(workers - 1))]
+    runners = [first]
+    for device in plan.devices[1:]:
+        with budget.room_for_weights(device):
+            runners.append(first.replica(device))
+    return runners
+
+
+def _recorded(plan: _Plan, runners: Seq[ModelRunner]) -> dict[str, None]:
+    """Let each GPU record its own graphs, now that all copies are made: recordings cannot be copied. The notices."""
+    if not plan.config.cuda_graphs:
+        return {}
+    notices = [runner.record(plan.checkpoint.vocab_size, plan.max_model_len) for runner in runners]
+    return dict.fromkeys(notice for notice in notices if notice)
+
+
+def _fitted(info: ModelInfo, devices: Seq[torch.device], runners: Seq[ModelRunner]) -> ModelInfo:
+    """With batches no larger than the GPUs have memory for, which has been tried."""
+    fit = budget.tried(
+        list(zip(devices, runners, strict=True)),
+        most=info.max_num_batched_tokens,
+        max_model_len=info.max_model_len,
+        max_num_seqs=info.max_num_seqs,
+        vocab_size=info.vocab_size,
+        tasks=sorted(info.tasks),
+    )
+    notices = (*info.notices, fit.notice) if fit.notice else info.notices
+    return replace(info, max_num_batched_tokens=fit.tokens, notices=notices)
 
 
 def _pools(plan: _Plan, model: Model, width: int, marks: Marks) -> dict[Task, Pool]:
@@ -174,7 +224,9 @@ def _pools(plan: _Plan, model: Model, width: int, marks: Marks) -> dict[Task, Po
     return {task: AdaptedPool({slot: own[task] for slot, own in by_slot.items()}) for task in pools}
 
 
-def _model_info(plan: _Plan, model: Model, pools: Mapping[Task, Pool], width: int) -> ModelInfo:
+def _model_info(
+    plan: _Plan, model: Model, pools: Mapping[Task, Pool], width: int, attention: Mapping[Choice, int]
+) -> ModelInfo:
     """All that the plan and the model say of themselves; `width` is what the head gives."""
     config, checkpoint, architecture = plan.config, plan.checkpoint, plan.architecture
     num_labels = 0 if architecture.embeds else width
@@ -196,18 +248,18 @@ def _model_info(plan: _Plan, model: Model, pools: Mapping[Task, Pool], width: in
         task_adapters=model.adapters.tasks,
         default_adapter=model.adapters.default,
         pooling=pooling_name(checkpoint, architecture, pooling_modes(checkpoint, model.loaded)),
-        normalize=checkpoint.normalize and architecture.kind != "sparse",
+        normalize=checkpoint.normalize and architecture.kind not in ("sparse", "listwise"),
         leaves_out_prompts=checkpoint.leaves_out_prompts,
         similarity=similarity_of(checkpoint, architecture),
-        pairs=_pairs(checkpoint, model.loaded),
+        pairs="listwise" if architecture.kind == "listwise" else _pairs(checkpoint, model.loaded),
         dtype=str(plan.dtype).removeprefix("torch."),
-        device=str(plan.device),
-        workers=_workers(config, plan.device),
+        device=", ".join(map(str, plan.devices)),
+        workers=_workers(config, plan.devices),
         parameters=model.parameters,
-        max_num_batched_tokens=_max_num_batched_tokens(config, plan.max_model_len),
+        max_num_batched_tokens=budget.wanted(config.max_num_batched_tokens, plan.max_model_len, plan.device),
         max_num_seqs=config.max_num_seqs,
         packing=model.backbone.packing,
-        attention=_attention(model.backbone, plan.device),
+        attention=_attention_in_words(attention),
         quantization=config.quantization,
         surgery=model.surgery,
     )
@@ -246,12 +298,40 @@ def _default_task(config: EngineConfig, pools: Mapping[Task, Pool]) -> Task:
 # ── score prompts ────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _framer(plan: _Plan, chat: ChatTemplate, tokenizer: Tokenizer) -> Framer | None:
+    """What puts pairs, or the lists of a listwise reranker, into words; None if the tokenizer's separators do."""
+    if plan.architecture.kind != "listwise":
+        return plan.pairing.framer(plan.config, chat, tokenizer)
+    if plan.config.chat_template:
+        raise ConfigError(
+            "This model reads a query and all its documents in a prompt of its own, in place of which no template can "
+            "stand: leave --chat-template out."
+        )
+    config = plan.checkpoint.config
+    return Listwise(
+        tokenizer=tokenizer,
+        longest=plan.max_model_len,
+        max_query=int(config["max_query_length"]),
+        max_document=int(config["max_doc_length"]),
+    )
+
+
+def _marks(plan: _Plan, fast: Any, tokenizer: Tokenizer) -> Marks:
+    marks = Marks.of(fast)
+    if plan.architecture.kind != "listwise":
+        return marks
+    return replace(marks, listed=frozenset(tokenizer.ids_of(MARKS)))
+
+
 def _pairs(checkpoint: Checkpoint, loaded: Loaded) -> PairShape:
-    """Whether a scored pair is one text, q + d, or two texts with the tokenizer's separators."""
+    """Whether a scored pair is one text, q + d, or two texts with the tokenizer's separators, unless it has a framer.
+
+    sentence-transformers has it apart where its files say nothing; of a language model nobody knows it.
+    """
     config = checkpoint.config
     flag = config.get("use_sep_token", config.get("use_pad_token"))
     if flag is None:
-        flag = loaded.pooling != "last" or checkpoint.pairs is not None  # so sentence-transformers has it
+        return "unknown" if loaded.pooling == "last" and checkpoint.pairs is None else "separated"
     return "separated" if flag else "concatenated"
 
 
@@ -274,31 +354,37 @@ def _max_embed_len(config: EngineConfig, max_model_len: int) -> int | None:
     return config.pooler_config.max_embed_len
 
 
-def _max_num_batched_tokens(config: EngineConfig, max_model_len: int) -> int:
-    asked = config.max_num_batched_tokens
-    if asked is not None and asked < max_model_len:
-        raise ConfigError(
-            f"--max-num-batched-tokens {asked} is less than one prompt may have ({max_model_len}): "
-            "raise it, or lower --max-model-len."
-        )
-    return asked or max(_DEFAULT_BATCH_TOKENS, max_model_len)
-
-
-def _workers(config: EngineConfig, device: torch.device) -> int:
-    """One a device; on a CPU one a core this process may use, unless told otherwise."""
-    if device.type != "cpu":
-        return 1
+def _workers(config: EngineConfig, devices: Seq[torch.device]) -> int:
+    """One a GPU; on a CPU one a core this process may use, unless told otherwise."""
+    if devices[0].type != "cpu":
+        return len(devices)
     return config.cpu_workers or len(os.sched_getaffinity(0))
 
 
-def _attention(backbone: Backbone, device: torch.device) -> str:
-    if backbone.packing == "padded":
-        return "transformers"
-    return attention_in_use() if device.type == "cpu" else "torch"
+def _attention_in_words(served: Mapping[Choice, int]) -> str:
+    """Which attention serves how many layers, for people to read."""
+    each = (f"{choice} ({layers} layer{'s' if layers > 1 else ''})" for choice, layers in served.items())
+    return ", ".join(each) or "transformers"
 
 
-def _native_notice(device: torch.device) -> str | None:
-    """Fallbacks are loud: without its native kernels a CPU server is right, and slower than it need be."""
-    if device.type != "cpu" or attention_in_use() != "torch":
-        return None
-    return "The native CPU kernels were not built (no C++ compiler at install, or another CPU): torch serves, slower."
+def _attention_notices(device: torch.device, served: Mapping[Choice, int]) -> Iterator[str]:
+    """Fallbacks are loud: such a server is right, and slower than it need be."""
+    if device.type == "cpu" and native.library is None:
+        yield (
+            "The native CPU kernels were not built (no C++ compiler at install, or another CPU): torch serves, slower."
+        )
+    yield from dict.fromkeys(choice.notice for choice in served if choice.notice)
+
+
+def _device_notices(config: EngineConfig, device: torch.device) -> Iterator[str]:
+    """What is missing beside a GPU, and options that are for the other kind of device."""
+    if device.type == "cpu":
+        if config.gpu_memory_utilization is not None:
+            yield "--gpu-memory-utilization has no meaning on a CPU."
+        return
+    if config.cpu_workers is not None:
+        yield "--cpu-workers has no meaning on a GPU: there is one worker a device (--data-parallel-size)."
+    if fault := launch.fault():
+        yield f"The CUDA kernels cannot be launched, and torch serves in their place, slower: {fault}"
+    elif mismatch := launch.mismatch():
+        yield mismatch

@@ -7,6 +7,7 @@ are all made from these fields.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -14,7 +15,6 @@ from typing import Any, Literal, get_args
 from carpool.engine.errors import ConfigError
 from carpool.engine.params import Task
 
-Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "float", "bfloat16", "float16", "half"]
 SeqPoolingType = Literal["CLS", "LAST", "MEAN"]
 TokPoolingType = Literal["ALL", "STEP"]
@@ -183,10 +183,36 @@ class EngineConfig:
     )
     max_num_seqs: int = option(256, "Most prompts in one batch.")
     max_num_batched_tokens: int | None = option(
-        None, "Most tokens in one batch; by default 2048, or one prompt's worth."
+        None,
+        "Most tokens in one batch; by default 2048, on a GPU 16384, or one prompt's worth; less where memory is short.",
     )
-    device: Device = option("auto", "Where the model runs.")
+    device: str = option("auto", "Where the model runs: cpu, cuda, cuda:N; auto is the first GPU, if any.")
+    data_parallel_size: int = option(
+        1, "GPUs that each run a copy of the model, numbered on from the --device."
+    )
     cpu_workers: int | None = option(None, "Threads that each run batches on a CPU; by default one a core.")
+    gpu_memory_utilization: float | None = option(
+        None, "Most of a GPU's memory to take, as a part of 1; nothing is taken ahead of need."
+    )
+    cuda_graphs: bool = option(
+        False, "Record small batches of common shapes on the GPU and play them back with one launch."
+    )
+    enable_prefix_caching: bool | None = option(
+        None,
+        "Keep keys and values of prompts' beginnings for those that begin alike; by default where a causal model's "
+        "results are of last tokens.",
+    )
+    enable_chunked_prefill: bool | None = option(
+        None, "Run long prompts in chunks, beside others; by default where the model is causal."
+    )
+    long_prefill_token_threshold: int | None = option(
+        None, "Longest chunk, and longest prompt that is run whole; by default 512, on a GPU 2048."
+    )
+    block_size: int = option(16, "Tokens in a block of the cache of keys and values.")
+    kv_cache_memory_bytes: int | None = option(
+        None,
+        "Memory for keys and values; by default room for the longest prompt, within 1 GiB, on a GPU a tenth of it.",
+    )
     max_queued_tokens: int | None = option(
         None, "Waiting tokens above which requests get 503; by default 60 s of work."
     )
@@ -206,6 +232,7 @@ class EngineConfig:
             "max_model_len",
             "max_num_seqs",
             "max_num_batched_tokens",
+            "data_parallel_size",
             "cpu_workers",
             "max_queued_tokens",
         ):
@@ -221,7 +248,12 @@ class EngineConfig:
         _check_choice("--runner", self.runner, get_args(Runner))
         _check_choice("--convert", self.convert, get_args(Convert))
         _check_choice("--dtype", self.dtype, get_args(DType))
-        _check_choice("--device", self.device, get_args(Device))
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device, re.ASCII):
+            raise ConfigError(f"--device must be one of auto, cpu, cuda, cuda:N, got {self.device!r}.")
+        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"--gpu-memory-utilization must be more than 0 and at most 1, got {self.gpu_memory_utilization}."
+            )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -16,7 +16,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from carpool.engine.async_engine import AsyncEngine
@@ -215,7 +217,8 @@ class LLM:
             )
         queries, documents = _texts(data_1, "data_1"), _texts(data_2, "data_2")
         tokenization = _tokenization(truncate_prompt_tokens, tokenization_kwargs)
-        apart = len(queries) if model.score_type != "cross-encoder" else 0  # prompts of their own
+        # Queries that are prompts of their own.
+        apart = len(queries) if model.score_type in ("bi-encoder", "late-interaction") else 0
         with _bar(use_tqdm, apart + len(documents)) as progress:
             result = self._loop.run(
                 self._engine.score(
@@ -231,6 +234,11 @@ class LLM:
             )
         pairs = zip(result.scores, result.pair_token_ids, strict=True)
         return [RequestOutput(str(i), ScoringOutput(score), ids) for i, (score, ids) in enumerate(pairs)]
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """What the model is and how it is run: what `GET /info` tells of a server."""
+        return self._engine.model
 
     def close(self) -> None:
         """Free the model. Called by itself when the object goes or the program ends."""
@@ -441,7 +449,7 @@ def _one_each(items: Seq[object], given: O | Seq[O], name: str) -> list[O]:
 def _answers(
     result: PoolingResult, places: list[int], tasks: tuple[Task, ...]
 ) -> list[RequestOutput[PoolingOutput]]:
-    tensors = [torch.from_numpy(row.copy()) for row in result.rows]
+    tensors = [_tensor(row) for row in result.rows]
     each: Seq[Any] = tensors
     if len(tasks) > 1:
         by_prompt = zip(*(tensors[i :: len(tasks)] for i in range(len(tasks))), strict=True)
@@ -454,3 +462,10 @@ def _answers(
 
 def _with(answer: RequestOutput[PoolingOutput], outputs: O) -> RequestOutput[O]:
     return RequestOutput(answer.request_id, outputs, answer.prompt_token_ids)
+
+
+def _tensor(row: NDArray[Any]) -> torch.Tensor:
+    """A copy. torch does not know the bfloat16 that numpy has from elsewhere."""
+    if row.dtype.name == "bfloat16":
+        return torch.from_numpy(row.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(row.copy())

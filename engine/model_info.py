@@ -7,8 +7,8 @@ from typing import Literal
 from carpool.engine.late_interaction import Role
 from carpool.engine.params import Matryoshka, Task, TaskAdapter
 
-PairShape = Literal["separated", "concatenated"]
-ScoreType = Literal["cross-encoder", "bi-encoder", "late-interaction"]
+PairShape = Literal["separated", "concatenated", "unknown", "listwise"]
+ScoreType = Literal["cross-encoder", "bi-encoder", "late-interaction", "listwise"]
 Similarity = Literal["cosine", "dot", "maxsim", "meanmaxsim"]
 
 
@@ -37,7 +37,8 @@ class ModelInfo:
     similarity: Similarity = "cosine"  # how two results of one model are compared
     # Of a late interaction that writes queries and documents each in its way: ids whose vectors take no part in scores.
     roles: Mapping[Role, frozenset[int]] = field(default_factory=dict)
-    pairs: PairShape = "separated"  # how a scored pair is tokenised
+    # How a scored pair is tokenised; unknown: in words that nobody gave, listwise: with all others of its query.
+    pairs: PairShape = "separated"
     chat_template: bool = False  # chats can be rendered
     score_template: bool = False  # scored pairs are put into a prompt
     dtype: str
@@ -57,6 +58,8 @@ class ModelInfo:
     @property
     def score_type(self) -> ScoreType | None:
         """How the model scores a pair of texts, if it can."""
+        if self.pairs == "listwise":
+            return "listwise"
         if "classify" in self.tasks:
             return "cross-encoder" if len(self.labels) == 1 else None
         if self.default_task == "token_embed":

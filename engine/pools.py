@@ -17,7 +17,7 @@ from carpool.engine.poolers.bge_m3 import Marks, UnmarkedPool, load_linear
 from carpool.engine.poolers.classify import ClassifyHead, ClassifyPool, TokenClassifyPool, activation_named
 from carpool.engine.poolers.dense import activation, load_dense
 from carpool.engine.poolers.embed import EmbedHead, EmbedPool, TokenEmbedPool
-from carpool.engine.poolers.methods import METHODS
+from carpool.engine.poolers.marked import MarkedPool
 from carpool.engine.poolers.pooler import Pool
 from carpool.engine.poolers.sparse import LexicalPool, NonZeroPool
 from carpool.engine.poolers.splade import SpladePool
@@ -63,6 +63,10 @@ def make_pools(
                 )
             vectors = SpladePool(loaded.head, width, checkpoint.splade)
             return {"embed": vectors, "sparse_embed": NonZeroPool(vectors)}
+        case "listwise":
+            assert loaded.head is not None, "a listwise reranker is loaded with its projector"
+            # Not normalised: the vectors of several prompts are averaged as they are.
+            return {"token_embed": MarkedPool(EmbedHead([loaded.head], False, None), marks.listed)}
     return _classify_pools(checkpoint, config, architecture, loaded, modes[0], width)
 
 
@@ -83,6 +87,8 @@ def pooling_name(checkpoint: Checkpoint, architecture: Architecture, modes: tupl
             return "all"
         case "sparse":
             return f"{checkpoint.splade.strategy} of logits"
+        case "listwise":
+            return "marks"
     return "+".join(modes)
 
 
@@ -179,4 +185,4 @@ def _classify_pools(
         tokens = TokenClassifyPool(head, tag, None if kind == "judge" else pooler.returned_token_ids)
     if "classify" not in architecture.tasks:
         return {"token_classify": tokens}
-    return {"classify": ClassifyPool(METHODS[mode], head, loaded.late), "token_classify": tokens}
+    return {"classify": ClassifyPool(mode, head, loaded.late), "token_classify": tokens}

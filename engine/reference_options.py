@@ -47,7 +47,6 @@ WITHOUT_MEANING: Mapping[str, bool] = {
             "disable_access_log_for_endpoints",
             "distributed_executor_backend",
             "generation_config",
-            "gpu_memory_utilization",
             "h11_max_header_count",
             "h11_max_incomplete_event_size",
             "kv_cache_dtype",

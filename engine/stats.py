@@ -1,6 +1,18 @@
 """What the engine tells the world about itself while it runs."""
 
+from dataclasses import dataclass
 from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """The cache of keys and values, since the start: tokens of prompts that were looked up, and of those that were
+    found; and now: blocks that there are, and that hold a prompt under way."""
+
+    queried_tokens: int
+    hit_tokens: int
+    num_blocks: int
+    used_blocks: int
 
 
 class Observer(Protocol):
