@@ -10,10 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from carpool.engine.config import EngineConfig
@@ -25,12 +24,15 @@ from carpool.engine.errors import (
     EngineDead,
     EngineError,
     InferenceFailed,
+    InputTooLong,
     InvalidInput,
     InvalidParameter,
     NotReady,
     Overloaded,
+    Undone,
     UnsupportedTask,
 )
+from carpool.engine.fleet import Fleet
 from carpool.engine.framed import Framed
 from carpool.engine.late_interaction import RoleText
 from carpool.engine.listwise import ListPlan
@@ -42,16 +44,16 @@ from carpool.engine.scheduler import Scheduler
 from carpool.engine.scoring import Framer, Plan, pair_prompts, plan
 from carpool.engine.sequence import Sequence
 from carpool.engine.slicing import merge_rows, slice_ids
-from carpool.engine.stats import Observer, Unobserved
-from carpool.engine.worker import Runner, Worker
+from carpool.engine.stats import CacheStats, Observer, Unobserved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from carpool.engine.batch import Batch
+    from carpool.engine.cache.cache import Cache
     from carpool.engine.chat import ChatTemplate, Message
     from carpool.engine.tokenizer import Tokenizer
-    from carpool.engine.worker import Row
+    from carpool.engine.worker import Row, Runner
 
 State = Literal["starting", "ready", "draining", "dead", "stopped"]
 T = TypeVar("T")
@@ -59,7 +61,6 @@ Prompts = list[str] | list[list[int]] | list[tuple[str, str]] | list[Framed] | l
 
 _INLINE_CHARS = 4_000  # tokenised on the loop: under half a millisecond, less than a trip to a thread
 _INLINE_IDS = 20_000
-_HUNG_AFTER_S = 600.0  # no batch takes this long unless its thread hangs
 _WARM_UP_TOKENS = 512  # a worker
 _QUEUE_SECONDS = 60.0  # of measured throughput may wait, by default
 
@@ -80,6 +81,9 @@ class Built(Protocol):
     def framer(self) -> Framer | None: ...
 
     @property
+    def cache(self) -> Cache | None: ...
+
+    @property
     def runners(self) -> Seq[Runner]: ...
 
 
@@ -93,42 +97,6 @@ class _Pending:
     arrival: float
     timer: asyncio.TimerHandle | None = None
     on_progress: Callable[[int], object] | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Flight:
-    """What the workers are doing: `idle` have nothing to do, `held` counts the batches of each that has.
-
-    A worker's results come in the order of its batches, so one watchdog watches over the oldest of them.
-    """
-
-    idle: list[Worker] = field(default_factory=list)
-    held: dict[Worker, int] = field(default_factory=dict)
-    watchdogs: dict[Worker, asyncio.TimerHandle] = field(default_factory=dict)
-
-    def taker(self, full: bool) -> Worker | None:
-        """Who takes the next batch; None if it had better wait. `full` is whether nothing could join it any more.
-
-        A worker that is at work already takes another batch to have it ready when its device is done, but a full one
-        only: any other grows while it waits, and dealt now it would go in two parts through one device, for the price
-        of two.
-        """
-        if self.idle:
-            return self.idle[-1]
-        with_room = [worker for worker, held in self.held.items() if held < worker.places] if full else []
-        return min(with_room, key=self.held.__getitem__, default=None)
-
-    def took(self, worker: Worker) -> None:
-        held = self.held.get(worker, 0)
-        if not held:
-            self.idle.remove(worker)
-        self.held[worker] = held + 1
-
-    def landed(self, worker: Worker) -> None:
-        self.held[worker] -= 1
-        if not self.held[worker]:
-            del self.held[worker]
-            self.idle.append(worker)
 
 
 def _build(config: EngineConfig) -> Built:
@@ -154,11 +122,9 @@ class AsyncEngine:
         self._build = build
         self._parts: Built | None = None
         self._scheduler: Scheduler | None = None
-        self._workers: list[Worker] = []
-        self._flight = _Flight()
+        self._fleet: Fleet | None = None
         self._pending: dict[int, _Pending] = {}
         self._next_request_id = 0
-        self._dispatch_due = False
         self._dead = asyncio.Event()
         self._all_answered = asyncio.Event()
         self._all_answered.set()
@@ -172,31 +138,24 @@ class AsyncEngine:
         if self.state != "starting":  # told to stop meanwhile
             return
         self._parts = parts
-        self._scheduler = Scheduler(parts.model.max_num_batched_tokens, parts.model.max_num_seqs)
-        for i, runner in enumerate(parts.runners):
-            worker = Worker(
-                runner,
-                done=partial(_call_on, loop, self._done),
-                died=partial(_call_on, loop, self._worker_died),
-                name=f"carpool-worker-{i}",
-            )
-            self._workers.append(worker)
-            self._flight.idle.append(worker)
-            worker.start()
+        paging = parts.cache.paging if parts.cache else None
+        info = parts.model
+        self._scheduler = Scheduler(info.max_num_batched_tokens, info.max_num_seqs, paging=paging)
+        self._fleet = Fleet(self._scheduler, parts.runners, self)
+        self._fleet.start()
         try:
-            await self._warm_up(parts)
+            await self._warm_up(parts, len(parts.runners))
         except EngineError as error:
-            for worker in self._workers:
-                worker.stop()
+            self._fleet.stop()
             if self.state in ("starting", "dead"):
                 raise ConfigError(f"The model fails at its first batch: {error}") from error
         if self.state == "starting":
             self.state = "ready"
 
-    async def _warm_up(self, parts: Built) -> None:
+    async def _warm_up(self, parts: Built, workers: int) -> None:
         """Run every worker once for its one-off costs and once to learn the throughput."""
         length = min(parts.model.max_model_len, 128)
-        count = max(1, _WARM_UP_TOKENS // length) * len(self._workers)
+        count = max(1, _WARM_UP_TOKENS // length) * workers
         prompts = [[i % parts.model.vocab_size] * length for i in range(count)]
         for _ in range(2):
             if self.state != "starting":
@@ -222,15 +181,14 @@ class AsyncEngine:
         except TimeoutError:
             finished = False
             self._reject_all(lambda: Draining("The server stopped before this request could be finished."))
-        for worker in self._workers:
-            worker.stop()
-        give_up = time.monotonic() + 1.0  # a batch under way nobody waits for may be left behind
-        while any(worker.is_alive() for worker in self._workers) and time.monotonic() < give_up:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+        if self._fleet:
+            self._fleet.stop()
+            give_up = time.monotonic() + 1.0  # a batch under way nobody waits for may be left behind
+            while self._fleet.is_alive() and time.monotonic() < give_up:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+            self._fleet.forget()
         if self.state != "dead":
             self.state = "stopped"
-        for watchdog in self._flight.watchdogs.values():
-            watchdog.cancel()
         return finished
 
     async def died(self) -> None:
@@ -251,6 +209,15 @@ class AsyncEngine:
     @property
     def waiting_sequences(self) -> int:
         return self._scheduler.waiting_sequences if self._scheduler else 0
+
+    @property
+    def cache_stats(self) -> CacheStats | None:
+        """None where no keys and values are kept."""
+        cache = self._parts.cache if self._parts else None
+        if cache is None:
+            return None
+        pool = cache.paging.pool
+        return CacheStats(pool.queried_tokens, pool.hit_tokens, pool.num_blocks, pool.num_used)
 
     def _loaded(self) -> Built:
         if self._parts is None:
@@ -286,13 +253,15 @@ class AsyncEngine:
         priority: int = 0,
         timeout: float | None = None,
         on_progress: Callable[[int], object] | None = None,
+        cache_salt: str | None = None,
     ) -> PoolingResult:
         """Run the model on every prompt; answers come in the prompts' order, all or none.
 
         Of several tasks each prompt is run once and has a row a task: see `PoolingResult`. `adapter` is the name of the
         one to ride on; None is the model's default. `client` is whose share of the engine it is charged to; lower
         `priority` runs first; after `timeout` seconds DeadlineExceeded is raised. `on_progress(n)` is told of n more
-        rows done. Raises the errors of `engine.errors`. Cancelling the awaiting task drops what still waits.
+        rows done. What was computed of prompts under one `cache_salt` is not used for those under another. Raises the
+        errors of `engine.errors`. Cancelling the awaiting task drops what still waits.
         """
         start = time.monotonic()
         self._admit_state()
@@ -301,7 +270,7 @@ class AsyncEngine:
         self._check(prompts, params, tasks)
         slot = _slot(parts.model, adapter)
         longest = parts.model.max_embed_len if tasks == ("embed",) else -1
-        prepare = partial(parts.tokenizer.prepare, prompts, tokenization, longest)
+        prepare = partial(_prepared, parts, prompts, tokenization, longest, tasks, slot, cache_salt)
         prepared = await self._off_loop(prepare, _is_long(prompts))
         whole = prepared.token_ids
         sliced = longest != -1 and any(len(ids) > parts.model.max_model_len for ids in whole)
@@ -312,7 +281,7 @@ class AsyncEngine:
                     "This model leaves prompts out of its pooling, so a text with a prompt cannot be sliced.",
                     "input",
                 )
-            prepared = Prepared(slices)
+            prepared = _known(parts, Prepared(slices), tasks, slot, cache_salt)
             params = replace(params, embed_dtype="float32")  # slices are averaged
         spent = time.monotonic() - start
         if timeout is not None and spent >= timeout:
@@ -325,6 +294,8 @@ class AsyncEngine:
             lengths = list(map(len, prepared.token_ids))
             result.rows = merge_rows(result.rows, lengths, counts)
             result.prompt_token_ids = whole
+            of_slices = iter(result.cached)
+            result.cached = [sum(islice(of_slices, count)) for count in counts]
         return result
 
     async def score(
@@ -341,6 +312,7 @@ class AsyncEngine:
         priority: int = 0,
         timeout: float | None = None,
         on_progress: Callable[[int], object] | None = None,
+        cache_salt: str | None = None,
     ) -> ScoreResult:
         """A score for each query with its document, 1:1, 1:N or N:N, in the way the model is made for.
 
@@ -364,6 +336,7 @@ class AsyncEngine:
                 priority=priority,
                 timeout=left,
                 on_progress=on_progress,
+                cache_salt=cache_salt,
             )
         except InvalidInput as error:
             raise planned.blame(error) from None
@@ -371,8 +344,9 @@ class AsyncEngine:
             on_progress(spared)
         measure = partial(planned.scores, result.rows, result.prompt_token_ids)
         scores = await self._off_loop(measure, planned.task == "token_embed")
-        ids = planned.token_ids(result.prompt_token_ids)
-        return ScoreResult(scores, planned.prompt_tokens(result.prompt_token_ids), result.timings, ids)
+        ids, cached = planned.by_pair(result.prompt_token_ids), planned.by_pair(result.cached)
+        tokens = planned.prompt_tokens(result.prompt_token_ids)
+        return ScoreResult(scores, tokens, result.timings, ids, cached, result.cached_tokens)
 
     def _plan(
         self,
@@ -462,6 +436,7 @@ class AsyncEngine:
         adapter: int = 0,
     ) -> PoolingResult:
         assert self._scheduler is not None
+        assert self._fleet is not None
         loop = asyncio.get_running_loop()
         now = time.monotonic()
         token_ids = prepared.token_ids
@@ -472,7 +447,7 @@ class AsyncEngine:
         empty: list[Row | None] = [None] * (len(token_ids) * len(tasks))
         pending = _Pending(
             future=loop.create_future(),
-            result=PoolingResult(empty, token_ids, Timings()),  # type: ignore[arg-type]
+            result=PoolingResult(empty, token_ids, Timings(), list(map(len, token_ids))),  # type: ignore[arg-type]
             remaining=len(empty),
             arrival=now,
             on_progress=on_progress,
@@ -483,8 +458,9 @@ class AsyncEngine:
             pending.timer = loop.call_later(timeout, self._expire, request_id)
         self._pending[request_id] = pending
         self._all_answered.clear()
-        prompts = product(zip(token_ids, starts, unseen, strict=True), tasks)
-        for index, ((ids, start, end), task) in enumerate(prompts):
+        known = prepared.prompts or [None] * len(token_ids)
+        prompts = product(zip(token_ids, starts, unseen, known, strict=True), tasks)
+        for index, ((ids, start, end, prompt), task) in enumerate(prompts):
             self._scheduler.add(
                 Sequence(
                     request_id,
@@ -500,73 +476,57 @@ class AsyncEngine:
                     adapter=adapter,
                     unseen=end,
                     skip=prepared.skip,
+                    prompt=prompt,
                 )
             )
-        self._dispatch_soon()
+        self._fleet.dispatch_soon()
         try:
             return await pending.future
         finally:
             if request_id in self._pending:  # the caller was cancelled
                 self._settle(request_id, None)
 
-    # ── batches ──────────────────────────────────────────────────────────────────────────────────────────
+    # ── what the fleet says ──────────────────────────────────────────────────────────────────────────────
 
-    def _dispatch_soon(self) -> None:
-        """Dispatch at the end of this turn of the loop: requests read in the same turn may ride together."""
-        if not self._dispatch_due:
-            self._dispatch_due = True
-            asyncio.get_running_loop().call_soon(self._dispatch)
+    def is_waited_for(self, seq: Sequence) -> bool:
+        return seq.request_id in self._pending
 
-    def _dispatch(self) -> None:
-        """Give every worker that can do with one a batch, as long as something waits."""
-        self._dispatch_due = False
-        assert self._scheduler is not None
-        flight = self._flight
-        while self.state != "dead" and (worker := flight.taker(self._scheduler.fills_a_batch)):
-            now = time.monotonic()
-            # A worker counts once, whatever its places: a short queue is shared by devices.
-            batch = self._scheduler.schedule(now, len(flight.idle))
-            expired = self._scheduler.take_expired()
-            if expired:
-                self.observer.sequences_cancelled(len(expired))
-            for seq in expired:
-                self._expire(seq.request_id)
-            if batch is None:
-                return
-            flight.took(worker)
-            if worker not in flight.watchdogs:
-                self._watch(worker)
-            worker.submit(batch)
-
-    def _watch(self, worker: Worker) -> None:
-        """Give the worker's oldest batch its time from now."""
-        loop = asyncio.get_running_loop()
-        self._flight.watchdogs[worker] = loop.call_later(_HUNG_AFTER_S, self._hung, worker)
-
-    def _done(self, worker: Worker, batch: Batch, rows: list[Row], seconds: float) -> None:
-        began = time.monotonic() - seconds  # until then it waited, here or behind another on the device
-        self._flight.watchdogs.pop(worker).cancel()
-        self._flight.landed(worker)
-        if worker in self._flight.held:
-            self._watch(worker)  # the next one, from now on
-        self._dispatch()  # first, so that the worker is busy while results are handed out
+    def landed(self, batch: Batch, rows: list[Row], seconds: float, began: float) -> None:
+        """Hand out what came back; what is None or undone is run on by itself."""
         if self.state != "starting":  # the warm-up is nobody's traffic
             self.observer.batch_done(batch.num_tokens, len(batch.sequences), seconds)
         for seq, row in zip(batch.sequences, rows, strict=True):
             pending = self._pending.get(seq.request_id)
             if pending is None:  # its client left, or another of its sequences failed
                 continue
+            pending.result.timings.forward = max(pending.result.timings.forward, seconds)
+            if row is None or isinstance(row, Undone):
+                continue
             if isinstance(row, InferenceFailed):
                 self._settle(seq.request_id, row)
                 continue
             pending.result.rows[seq.index] = row
+            place = seq.index * len(pending.result.cached) // len(pending.result.rows)  # prompts have a row a task
+            pending.result.cached[place] = min(pending.result.cached[place], seq.cached)
             pending.result.timings.queue = max(0.0, began - pending.arrival)
-            pending.result.timings.forward = max(pending.result.timings.forward, seconds)
             pending.remaining -= 1
             if pending.on_progress:
                 pending.on_progress(1)
             if not pending.remaining:
                 self._settle(seq.request_id, None)
+
+    def expired(self, sequences: list[Sequence]) -> None:
+        self.observer.sequences_cancelled(len(sequences))
+        for seq in sequences:
+            self._expire(seq.request_id)
+
+    def lost(self, why: str) -> None:
+        """A lost worker took its batches along; nothing that waits can be promised an answer."""
+        self.state = "dead"
+        self._reject_all(lambda: EngineDead(why, retry_after=10))
+        self._dead.set()
+
+    # ── the end of a request ─────────────────────────────────────────────────────────────────────────────
 
     def _settle(self, request_id: int, error: EngineError | None) -> None:
         """The one place where a request ends: answered, failed, or (its future cancelled) forgotten."""
@@ -592,21 +552,6 @@ class AsyncEngine:
             request_id, DeadlineExceeded("The request's deadline passed before its answer was ready.")
         )
 
-    # ── death ────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _worker_died(self, worker: Worker, error: BaseException) -> None:
-        self._die(f"A worker died: {type(error).__name__}.")
-
-    def _hung(self, worker: Worker) -> None:
-        if self.state != "stopped":  # else it holds what a stop has left behind
-            self._die("A worker hangs.")
-
-    def _die(self, why: str) -> None:
-        """A lost worker took its batch along; nothing that waits can be promised an answer."""
-        self.state = "dead"
-        self._reject_all(lambda: EngineDead(why, retry_after=10))
-        self._dead.set()
-
     def _reject_all(self, error: Callable[[], EngineError]) -> None:
         for request_id in list(self._pending):
             self._settle(request_id, error())
@@ -616,10 +561,34 @@ class AsyncEngine:
         return await asyncio.get_running_loop().run_in_executor(None, call) if long else call()
 
 
-def _call_on(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: object) -> None:
-    """From a worker's thread. Once the loop is closed nobody waits for what a late batch has to say."""
-    with suppress(RuntimeError):
-        loop.call_soon_threadsafe(call, *args)
+def _prepared(
+    parts: Built,
+    prompts: Prompts,
+    tokenization: TokenizationParams,
+    longest: int | None,
+    tasks: tuple[Task, ...],
+    adapter: int,
+    salt: str | None,
+) -> Prepared:
+    """The prompts as ids, and what the cache is told of them."""
+    return _known(parts, parts.tokenizer.prepare(prompts, tokenization, longest), tasks, adapter, salt)
+
+
+def _known(
+    parts: Built, prepared: Prepared, tasks: tuple[Task, ...], adapter: int, salt: str | None
+) -> Prepared:
+    """Raises InputTooLong for a prompt that no batch takes whole and the cache cannot hold."""
+    cache, most = parts.cache, parts.model.max_num_batched_tokens
+    for i, ids in enumerate(prepared.token_ids):
+        if len(ids) > most and not (cache and cache.paging.holds(len(ids))):
+            held = f", and the cache of keys and values holds {cache.num_tokens}" if cache else ""
+            where = f"input[{i}]" if len(prepared.token_ids) > 1 else "input"
+            raise InputTooLong(
+                f"This prompt has {len(ids)} tokens. A batch of this server takes {most}{held}.", where
+            )
+    if cache is None or prepared.unseen:
+        return prepared
+    return replace(prepared, prompts=cache.prompts(prepared.token_ids, tasks, adapter, salt))
 
 
 def _slot(model: ModelInfo, adapter: str | None) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 
 from carpool.engine import budget
 from carpool.engine.architecture import Architecture, labels_of
+from carpool.engine.cache.cache import Cache
 from carpool.engine.chat import ChatTemplate
 from carpool.engine.checkpoint import Checkpoint
 from carpool.engine.config import EngineConfig
@@ -54,6 +55,7 @@ class Parts:
     tokenizer: Tokenizer
     chat: ChatTemplate
     framer: Framer | None
+    cache: Cache | None
     runners: list[ModelRunner]
 
 
@@ -171,7 +173,7 @@ def build(config: EngineConfig) -> Parts:
     if plan.device.type == "cuda":
         info = replace(info, notices=(*info.notices, *_recorded(plan, runners)))
         info = _fitted(info, plan.devices, runners)
-    return Parts(info, tokenizer, chat, framer, runners)
+    return Parts(info, tokenizer, chat, framer, None, runners)
 
 
 def _runners(plan: _Plan, first: ModelRunner, workers: int) -> list[ModelRunner]:

@@ -87,6 +87,10 @@ class InferenceFailed(EngineError):
     """The model raised, or produced a number that is not finite. The log has the details."""
 
 
+class Undone(InferenceFailed):
+    """It was run in a batch that failed, beside others whose keys it may have read: to be run again, alone."""
+
+
 def first_line(error: Exception) -> str:
     """What an error says, without what libraries append; its class's name if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

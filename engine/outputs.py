@@ -30,11 +30,15 @@ class PoolingResult:
     rows: list[NDArray[Any]]
     prompt_token_ids: list[list[int]]
     timings: Timings = field(default_factory=Timings)
-    cached_tokens: int = 0  # of its prompts, those that had been run for others
+    cached: list[int] = field(default_factory=list)  # of each prompt, the tokens that had been run for others
 
     @property
     def prompt_tokens(self) -> int:
         return sum(map(len, self.prompt_token_ids))
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(self.cached)
 
 
 @dataclass(slots=True)
@@ -48,4 +52,5 @@ class ScoreResult:
     prompt_tokens: int
     timings: Timings
     pair_token_ids: list[list[int]] = field(default_factory=list)
+    pair_cached: list[int] = field(default_factory=list)  # of each pair, the tokens that had been run for others
     cached_tokens: int = 0

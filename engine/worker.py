@@ -15,7 +15,7 @@ from carpool.engine.batch import Batch
 from carpool.engine.errors import InferenceFailed
 from carpool.engine.memory import HeapTrimmer
 
-Row = NDArray[Any] | InferenceFailed
+Row = NDArray[Any] | InferenceFailed | None  # None: the rest of its prompt is still to be run
 Landing = Callable[[], list[Row]]  # waits for a batch that was launched: one result a sequence
 
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from carpool.engine import async_engine, staging
+from carpool.engine import fleet, staging
 from carpool.engine.async_engine import AsyncEngine
 from carpool.engine.batch import Batch
 from carpool.engine.build import build
@@ -105,6 +105,7 @@ class BuiltStandIn:
     model: ModelInfo = MODEL
     chat: ChatTemplate = field(default_factory=lambda: ChatTemplate(None, None))
     framer: None = None
+    cache: None = None
     tokenizer: Tokenizer = field(
         default_factory=lambda: Tokenizer(tiny.wordpiece(), max_model_len=64, vocab_size=113)
     )
@@ -141,6 +142,11 @@ class Scene:
     @property
     def runner(self) -> StandIn:
         return self.built.runners[0]
+
+    @property
+    def fleet(self) -> fleet.Fleet:
+        assert self.engine._fleet is not None
+        return self.engine._fleet
 
     def ask(self, *ids: list[int], **options: Any) -> asyncio.Task[PoolingResult]:
         return asyncio.ensure_future(self.engine.pool(list(ids), PoolingParams(), TOKENIZATION, **options))
@@ -271,12 +277,12 @@ async def test_full_batches_are_ready_before_the_device_is() -> None:
         first = await s.occupy()
         rest = [s.ask([i]) for i in range(4 * 8 + 3)]
         await until(lambda: s.engine.waiting_sequences == 2 * 8 + 3)
-        assert s.engine._flight.held == {s.engine._workers[0]: 3}
+        assert s.fleet.held == {s.fleet.workers[0]: 3}
         s.open()
         await asyncio.gather(first, *rest)
         assert [len(batch) for batch in s.runner.batches] == [1, 8, 8, 8, 8, 3]
-        assert (s.engine._flight.held, s.engine._flight.idle) == ({}, s.engine._workers)
-        assert not s.engine._flight.watchdogs
+        assert (s.fleet.held, s.fleet.idle) == ({}, s.fleet.workers)
+        assert not s.fleet.watchdogs
 
 
 async def test_full_batches_go_where_the_fewest_are() -> None:
@@ -284,8 +290,8 @@ async def test_full_batches_go_where_the_fewest_are() -> None:
         for runner in s.built.runners:
             runner.gate.clear()
         rest = [s.ask([i]) for i in range(4 * 8)]
-        await until(lambda: sum(s.engine._flight.held.values()) == 4)
-        assert list(s.engine._flight.held.values()) == [2, 2]
+        await until(lambda: sum(s.fleet.held.values()) == 4)
+        assert list(s.fleet.held.values()) == [2, 2]
         s.open()
         await asyncio.gather(*rest)
 
@@ -362,7 +368,7 @@ def test_each_request_gets_exactly_one_answer(
                         "hurried": DeadlineExceeded,
                     }
                     assert isinstance(given_answer, expected[fate])
-            await until(lambda: len(s.engine._flight.idle) == workers)
+            await until(lambda: len(s.fleet.idle) == workers)
             assert_nothing_left(s.engine)
             hurried = any(
                 fate == "hurried" for _, fate, _ in requests
@@ -422,7 +428,7 @@ async def test_what_waits_of_a_failed_request_does_not_run() -> None:
     async with scene() as s:
         with pytest.raises(InferenceFailed):
             await s.ask([POISON], *[[1] * 60] * 50)
-        await until(lambda: len(s.engine._flight.idle) == 1)
+        await until(lambda: len(s.fleet.idle) == 1)
         assert len(s.runner.batches) <= 2
         assert s.ledger.rode + s.ledger.cancelled == 51
 
@@ -455,7 +461,7 @@ async def test_a_deep_worker_that_is_lost_answers_all_that_landed_and_no_more() 
         first = await s.occupy()
         landed = [s.ask([i]) for i in range(8)]
         lost = [s.ask([DEADLY]), *(s.ask([i]) for i in range(3 * 8))]
-        await until(lambda: s.engine._flight.held.get(s.engine._workers[0]) == 3)
+        await until(lambda: s.fleet.held.get(s.fleet.workers[0]) == 3)
         s.open()
         answers = await asyncio.gather(first, *landed, *lost, return_exceptions=True)
         kinds = [type(given_answer) for given_answer in answers]
@@ -466,7 +472,7 @@ async def test_a_deep_worker_that_is_lost_answers_all_that_landed_and_no_more() 
 
 async def test_a_hanging_worker_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     async with scene() as s:
-        monkeypatch.setattr(async_engine, "_HUNG_AFTER_S", 0.03)
+        monkeypatch.setattr(fleet, "_HUNG_AFTER_S", 0.03)
         first = await s.occupy()
         waiting = s.ask([2])
         for task in (first, waiting):
@@ -475,16 +481,14 @@ async def test_a_hanging_worker_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
         await asyncio.wait_for(s.engine.died(), 5)
         assert s.engine.state == "dead"
         s.open()
-        await until(
-            lambda: len(s.engine._flight.idle) == 1
-        )  # it comes back after all: too late, and harmless
+        await until(lambda: len(s.fleet.idle) == 1)  # it comes back after all: too late, and harmless
         assert s.engine.state == "dead"
 
 
 async def test_a_slow_worker_is_not_a_hanging_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The watchdog watches one batch at a time, however many come."""
     async with scene() as s:
-        monkeypatch.setattr(async_engine, "_HUNG_AFTER_S", 0.5)
+        monkeypatch.setattr(fleet, "_HUNG_AFTER_S", 0.5)
         s.runner.slow = 0.02
         await s.ask(*[[1] * 60] * 40)
         assert s.engine.state == "ready"
@@ -651,7 +655,7 @@ async def test_a_refused_model_says_why_at_start() -> None:
 async def test_every_batch_of_a_deep_worker_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that was given while another was under way; and each has its whole time once it is its turn."""
     async with scene(depth=2) as s:
-        monkeypatch.setattr(async_engine, "_HUNG_AFTER_S", 0.4)
+        monkeypatch.setattr(fleet, "_HUNG_AFTER_S", 0.4)
         s.runner.slow = 0.15
         rest = asyncio.gather(*(s.ask([i]) for i in range(8 * 8)))
         await until(lambda: s.ledger.batches == 4)
@@ -693,7 +697,7 @@ async def test_draining_finishes_what_was_accepted_and_takes_no_more() -> None:
         assert s.engine.state == "stopped"
         assert first.done()
         assert len((await waiting).rows) == 5
-        assert not any(worker.is_alive() for worker in s.engine._workers)
+        assert not any(worker.is_alive() for worker in s.fleet.workers)
         with pytest.raises(Unavailable):
             await s.ask([4])
 
@@ -715,13 +719,13 @@ async def test_what_hangs_after_a_stop_is_left_behind_in_peace(monkeypatch: pyte
     async with scene(depth=2) as s:
         first = await s.occupy()
         rest = [s.ask([i]) for i in range(2 * 8)]
-        await until(lambda: s.engine._flight.held.get(s.engine._workers[0]) == 3)
+        await until(lambda: s.fleet.held.get(s.fleet.workers[0]) == 3)
         assert await s.engine.stop(0) is False
         await asyncio.gather(first, *rest, return_exceptions=True)
-        monkeypatch.setattr(async_engine, "_HUNG_AFTER_S", 0.02)
+        monkeypatch.setattr(fleet, "_HUNG_AFTER_S", 0.02)
         s.runner.slow = 0.1
         s.open()  # the first lands, and the one behind it is given its time
-        await until(lambda: s.engine._flight.held.get(s.engine._workers[0]) == 1)
+        await until(lambda: s.fleet.held.get(s.fleet.workers[0]) == 1)
         assert s.engine.state == "stopped"
         assert not s.engine._dead.is_set()
 
@@ -762,7 +766,7 @@ async def test_stopping_while_it_loads_leaves_no_threads() -> None:
     loading.set()
     await asyncio.wait_for(start, 5)
     assert engine.state == "stopped"
-    assert not any(worker.is_alive() for worker in engine._workers)
+    assert engine._fleet is None
 
 
 @pytest.mark.parametrize("timeout", [0.0, 5.0])
@@ -803,7 +807,8 @@ def test_a_worker_that_outlives_its_loop_ends_in_silence(monkeypatch: pytest.Mon
 
     engine = asyncio.run(story())
     built.runners[0].gate.set()
-    for worker in engine._workers:
+    assert engine._fleet is not None
+    for worker in engine._fleet.workers:
         worker._thread.join(5)
         assert not worker.is_alive()
     assert screams == []

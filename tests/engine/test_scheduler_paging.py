@@ -36,7 +36,7 @@ def scheduler_of(blocks: int, *, tokens: int = 40, chunk: int = 16, seqs: int = 
 
 def run(scheduler: Scheduler, rounds: int = 1000) -> list[Batch]:
     """Deal and land until nothing waits."""
-    batches = []
+    batches: list[Batch] = []
     for _ in range(rounds):
         batch = scheduler.schedule(0.0)
         if batch is None:

@@ -1,0 +1,45 @@
+"""Cache: what each prompt of a request may do with the cache of keys and values. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from carpool.engine.cache.blocks import Prompt
+from carpool.engine.cache.hashing import block_hashes
+from carpool.engine.cache.paging import Paging
+from carpool.engine.params import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """`last_only` are the tasks whose results are of a prompt's last token alone: what was run for others need not be
+    run again for them. `finds_prefixes`: whether it is looked for.
+    """
+
+    paging: Paging
+    last_only: frozenset[Task]
+    finds_prefixes: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that it can hold."""
+        return self.paging.pool.num_blocks * self.paging.pool.block_size
+
+    def prompts(
+        self, token_ids: Seq[list[int]], tasks: Seq[Task], adapter: int = 0, salt: str | None = None
+    ) -> list[Prompt | None]:
+        """For each prompt what the scheduler is to know of it; None for those that are run whole and by themselves.
+
+        Prompts share what they begin with only on the same adapter and under the same `salt`. Takes about 0.1 ms for a
+        thousand tokens.
+        """
+        size, last_only = self.paging.pool.block_size, self.last_only.issuperset(tasks)
+        told: list[Prompt | None] = []
+        for ids in token_ids:
+            hashes: Seq[bytes] = ()
+            if last_only and self.finds_prefixes:
+                hashes = block_hashes(ids, size, (adapter, salt))
+            long = len(ids) > self.paging.max_chunk_tokens and self.paging.holds(len(ids))
+            told.append(Prompt(len(ids), hashes, last_only) if hashes or long else None)
+        return told

@@ -1,0 +1,165 @@
+"""Fleet: the workers, and which of them gets the next batch. On the event loop; workers compute in threads.
+
+Scheduler → Batch → a worker → rows → the owner
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+from carpool.engine.errors import InferenceFailed, Undone
+from carpool.engine.worker import Runner, Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from carpool.engine.batch import Batch
+    from carpool.engine.scheduler import Scheduler
+    from carpool.engine.sequence import Sequence
+    from carpool.engine.worker import Row
+
+_HUNG_AFTER_S = 600.0  # no batch takes this long unless its thread hangs
+
+
+class Owner(Protocol):
+    """Who waits for what the fleet does. Called on the event loop."""
+
+    def is_waited_for(self, seq: Sequence) -> bool:
+        """Whether its request has not ended."""
+
+    def landed(self, batch: Batch, rows: list[Row], seconds: float, began: float) -> None:
+        """A batch was run, in so many seconds from `began` on time.monotonic()'s clock."""
+
+    def expired(self, sequences: list[Sequence]) -> None:
+        """Their deadline passed before they could ride."""
+
+    def lost(self, why: str) -> None:
+        """A worker is lost, with its batches: no more are given to any."""
+
+
+class Fleet:
+    """`idle` workers have nothing to do, `held` counts the batches of each that has.
+
+    A worker's results come in the order of its batches, so one watchdog watches over the oldest of them.
+    """
+
+    def __init__(self, scheduler: Scheduler, runners: Seq[Runner], owner: Owner) -> None:
+        loop = asyncio.get_running_loop()
+        self._scheduler = scheduler
+        self._owner = owner
+        self._due = False
+        self._over = False
+        self.workers = [
+            Worker(
+                runner,
+                done=partial(_call_on, loop, self._done),
+                died=partial(_call_on, loop, self._died),
+                name=f"carpool-worker-{i}",
+            )
+            for i, runner in enumerate(runners)
+        ]
+        self.idle = list(self.workers)
+        self.held: dict[Worker, int] = {}
+        self.watchdogs: dict[Worker, asyncio.TimerHandle] = {}
+
+    def start(self) -> None:
+        for worker in self.workers:
+            worker.start()
+
+    def stop(self) -> None:
+        """End the threads after what they hold; does not wait."""
+        for worker in self.workers:
+            worker.stop()
+
+    def is_alive(self) -> bool:
+        return any(worker.is_alive() for worker in self.workers)
+
+    def forget(self) -> None:
+        """Whatever is still held is nobody's business any more."""
+        self._over = True
+        for watchdog in self.watchdogs.values():
+            watchdog.cancel()
+
+    def dispatch_soon(self) -> None:
+        """Dispatch at the end of this turn of the loop: requests read in the same turn may ride together."""
+        if not self._due:
+            self._due = True
+            asyncio.get_running_loop().call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        """Give every worker that can do with one a batch, as long as something waits."""
+        self._due = False
+        while not self._over and (worker := self._taker(self._scheduler.fills_a_batch)):
+            # A worker counts once, whatever its places: a short queue is shared by devices.
+            batch = self._scheduler.schedule(time.monotonic(), len(self.idle))
+            if expired := self._scheduler.take_expired():
+                self._owner.expired(expired)
+            if batch is None:
+                return
+            if worker not in self.held:
+                self.idle.remove(worker)
+                self._watch(worker)
+            self.held[worker] = self.held.get(worker, 0) + 1
+            worker.submit(batch)
+
+    def _taker(self, full: bool) -> Worker | None:
+        """Who takes the next batch; None if it had better wait. `full` is whether nothing could join it any more.
+
+        A worker that is at work already takes another batch to have it ready when its device is done, but a full one
+        only: any other grows while it waits, and dealt now it would go in two parts through one device, for the price
+        of two.
+        """
+        if self.idle:
+            return self.idle[-1]
+        with_room = [worker for worker, held in self.held.items() if held < worker.places] if full else []
+        return min(with_room, key=self.held.__getitem__, default=None)
+
+    def _done(self, worker: Worker, batch: Batch, rows: list[Row], seconds: float) -> None:
+        began = time.monotonic() - seconds  # until then it waited, here or behind another on the device
+        self.watchdogs.pop(worker).cancel()
+        self.held[worker] -= 1
+        if self.held[worker]:
+            self._watch(worker)  # the next one, from now on
+        else:
+            del self.held[worker]
+            self.idle.append(worker)
+        self._return(batch, rows)
+        self._dispatch()  # first, so that the worker is busy while results are handed out
+        self._owner.landed(batch, rows, seconds, began)
+
+    def _return(self, batch: Batch, rows: list[Row]) -> None:
+        """Tell the scheduler how the batch went."""
+        gone = {seq for seq in batch.sequences if not self._owner.is_waited_for(seq)}
+        if any(isinstance(row, Undone) for row in rows):
+            self._scheduler.undone(batch, gone)
+            return
+        pairs = zip(batch.sequences, rows, strict=True)
+        failed = {seq for seq, row in pairs if isinstance(row, InferenceFailed)}
+        self._scheduler.landed(batch, gone | failed)
+
+    def _watch(self, worker: Worker) -> None:
+        """Give the worker's oldest batch its time from now."""
+        loop = asyncio.get_running_loop()
+        self.watchdogs[worker] = loop.call_later(_HUNG_AFTER_S, self._hung)
+
+    def _hung(self) -> None:
+        if not self._over:  # else it holds what a stop has left behind
+            self._lose("A worker hangs.")
+
+    def _died(self, worker: Worker, error: BaseException) -> None:
+        self._lose(f"A worker died: {type(error).__name__}.")
+
+    def _lose(self, why: str) -> None:
+        self._over = True
+        self._owner.lost(why)
+
+
+def _call_on(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: object) -> None:
+    """From a worker's thread. Once the loop is closed nobody waits for what a late batch has to say."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *args)
