@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, groupby, pairwise
 
 import numpy as np
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from carpool.engine.batch import Batch
+from carpool.engine.cache.storage import Storage
 from carpool.engine.staging import upload
+from carpool.kernels.layout import Kept, Layout, Past
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,8 @@ class PackedBatch:
     input_ids and position_ids int64 [T]; cu_seqlens int32 [B+1], the cumulative lengths from 0, which `bounds` are on
     the host; `runs` are the (length, count) of neighbouring sequences of equal length; `adapters` are the sequences'
     own, () for all 0. `unseen` are from where on each sequence's tokens are not looked at, () for nowhere; `seen` int32
-    [B] says it to a device: how many of each are looked at, None where all are.
+    [B] says it to a device: how many of each are looked at, None where all are. `kept`: where keys and values are kept,
+    None if none are; of a sequence that has a past the row holds its next tokens, and their positions go on from there.
     """
 
     input_ids: Tensor
@@ -34,6 +38,7 @@ class PackedBatch:
     adapters: tuple[int, ...] = ()
     unseen: tuple[int | None, ...] = ()
     seen: Tensor | None = None
+    kept: Kept | None = None
 
     @property
     def max_seqlen(self) -> int:
@@ -49,12 +54,39 @@ class PackedBatch:
         return [end - start for start, end in pairwise(self.bounds)]
 
 
-def pack(batch: Batch, device: torch.device) -> PackedBatch:
-    """Lay the batch's sequences end to end, in its order."""
-    starts = [seq.type_start for seq in batch.sequences]
-    adapters = [seq.adapter for seq in batch.sequences]
-    unseen = [seq.unseen for seq in batch.sequences]
-    return pack_ids([seq.token_ids for seq in batch.sequences], device, starts, adapters, unseen)
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """What a row leaves in `storage`, and finds there.
+
+    `blocks` of each sequence, in order, None for those of which nothing is kept; `pasts`: how many tokens of each are
+    there before those in the row. Those that have a past come last.
+    """
+
+    storage: Storage
+    blocks: Seq[Seq[int] | None]
+    pasts: Seq[int]
+
+
+def pack(batch: Batch, device: torch.device, storage: Storage | None = None) -> PackedBatch:
+    """Lay what runs of the batch's sequences end to end, in its order. `storage` is for those that have a table."""
+    sequences = batch.sequences
+    keeping = None
+    ids = [seq.token_ids for seq in sequences]
+    if batch.is_paged:
+        assert storage is not None, "tables are for those who have a storage"
+        pasts = [seq.computed for seq in sequences]
+        keeping = Keeping(
+            storage, [None if seq.table is None else seq.table.blocks for seq in sequences], pasts
+        )
+        ids = [own[past : past + count] for own, past, count in zip(ids, pasts, batch.counts, strict=True)]
+    return pack_ids(
+        ids,
+        device,
+        [seq.type_start for seq in sequences],
+        [seq.adapter for seq in sequences],
+        [seq.unseen for seq in sequences],
+        keeping,
+    )
 
 
 def pack_ids(
@@ -63,40 +95,110 @@ def pack_ids(
     type_starts: list[int | None] | None = None,
     adapters: list[int] | None = None,
     unseen: Seq[int | None] = (),
+    keeping: Keeping | None = None,
 ) -> PackedBatch:
     """Lay lists of ids end to end, in the order given. From `type_starts[i]` on, tokens of i are of type 1."""
     lengths = [len(ids) for ids in token_ids]
     bounds = tuple(accumulate(lengths, initial=0))
-    ids = np.fromiter(chain.from_iterable(token_ids), np.int64, bounds[-1])
-    positions = np.arange(len(ids)) - np.repeat(bounds[:-1], lengths)
-    types: list[NDArray[np.int64]] = []
-    seen: list[NDArray[np.int32]] = []
+    positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
+    ends = lengths
+    if keeping is not None:
+        positions += np.repeat(keeping.pasts, lengths)
+        ends = [past + length for past, length in zip(keeping.pasts, lengths, strict=True)]
+    arrays: dict[str, NDArray[np.int64] | NDArray[np.int32]] = {
+        "input_ids": np.fromiter(chain.from_iterable(token_ids), np.int64, bounds[-1]),
+        "position_ids": positions,
+        "cu_seqlens": np.array(bounds, np.int32),
+    }
     if type_starts is not None and any(start is not None for start in type_starts):
-        split = [
-            length if start is None else start for start, length in zip(type_starts, lengths, strict=True)
-        ]
-        types = [(positions >= np.repeat(split, lengths)).astype(np.int64)]
+        split = [end if start is None else start for start, end in zip(type_starts, ends, strict=True)]
+        arrays["token_type_ids"] = (positions >= np.repeat(split, lengths)).astype(np.int64)
     if any(place is not None for place in unseen):
         counts = [length if place is None else place for place, length in zip(unseen, lengths, strict=True)]
-        seen = [np.array(counts, np.int32)]
-    input_ids, position_ids, cu_seqlens, *others = upload(
-        device, ids, positions, np.array(bounds, np.int32), *types, *seen
-    )
-    return PackedBatch(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        cu_seqlens=cu_seqlens,
+        arrays["seen"] = np.array(counts, np.int32)
+    if keeping is not None:
+        assert all(
+            place is None for place, own in zip(unseen, keeping.blocks, strict=False) if own is not None
+        )
+        arrays |= _kept_arrays(keeping, lengths, positions)
+    there = dict(zip(arrays, upload(device, *arrays.values()), strict=True))
+    packed = PackedBatch(
+        input_ids=there["input_ids"],
+        position_ids=there["position_ids"],
+        cu_seqlens=there["cu_seqlens"],
         bounds=bounds,
         runs=_runs(lengths),
-        token_type_ids=others[0] if types else None,
+        token_type_ids=there.get("token_type_ids"),
         adapters=tuple(adapters) if adapters and any(adapters) else (),
-        unseen=tuple(unseen) if seen else (),
-        seen=others[-1] if seen else None,
+        unseen=tuple(unseen) if "seen" in there else (),
+        seen=there.get("seen"),
+    )
+    if keeping is None:
+        return packed
+    past = _past(packed, there, keeping.pasts.count(0)) if any(keeping.pasts) else None
+    return replace(packed, kept=Kept(keeping.storage.layers, there["slots"], past))
+
+
+def _kept_arrays(
+    keeping: Keeping, lengths: Seq[int], positions: NDArray[np.int64]
+) -> dict[str, NDArray[np.int64] | NDArray[np.int32]]:
+    """Of a `Kept` and its `Past`, what a device reads; the pages as one row after the other."""
+    size = keeping.storage.block_size
+    pasts, own = np.array(keeping.pasts), np.array(lengths)
+    needed = (pasts + own + size - 1) // size  # blocks up to the last token in the row
+    kept = np.array([blocks is not None for blocks in keeping.blocks])
+    first = np.count_nonzero(pasts == 0)
+    if pasts[:first].any() or not kept[first:].all():
+        raise ValueError("sequences with a past come last, and have their blocks")
+    needed[~kept] = 0
+    held = [(blocks or ())[:count] for blocks, count in zip(keeping.blocks, needed.tolist(), strict=True)]
+    if any(len(blocks) != count for blocks, count in zip(held, needed.tolist(), strict=True)):
+        raise ValueError("a sequence has fewer blocks than its tokens need")
+    blocks = np.fromiter(chain.from_iterable(held), np.int64, needed.sum())
+    if blocks.size and not 0 <= blocks.min() <= blocks.max() < keeping.storage.num_blocks:
+        raise ValueError(f"a block lies beyond the {keeping.storage.num_blocks} of the storage")
+    slots = np.full(len(positions), -1)
+    placed = np.repeat(kept, own)
+    place = positions[placed]
+    of_token = np.repeat(np.cumsum(needed) - needed, own)[placed] + place // size
+    slots[placed] = blocks[of_token] * size + place % size
+    arrays: dict[str, NDArray[np.int64] | NDArray[np.int32]] = {"slots": slots}
+    if pasts.any():
+        wanted = needed[first:]
+        pages = np.zeros((len(wanted), wanted.max()), np.int32)
+        pages[np.arange(wanted.max()) < wanted[:, None]] = blocks[needed[:first].sum() :]
+        arrays["pages"] = pages.ravel()
+        arrays["past_cu_seqlens"] = np.concatenate(([0], np.cumsum(own[first:]))).astype(np.int32)
+        arrays["key_lengths"] = (pasts + own)[first:].astype(np.int32)
+    return arrays
+
+
+def _past(packed: PackedBatch, there: Mapping[str, Tensor], first: int) -> Past:
+    """Of the sequences from `first` on. Their arrays are `there`, on the device."""
+    lengths = packed.lengths
+    others = None
+    if first:
+        others = Layout(
+            runs=_runs(lengths[:first]),
+            longest=max(lengths[:first]),
+            cu_seqlens=packed.cu_seqlens[: first + 1],
+            positions=packed.position_ids[: packed.bounds[first]],
+            unseen=packed.unseen[:first],
+            seen=None if packed.seen is None else packed.seen[:first],
+        )
+    return Past(
+        start=packed.bounds[first],
+        longest=max(lengths[first:]),
+        pages=there["pages"].view(len(lengths) - first, -1),
+        cu_seqlens=there["past_cu_seqlens"],
+        key_lengths=there["key_lengths"],
+        others=others,
     )
 
 
 def select(batch: PackedBatch, chosen: Seq[int]) -> tuple[PackedBatch, Tensor]:
     """These sequences of a batch as one of their own, in the order given; int64 [T]: where their tokens came from."""
+    assert batch.kept is None, "the sequences of a row that is kept may need each other"
     lengths = batch.lengths
     own = [lengths[i] for i in chosen]
     bounds = tuple(accumulate(own, initial=0))

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from carpool.engine.batch import Batch
-from carpool.engine.errors import InferenceFailed
+from carpool.engine.cache.storage import Storage
+from carpool.engine.chunks import finished
+from carpool.engine.errors import InferenceFailed, Undone
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.graphs import graphed
 from carpool.engine.models.moving import moving_to
@@ -21,7 +23,7 @@ from carpool.engine.poolers.pooler import Pooler
 from carpool.engine.poolers.pooler import Row as Result
 from carpool.engine.staging import carrier
 
-Row = Result | InferenceFailed
+Row = Result | InferenceFailed | None  # None: the rest of its prompt is still to be run
 Landing = Callable[[], list[Row]]  # waits for a batch that was launched
 
 _log = logging.getLogger(__name__)
@@ -30,16 +32,22 @@ _log = logging.getLogger(__name__)
 class ModelRunner:
     """Packs, runs the backbone, pools. Not thread-safe: each worker has a replica of its own."""
 
-    def __init__(self, backbone: Backbone, pooler: Pooler, device: torch.device) -> None:
+    def __init__(
+        self, backbone: Backbone, pooler: Pooler, device: torch.device, storage: Storage | None = None
+    ) -> None:
+        """`storage` is for keys and values of prompts that are run in parts or share what they begin with."""
         self._backbone = backbone
         self._pooler = pooler
         self._device = device
+        self._storage = storage
         self._carrier = carrier(device)
 
     def replica(self, device: torch.device | None = None) -> ModelRunner:
-        """For another thread: shares the weights and nothing else that changes. For another device: shares nothing."""
+        """For another thread: shares the weights and the storage, and nothing else that changes. For another device:
+        shares nothing, and has no storage.
+        """
         if device is None or device == self._device:
-            return ModelRunner(self._backbone.replica(), self._pooler, self._device)
+            return ModelRunner(self._backbone.replica(), self._pooler, self._device, self._storage)
         with moving_to(device):
             backbone, pooler = copy.deepcopy((self._backbone, self._pooler))
         return ModelRunner(backbone, pooler, device)
@@ -59,7 +67,10 @@ class ModelRunner:
         self._carrier.bind()
 
     def run(self, batch: Batch) -> list[Row]:
-        """One result a sequence, in the batch's order; a failure takes down as few sequences as can be."""
+        """One result a sequence, in the batch's order, None for those of which more is to be run.
+
+        A failure takes down as few sequences as can be.
+        """
         return self.launch(batch)()
 
     def launch(self, batch: Batch) -> Landing:
@@ -67,7 +78,7 @@ class ModelRunner:
 
         If a batch raises, its halves are tried apart: what one input breaks (or memory that only the whole
         lacks) costs its neighbours time, not their answers. That is left to the landing, when the batches before
-        have let go of their memory.
+        have let go of their memory. Halves of a batch that is kept may need each other: then all are Undone.
         """
         try:
             land = self._begin(batch)
@@ -91,27 +102,39 @@ class ModelRunner:
     @torch.inference_mode()
     def _begin(self, batch: Batch) -> Landing:
         distinct, places = batch.distinct()
-        packed = pack(distinct, self._device)
+        packed = pack(distinct, self._device, self._storage)
         hidden = self._backbone.forward(packed)
-        pooled = self._pooler(hidden, packed, batch.sequences, places)
+        done = finished(batch, distinct, packed, hidden, places)
+        pooled = self._pooler(done.hidden, done.packed, done.sequences, done.places)
         arrival = self._carrier.send_for(pooled.tensors)
-        return lambda: _finite(pooled.unpack(arrival()))
+
+        def landing() -> list[Row]:
+            rows: list[Row] = [None] * len(batch.sequences)
+            for number, row in zip(done.numbers, _finite(pooled.unpack(arrival())), strict=True):
+                rows[number] = row
+            return rows
+
+        return landing
 
     def _apart(self, batch: Batch, error: Exception) -> list[Row]:
-        """After a failure: each half alone. Raises if the device is lost, for then nobody's next try can succeed."""
+        """After a failure: each half alone, or all undone. Raises if the device is lost: no next try can succeed."""
         self._carrier.recover()
         alone = len(batch.sequences) == 1
         if isinstance(error, torch.OutOfMemoryError):
             _log.warning(
                 "A batch of %d tokens does not fit in memory%s. To keep such batches out, lower %s.",
                 batch.num_tokens,
-                "" if alone else " and is run in halves",
+                ""
+                if alone
+                else " and is run " + ("again, prompt by prompt" if batch.is_paged else "in halves"),
                 "--max-model-len" if alone else "--max-num-batched-tokens",
             )
         if alone:
             failure = InferenceFailed(_reason(error, batch.num_tokens))
             failure.__cause__ = error
             return [failure]
+        if batch.is_paged:
+            return [Undone(_reason(error, batch.num_tokens)) for _ in batch.sequences]
         return [row for half in batch.halves() for row in self.run(half)]
 
 

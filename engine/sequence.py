@@ -1,6 +1,7 @@
 """Sequence: one row of work, from admission to its output."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from carpool.engine.cache.blocks import BlockTable, Prompt
 from carpool.engine.params import PoolingParams, Task
@@ -37,6 +38,7 @@ class Sequence:
     computed: int = 0
     cached: int = 0
     alone: bool = False  # it was in a batch that failed, and shares no other
+    carried: Any = None  # what the runner has of it so far, and nobody else looks at
 
     @property
     def work(self) -> tuple[object, ...]:

@@ -9,6 +9,41 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+Pages = tuple[
+    Tensor, Tensor
+]  # the keys and the values of one layer: P pages of S tokens, [P, S, N_kv, D] each
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """The last `B'` sequences of a row, of which more is kept than the row has: their tokens are the last of what is.
+
+    On the host: `start`, the token of the row with which they begin; the `longest` of their lengths in the row. On the
+    row's device: int32 `pages` [B', M], those of each sequence in order; `cu_seqlens` int32 [B'+1], the cumulative
+    lengths in the row, from 0; `key_lengths` int32 [B'], the tokens that each has so far, those in the row included.
+    `others` is the layout of the sequences before them, None if there are none.
+    """
+
+    start: int
+    longest: int
+    pages: Tensor
+    cu_seqlens: Tensor
+    key_lengths: Tensor
+    others: Layout | None
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Where the keys and values of a row are kept. In every layer all are written before any are read.
+
+    `layers`: the pages of each layer that attends, in order. `slots` int64 [T]: where each token's go, page * S +
+    place; -1 for those that are not kept.
+    """
+
+    layers: tuple[Pages, ...]
+    slots: Tensor
+    past: Past | None
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -18,6 +53,9 @@ class Layout:
     `unseen`, from where on each sequence's tokens are not looked at, None or () for nowhere. On the row's device:
     `cu_seqlens` int32 [B+1], the cumulative lengths from 0; `positions` int64 [T], each token's place in its sequence;
     `seen` int32 [B], how many of each sequence's tokens are looked at, None where all are.
+
+    `kept`: where keys and values are kept, None for a row of which nothing is. A sequence that has a past is in the row
+    with its last tokens, and `positions` go on from there.
     """
 
     runs: tuple[tuple[int, int], ...]
@@ -26,6 +64,7 @@ class Layout:
     positions: Tensor
     unseen: tuple[int | None, ...] = ()
     seen: Tensor | None = None
+    kept: Kept | None = None
 
     def distances(self, device: torch.device) -> Tensor:
         """int64 [2M - 1], M the longest length: how far a key can stand behind its query, from 1 - M to M - 1."""

@@ -1,1 +1,3 @@
-"""The paged cache of keys and values, as a card game: whose blocks are whose, and which can be used again. Pure."""
+"""The paged cache of keys and values: whose blocks are whose, and which can be used again. A card game, but for
+`storage.py`, which has the blocks' memory, and `choice.py`, which asks whether there is to be any.
+"""

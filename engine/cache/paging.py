@@ -55,7 +55,8 @@ class Paging:
         """Give it a table, unless there are too few blocks or another, who needs them more, waits for some."""
         assert seq.prompt is not None
         table = None
-        if self._starved is None or self._starved is seq:
+        # With nothing in the cache it could have had its blocks: it is not among those that are looked at just now.
+        if self._starved in (None, seq) or not self.pool.num_used:
             table = self.pool.allocate(seq.prompt, upto, behind)
         if table is None:
             if needed and self._starved is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from transformers import AttentionInterface
 
 from carpool.engine.packing import PackedBatch
 from carpool.kernels.attention import Choice
-from carpool.kernels.layout import Layout
-from carpool.kernels.ops import attention_of, varlen_attention
+from carpool.kernels.layout import Kept, Layout
+from carpool.kernels.ops import attention_of, kv_write, paged_attention, paged_attention_of, varlen_attention
 
+NUMBER = "carpool_number"  # of an attention layer, as an attribute: a copy has its original's
 NAME = "carpool_packed"  # neither "flash" nor "/" may be in it: both mean something to transformers
 
 # Arguments that change nothing for a packed forward pass without dropout or cache. Any other argument that is
@@ -51,9 +52,21 @@ class UnknownAttentionArgument(TypeError):
     """The model asks for a kind of attention that carpool does not compute."""
 
 
+class Call(NamedTuple):
+    """What a layer asked for in one forward pass: keys and values are [T, heads, size]."""
+
+    layer: torch.nn.Module
+    heads: int
+    size: int
+    dtype: torch.dtype
+    causal: bool
+    biased: bool
+
+
 _current: ContextVar[Layout | None] = ContextVar("carpool_layout", default=None)
 _witness: ContextVar[list[torch.nn.Module] | None] = ContextVar("carpool_witness", default=None)
 _choices: ContextVar[list[Choice] | None] = ContextVar("carpool_choices", default=None)
+_calls: ContextVar[list[Call] | None] = ContextVar("carpool_calls", default=None)
 
 
 @contextmanager
@@ -67,6 +80,7 @@ def layout(batch: PackedBatch) -> Iterator[None]:
             positions=batch.position_ids,
             unseen=batch.unseen,
             seen=batch.seen,
+            kept=batch.kept,
         )
     )
     try:
@@ -84,6 +98,17 @@ def witnessed() -> Iterator[list[torch.nn.Module]]:
         yield seen
     finally:
         _witness.reset(token)
+
+
+@contextmanager
+def calls() -> Iterator[list[Call]]:
+    """What layers asked for within this block, in order."""
+    made: list[Call] = []
+    token = _calls.set(made)
+    try:
+        yield made
+    finally:
+        _calls.reset(token)
 
 
 @contextmanager
@@ -159,6 +184,12 @@ def packed_attention(
         "sinks": s_aux,
     }
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    asked = _calls.get()
+    if asked is not None:
+        heads, size = k.shape[1:]
+        asked.append(Call(module, heads, size, k.dtype, kind["causal"], position_bias is not None))
+    if current.kept is not None:
+        return _keep(q, k, v, current, current.kept, getattr(module, NUMBER, None), **kind)[None], None
     return attend(q, k, v, current, **kind)[None], None
 
 
@@ -167,6 +198,32 @@ def attend(query: Tensor, key: Tensor, value: Tensor, row: Layout, **kind: Any) 
     if _choices.get() is not None:
         note(attention_of(query, key, value, row, **kind))
     return varlen_attention(query, key, value, row, **kind)
+
+
+def _keep(
+    query: Tensor, key: Tensor, value: Tensor, row: Layout, kept: Kept, number: int | None, **kind: Any
+) -> Tensor:
+    """As `attend`; keys and values are kept in this layer's pages, out of which those that have a past read theirs."""
+    if number is None:
+        raise RuntimeError("a layer that has no pages ran a row that is kept: this is a bug in carpool")
+    pages = kept.layers[number]
+    kv_write(key.contiguous(), value.contiguous(), kept.slots, *pages)
+    past = kept.past
+    if past is None:
+        return attend(query, key, value, row, **kind)
+    if not kind.pop("causal") or kind.pop("bias") is not None:
+        raise UnknownAttentionArgument(
+            "a layer that looks ahead, or minds distances, cannot look back at what is kept"
+        )
+    if _choices.get() is not None:
+        note(paged_attention_of(query, *pages, **kind))
+    back = paged_attention(
+        query[past.start :], *pages, past.pages, past.cu_seqlens, past.key_lengths, past.longest, **kind
+    )
+    if past.others is None:
+        return back
+    query, key, value = (x[: past.start] for x in (query, key, value))
+    return torch.cat((attend(query, key, value, past.others, causal=True, **kind), back))
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -94,7 +94,7 @@ def _without_waiting(work: Callable[[], object]) -> None:
 
 
 class GraphedBackbone(Backbone):
-    """`inner`, with a graph for every bucket. What fits none, or rides on adapters, `inner` runs itself."""
+    """`inner`, with a graph for every bucket. What fits none, rides on adapters or is kept, `inner` runs itself."""
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class GraphedBackbone(Backbone):
 
     def _bucket(self, batch: PackedBatch) -> Bucket | None:
         """The smallest that holds the batch."""
-        if batch.adapters or batch.unseen:
+        if batch.adapters or batch.unseen or batch.kept is not None:
             return None
         tokens, sequences = batch.num_tokens, len(batch.cu_seqlens) - 1
         return next(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from carpool.engine.batch import Batch
-from carpool.engine.errors import InferenceFailed
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.packing import PackedBatch
 from carpool.engine.params import PoolingParams, Task
@@ -116,8 +115,8 @@ def same(work: ModelRunner, asked: Batch, emulated: Emulated, *kernels: str) -> 
         ours = work.run(asked)
     assert emulated.ran >= set(kernels)
     for seq, row, truth in zip(asked.sequences, ours, plain, strict=True):
-        assert not isinstance(row, InferenceFailed), row
-        assert not isinstance(truth, InferenceFailed)
+        assert isinstance(row, np.ndarray), row
+        assert isinstance(truth, np.ndarray)
         assert (row.dtype, row.shape) == (truth.dtype, truth.shape)
         room = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}[row.dtype.name]
         np.testing.assert_allclose(

@@ -319,3 +319,22 @@ def test_after_a_failure_each_runs_alone_and_shares_nothing() -> None:
     batches = run(scheduler)
     assert [batch.counts for batch in batches] == [(21,), (21,)]
     assert sequences[0].table is None
+
+
+def test_an_empty_cache_is_not_kept_for_one_who_is_not_looked_at() -> None:
+    """Whoever waits for blocks may stand behind those that a deal looks at, all of whom need some too."""
+    scheduler = Scheduler(40, 5, paging=Paging(BlockPool(12, SIZE), 16), window_tokens=40)
+    running = sequence([9] * 48)
+    scheduler.add(running)
+    flying = scheduler.schedule(0.0)
+    assert flying is not None
+    low = sequence([1] * 48)
+    low.priority = 5
+    scheduler.add(low)
+    assert scheduler.schedule(0.0) is None, "it waits for blocks"
+    high = [sequence([2 + i] * 44) for i in range(3)]
+    for seq in high:
+        scheduler.add(seq)
+    scheduler.abort(running.request_id)
+    scheduler.landed(flying, {running})
+    assert sum(batch.num_tokens for batch in run(scheduler)) == 3 * 44 + 48

@@ -12,16 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from carpool.engine.build import Parts
+from carpool.engine.cache.storage import KeptLayer, Storage
 from carpool.engine.models.attention import (
     NAME,
+    NUMBER,
     UnknownAttentionArgument,
+    calls,
     layout,
     packed_attention,
     under_way,
     witnessed,
 )
 from carpool.engine.models.probe import Probe
-from carpool.engine.packing import PackedBatch, pack_ids
+from carpool.engine.packing import Keeping, PackedBatch, pack_ids
 from carpool.kernels.reference import varlen_attention
 
 RUNS = ((3, 1), (5, 1))
@@ -167,3 +170,85 @@ def test_a_model_that_starts_to_pass_something_new_is_not_packed(parts: Callable
         backbone.forward(pack_ids([[1, 2]], torch.device("cpu")))
     fault = Probe(vocab_size=100, max_model_len=64).fault(backbone)
     assert fault == "Qwen3Attention passes block_mask to its attention, which carpool does not compute"
+
+
+# ── what is kept ─────────────────────────────────────────────────────────────────────────────────────────────
+
+CPU = torch.device("cpu")
+
+
+def numbered(number: int = 0, is_causal: bool = True) -> Layer:
+    layer = Layer(is_causal)
+    setattr(layer, NUMBER, number)
+    return layer
+
+
+def store(layers: int = 1) -> Storage:
+    storage = Storage.of([KeptLayer(2, 8, torch.float32)] * layers, 6, 2, CPU)
+    for keys, values in storage.layers:
+        keys.fill_(torch.nan), values.fill_(torch.nan)
+    return storage
+
+
+def parts(storage: Storage, layer: nn.Module, **options: Any) -> Tensor:
+    """Of 8 tokens: a prompt of 3 of which nothing is kept beside 2 of a prompt, of which then come 3 more."""
+    blocks = [4, 1, 5]
+    rows = []
+    for tokens, past in (((0, 1, 2, 3, 4), 0), ((5, 6, 7), 2)):
+        ids = [[7] * 3, [7] * 2] if not past else [[7] * 3]
+        keeping = Keeping(storage, [None, blocks] if not past else [blocks], [0, 0] if not past else [past])
+        with layout(pack_ids(ids, CPU, keeping=keeping)):
+            query, key, value = (x[:, :, list(tokens)] for x in qkv())
+            rows.append(packed_attention(layer, query, key, value, None, **options)[0])
+    return torch.cat(rows, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "means"),
+    [
+        ({}, {}),
+        ({"scaling": 0.7}, {"scale": 0.7}),
+        ({"sliding_window": 2}, {"window": 2}),
+        ({"softcap": 1.5}, {"softcap": 1.5}),
+        ({"s_aux": torch.arange(4.0)}, {"sinks": torch.arange(4.0)}),
+    ],
+)
+def test_a_part_looks_back_at_what_is_kept_as_the_whole_would(
+    given: dict[str, Any], means: dict[str, Any]
+) -> None:
+    torch.testing.assert_close(parts(store(), numbered(), **given), expected(causal=True, **means))
+
+
+def test_each_layer_keeps_its_own() -> None:
+    storage = store(2)
+    parts(storage, numbered(1))
+    assert storage.layers[0][0].isnan().all()
+    keys, values = storage.layers[1]
+    held = [4 * 2, 4 * 2 + 1, 1 * 2, 1 * 2 + 1, 5 * 2]
+    _, key, value = (x[0].transpose(0, 1) for x in qkv())
+    assert torch.equal(keys.flatten(0, 1)[held], key[3:])
+    assert torch.equal(values.flatten(0, 1)[held], value[3:])
+    assert int(keys.isnan().any((2, 3)).sum()) == 12 - 5
+
+
+def test_a_layer_that_has_no_pages_is_not_run() -> None:
+    with pytest.raises(RuntimeError, match="has no pages"):
+        parts(store(), Layer(True))
+
+
+@pytest.mark.parametrize("options", [{"is_causal": False}, {"position_bias": torch.ones(4, 9)}])
+def test_what_cannot_look_back_at_what_is_kept_raises(options: dict[str, Any]) -> None:
+    with pytest.raises(UnknownAttentionArgument, match="cannot look back"):
+        parts(store(), numbered(), **options)
+
+
+def test_what_layers_ask_for_is_told_to_those_who_ask_and_only_within_their_block() -> None:
+    layer = numbered()
+    with calls() as made:
+        attend(layer, position_bias=torch.ones(4, 9))
+        attend(layer, is_causal=False)
+    attend(layer)
+    assert [(call.layer, call.heads, call.size, call.dtype) for call in made] == [
+        (layer, 2, 8, torch.float32)
+    ] * 2
+    assert [(call.causal, call.biased) for call in made] == [(True, True), (False, False)]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import tiny
 from carpool.engine.build import Parts, build
+from carpool.engine.cache.storage import Storage
 from carpool.engine.config import EngineConfig
 from carpool.engine.models import attention, graphs
 from carpool.engine.models.backbone import Backbone
@@ -27,7 +28,7 @@ from carpool.engine.models.graphs import Bucket, CudaRecorder, GraphedBackbone, 
 from carpool.engine.models.moving import moving_to
 from carpool.engine.models.padded import PaddedBackbone
 from carpool.engine.models.stretching import StretchingBackbone
-from carpool.engine.packing import PackedBatch, pack_ids
+from carpool.engine.packing import Keeping, PackedBatch, pack_ids
 from carpool.kernels import reference
 from carpool.kernels.layout import Layout
 from emu.backend import Emulated
@@ -216,8 +217,9 @@ def test_a_copy_for_another_device_records_its_own(
         batch(*[1] * 7),
         batch(3, 3, adapters=[0, 1]),
         batch(5, 5, unseen=[None, 3]),
+        batch(5, 5, keeping=Keeping(Storage((), 2, 4), [None, [0, 1]], [0, 2])),
     ],
-    ids=["too many tokens", "too many sequences", "adapters", "unseen"],
+    ids=["too many tokens", "too many sequences", "adapters", "unseen", "kept"],
 )
 def test_what_fits_no_graph_is_run_by_the_model_itself(
     packed: PackedBatch, inner: Callable[[str], Backbone], tape: Tape, monkeypatch: pytest.MonkeyPatch

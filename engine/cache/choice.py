@@ -1,0 +1,118 @@
+"""Choice: whether a model's keys and values are kept, for what, and how many. Asked once, at load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+
+import torch
+
+from carpool.engine.cache.blocks import BlockPool
+from carpool.engine.cache.cache import Cache
+from carpool.engine.cache.paging import Paging
+from carpool.engine.cache.storage import KeptLayer, Storage
+from carpool.engine.config import EngineConfig
+from carpool.engine.errors import ConfigError
+from carpool.engine.models.backbone import Backbone
+from carpool.engine.models.paged import number_layers, paged_attention_chosen, paging_fault
+from carpool.engine.params import Task
+from carpool.kernels import launch
+from carpool.kernels.attention import Choice
+
+_CPU_BYTES = 1 << 30  # taken as it comes to be used
+_CPU_SHARE = 4  # and at most this part of what is free at the start
+_GPU_SHARE = 10  # this part of a GPU's memory
+_MOST_PROMPTS = 64  # of the longest: more of a small model's is kept for nobody
+_CPU_CHUNK, _GPU_CHUNK = 512, 2048  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """`storage` is the `cache`'s memory, and `attention` looks back at it. Without them, `notice` says why if it had
+    been asked for.
+    """
+
+    cache: Cache | None = None
+    storage: Storage | None = None
+    attention: tuple[Choice, ...] = ()
+    chunks: bool = False
+    notice: str | None = None
+
+
+def choose_cache(
+    config: EngineConfig,
+    backbone: Backbone,
+    *,
+    last_only: Set[Task],
+    device: torch.device,
+    vocab_size: int,
+    max_model_len: int,
+    limits: Iterable[int] = (),
+) -> Keep:
+    """`last_only` are the tasks whose results are of a prompt's last token. Raises ConfigError if there is no room.
+
+    What the user leaves open is on where it can be: chunks for a model that looks back only, prefixes if it has tasks
+    that profit.
+    """
+    prefixes = config.enable_prefix_caching is not False and bool(last_only)
+    chunks = config.enable_chunked_prefill is not False
+    asked = config.enable_prefix_caching or config.enable_chunked_prefill
+    if not prefixes and not chunks:
+        return _not_kept("no task of it is about the last token", config.enable_prefix_caching)
+    if config.data_parallel_size > 1:
+        return _not_kept("GPUs would need one another's", asked)
+    if device.type == "cuda" and not launch.backend.serves(device):
+        return _not_kept(f"torch has no attention to them that does not wait ({launch.fault()})", asked)
+    fault = paging_fault(
+        backbone,
+        vocab_size=vocab_size,
+        max_model_len=max_model_len,
+        block_size=config.block_size,
+        limits=limits,
+    )
+    if fault:
+        return _not_kept(fault, asked)
+    layers = number_layers(backbone)
+    blocks = _num_blocks(config, layers, device, max_model_len)
+    if blocks * config.block_size < 2 * config.block_size:
+        return _not_kept("there is no memory for it", asked)
+    chunk = config.long_prefill_token_threshold or (_CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK)
+    # Without chunks, prompts are as long as a batch at most.
+    longest = min(chunk, max_model_len) if chunks else max(max_model_len, config.max_num_batched_tokens or 0)
+    cache = Cache(Paging(BlockPool(blocks, config.block_size), longest), frozenset(last_only), prefixes)
+    storage = Storage.of(layers, blocks, config.block_size, device)
+    return Keep(cache, storage, tuple(paged_attention_chosen(backbone, storage)), chunks)
+
+
+def _not_kept(why: str, asked: bool | None) -> Keep:
+    if not asked:
+        return Keep()
+    return Keep(
+        notice=f"Keys and values are not kept, for prefixes or chunks, though it was asked for: {why}."
+    )
+
+
+def _num_blocks(
+    config: EngineConfig, layers: list[KeptLayer], device: torch.device, max_model_len: int
+) -> int:
+    """Blocks that the memory has room for."""
+    per_block = config.block_size * sum(layer.bytes_per_token for layer in layers)
+    if config.kv_cache_memory_bytes is not None:
+        blocks = config.kv_cache_memory_bytes // per_block
+        if blocks < 2:
+            raise ConfigError(
+                f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes} is less than two blocks need: {2 * per_block}."
+            )
+        return blocks
+    if device.type == "cpu":
+        memory = min(_CPU_BYTES, _free_memory() // _CPU_SHARE)
+    else:
+        memory = torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE
+    most = _MOST_PROMPTS * -(-max_model_len // config.block_size)
+    return min(memory // per_block, most)
+
+
+def _free_memory() -> int:
+    """Bytes that nobody uses, of the machine."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
