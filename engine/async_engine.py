@@ -154,7 +154,7 @@ class AsyncEngine:
 
     async def _warm_up(self, parts: Built, workers: int) -> None:
         """Run every worker once for its one-off costs and once to learn the throughput."""
-        length = min(parts.model.max_model_len, 128)
+        length = min(parts.model.max_model_len, parts.model.max_num_batched_tokens, 128)
         count = max(1, _WARM_UP_TOKENS // length) * workers
         prompts = [[i % parts.model.vocab_size] * length for i in range(count)]
         for _ in range(2):
@@ -506,8 +506,9 @@ class AsyncEngine:
                 self._settle(seq.request_id, row)
                 continue
             pending.result.rows[seq.index] = row
-            place = seq.index * len(pending.result.cached) // len(pending.result.rows)  # prompts have a row a task
-            pending.result.cached[place] = min(pending.result.cached[place], seq.cached)
+            cached = pending.result.cached
+            prompt = seq.index * len(cached) // len(pending.result.rows)  # each has a row a task
+            cached[prompt] = min(cached[prompt], seq.cached)
             pending.result.timings.queue = max(0.0, began - pending.arrival)
             pending.remaining -= 1
             if pending.on_progress:

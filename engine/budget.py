@@ -39,12 +39,12 @@ class Budget:
     notice: str | None = None
 
 
-def wanted(asked: int | None, max_model_len: int, device: torch.device) -> int:
-    """Tokens in a batch as the user asks, else what suits the device; a prompt of any length fits."""
-    if asked is not None and asked < max_model_len:
+def wanted(asked: int | None, max_model_len: int, device: torch.device, *, chunks: bool) -> int:
+    """Tokens in a batch as the user asks, else what suits the device; any prompt fits, or is run in `chunks`."""
+    if asked is not None and asked < max_model_len and not chunks:
         raise ConfigError(
-            f"--max-num-batched-tokens {asked} is less than one prompt may have ({max_model_len}): "
-            "raise it, or lower --max-model-len."
+            f"--max-num-batched-tokens {asked} is less than one prompt may have ({max_model_len}), and this model's "
+            "prompts are not run in chunks: raise it, or lower --max-model-len."
         )
     return asked or max(_CPU_TOKENS if device.type == "cpu" else _GPU_TOKENS, max_model_len)
 

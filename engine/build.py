@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import nn
 from carpool.engine import budget
 from carpool.engine.architecture import Architecture, labels_of
 from carpool.engine.cache.cache import Cache
+from carpool.engine.cache.choice import Keep, choose_cache
 from carpool.engine.chat import ChatTemplate
 from carpool.engine.checkpoint import Checkpoint
 from carpool.engine.config import EngineConfig
@@ -33,7 +34,7 @@ from carpool.engine.pairing import Pairing
 from carpool.engine.params import Task
 from carpool.engine.poolers.adapted import AdaptedPool
 from carpool.engine.poolers.bge_m3 import Marks
-from carpool.engine.poolers.pooler import Pool, Pooler
+from carpool.engine.poolers.pooler import Pool, Pooler, reads_last_only
 from carpool.engine.pools import head_width, make_pools, pooling_modes, pooling_name, similarity_of
 from carpool.engine.runner import ModelRunner
 from carpool.engine.scoring import Framer
@@ -152,28 +153,31 @@ def build(config: EngineConfig) -> Parts:
     attention = attention_chosen(model.backbone, plan.checkpoint.vocab_size, unseen=tokenizer.expands_unseen)
     width = head_width(model.loaded)
     pools = _pools(plan, model, width, _marks(plan, fast, tokenizer))
+    kept = _kept(plan, model, pools)
     notices = (
         plan.notice,
         *model.notices,
+        kept.notice,
         unexpanded,
-        *_attention_notices(plan.device, attention),
+        *_attention_notices(plan.device, (*attention, *kept.attention)),
         *_device_notices(config, plan.device),
         end_notice(words, fast),
         *plan.pairing.notices(framer, plan.config, blunt=_is_blunt(plan, model, width)),
     )
     info = replace(
-        _model_info(plan, model, pools, width, attention),
+        _model_info(plan, model, pools, width, attention, kept),
         root=config.model or str(folder),
         roles={role: scribe.skipped for role, scribe in tokenizer.scribes.items()},
         chat_template=chat.present,
         score_template=framer is not None,
         notices=tuple(sentence for sentence in notices if sentence),
     )
-    runners = _runners(plan, ModelRunner(model.backbone, Pooler(pools), plan.device), info.workers)
+    first = ModelRunner(model.backbone, Pooler(pools), plan.device, kept.storage)
+    runners = _runners(plan, first, info.workers)
     if plan.device.type == "cuda":
         info = replace(info, notices=(*info.notices, *_recorded(plan, runners)))
         info = _fitted(info, plan.devices, runners)
-    return Parts(info, tokenizer, chat, framer, None, runners)
+    return Parts(info, tokenizer, chat, framer, kept.cache, runners)
 
 
 def _runners(plan: _Plan, first: ModelRunner, workers: int) -> list[ModelRunner]:
@@ -226,8 +230,26 @@ def _pools(plan: _Plan, model: Model, width: int, marks: Marks) -> dict[Task, Po
     return {task: AdaptedPool({slot: own[task] for slot, own in by_slot.items()}) for task in pools}
 
 
+def _kept(plan: _Plan, model: Model, pools: Mapping[Task, Pool]) -> Keep:
+    """Keys and values, where it is of use."""
+    return choose_cache(
+        plan.config,
+        model.backbone,
+        last_only={task for task, pool in pools.items() if reads_last_only(pool)},
+        device=plan.device,
+        vocab_size=plan.checkpoint.vocab_size,
+        max_model_len=plan.max_model_len,
+        limits=plan.checkpoint.windows,
+    )
+
+
 def _model_info(
-    plan: _Plan, model: Model, pools: Mapping[Task, Pool], width: int, attention: Mapping[Choice, int]
+    plan: _Plan,
+    model: Model,
+    pools: Mapping[Task, Pool],
+    width: int,
+    attention: Mapping[Choice, int],
+    kept: Keep,
 ) -> ModelInfo:
     """All that the plan and the model say of themselves; `width` is what the head gives."""
     config, checkpoint, architecture = plan.config, plan.checkpoint, plan.architecture
@@ -258,10 +280,15 @@ def _model_info(
         device=", ".join(map(str, plan.devices)),
         workers=_workers(config, plan.devices),
         parameters=model.parameters,
-        max_num_batched_tokens=budget.wanted(config.max_num_batched_tokens, plan.max_model_len, plan.device),
+        max_num_batched_tokens=budget.wanted(
+            config.max_num_batched_tokens, plan.max_model_len, plan.device, chunks=kept.chunks
+        ),
         max_num_seqs=config.max_num_seqs,
         packing=model.backbone.packing,
         attention=_attention_in_words(attention),
+        prefix_caching=bool(kept.cache and kept.cache.finds_prefixes),
+        chunked_prefill=kept.chunks,
+        kv_cache_tokens=kept.cache.num_tokens if kept.cache else 0,
         quantization=config.quantization,
         surgery=model.surgery,
     )
@@ -369,13 +396,13 @@ def _attention_in_words(served: Mapping[Choice, int]) -> str:
     return ", ".join(each) or "transformers"
 
 
-def _attention_notices(device: torch.device, served: Mapping[Choice, int]) -> Iterator[str]:
+def _attention_notices(device: torch.device, chosen: Iterable[Choice]) -> Iterator[str]:
     """Fallbacks are loud: such a server is right, and slower than it need be."""
     if device.type == "cpu" and native.library is None:
         yield (
             "The native CPU kernels were not built (no C++ compiler at install, or another CPU): torch serves, slower."
         )
-    yield from dict.fromkeys(choice.notice for choice in served if choice.notice)
+    yield from dict.fromkeys(choice.notice for choice in chosen if choice.notice)
 
 
 def _device_notices(config: EngineConfig, device: torch.device) -> Iterator[str]:

@@ -74,6 +74,12 @@ class Checkpoint:
     matryoshka: Matryoshka
 
     @property
+    def windows(self) -> list[int]:
+        """Tokens that layers with a window look at, by every name that config.json has for it."""
+        named = (self.text_config.get(key) for key in ("sliding_window", "local_attention"))
+        return [window for window in named if isinstance(window, int) and window > 0]
+
+    @property
     def text_config(self) -> Mapping[str, Any]:
         """The part of config.json that describes the text tower."""
         return _text_config(self.config)

@@ -211,7 +211,7 @@ class EngineConfig:
     block_size: int = option(16, "Tokens in a block of the cache of keys and values.")
     kv_cache_memory_bytes: int | None = option(
         None,
-        "Memory for keys and values; by default room for the longest prompt, within 1 GiB, on a GPU a tenth of it.",
+        "Memory for keys and values; by default 1 GiB or a quarter of what is free, on a GPU a tenth of it.",
     )
     max_queued_tokens: int | None = option(
         None, "Waiting tokens above which requests get 503; by default 60 s of work."

@@ -14,6 +14,7 @@ EngineError
 │   └── EngineDead          a worker is lost; only a restart helps
 ├── DeadlineExceeded        the request's own time ran out
 └── InferenceFailed         the model broke on this input
+    └── Undone              … or on another of its batch; it is run again, and nobody is told
 
 ConfigError stands apart: it is raised before the engine lives, to whoever started it.
 """

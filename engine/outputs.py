@@ -52,5 +52,6 @@ class ScoreResult:
     prompt_tokens: int
     timings: Timings
     pair_token_ids: list[list[int]] = field(default_factory=list)
-    pair_cached: list[int] = field(default_factory=list)  # of each pair, the tokens that had been run for others
+    # Of each pair, the tokens that had been run for others; and of all prompts that were run.
+    pair_cached: list[int] = field(default_factory=list)
     cached_tokens: int = 0

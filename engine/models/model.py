@@ -48,12 +48,11 @@ class Model:
         """
         loaded = loader.load(checkpoint, architecture, scorer, token_ids)
         adapters = load_adapters(checkpoint, config, loaded)
-        windows = (checkpoint.text_config.get(key) for key in ("sliding_window", "local_attention"))
         backbone, padded = choose(
             loaded.backbone,
             vocab_size=checkpoint.vocab_size,
             max_model_len=loader.max_model_len,
-            limits=[window for window in windows if isinstance(window, int) and window > 0],
+            limits=checkpoint.windows,
         )
         parameters = sum(weight.numel() for weight in backbone.module.parameters())
         swapped: dict[str, int] = {}

@@ -74,6 +74,11 @@ class ClassifyPool:
         self._head = head
         self._late = late
 
+    @property
+    def last_only(self) -> bool:
+        """Whether its results are of last tokens alone."""
+        return self._mode == "last"
+
     def __call__(
         self, hidden: Tensor, packed: PackedBatch, places: Seq[int], sequences: Seq[Sequence]
     ) -> Pooled:

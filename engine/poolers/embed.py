@@ -100,6 +100,11 @@ class EmbedPool:
         self._modes = modes
         self._head = head
 
+    @property
+    def last_only(self) -> bool:
+        """Whether its results are of last tokens alone."""
+        return tuple(self._modes) == ("last",)
+
     def __call__(
         self, hidden: Tensor, packed: PackedBatch, places: Seq[int], sequences: Seq[Sequence]
     ) -> Pooled:

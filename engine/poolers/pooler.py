@@ -67,6 +67,11 @@ class Pool(Protocol):
         """
 
 
+def reads_last_only(pool: Pool) -> bool:
+    """Whether a pool's results are of last tokens alone; those that do not say so read more."""
+    return bool(getattr(pool, "last_only", False))
+
+
 class Pooler:
     """Deals the sequences of a batch out to their tasks' pools."""
 
