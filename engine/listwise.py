@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from carpool.engine.params import Task
 from carpool.engine.rerankers import instruction_of
 
 Row = NDArray[np.float32]
+Tokens = TypeVar("Tokens", list[int], int)  # the ids of a prompt, or how many tokens of it
 
 DOCUMENT_MARK = "<|embed_token|>"
 QUERY_MARK = "<|rerank_token|>"
@@ -89,8 +90,8 @@ class ListPlan:
         lists = [rows] if self.one_query else [[row] for row in rows]
         return [score for blocks in lists for score in list_scores(blocks)]
 
-    def token_ids(self, prompts: Seq[list[int]]) -> list[list[int]]:
-        """Those of each document's prompt."""
+    def by_pair(self, prompts: Seq[Tokens]) -> list[Tokens]:
+        """What `prompts` says of each document's prompt: its ids, or how many tokens."""
         return [prompts[i] for i in self.asked]
 
     def blame(self, error: InvalidInput) -> InvalidInput:

@@ -109,7 +109,7 @@ class RequestOutput(Generic[O]):
     outputs: O
     prompt_token_ids: list[int]
     finished: bool = True
-    num_cached_tokens: int = 0
+    num_cached_tokens: int = 0  # found in the prefix cache
 
 
 class LLM:
@@ -232,8 +232,11 @@ class LLM:
                     on_progress=progress,
                 )
             )
-        pairs = zip(result.scores, result.pair_token_ids, strict=True)
-        return [RequestOutput(str(i), ScoringOutput(score), ids) for i, (score, ids) in enumerate(pairs)]
+        pairs = zip(result.scores, result.pair_token_ids, result.pair_cached, strict=True)
+        return [
+            RequestOutput(str(i), ScoringOutput(score), ids, num_cached_tokens=cached)
+            for i, (score, ids, cached) in enumerate(pairs)
+        ]
 
     @property
     def model_info(self) -> ModelInfo:
@@ -254,11 +257,12 @@ class LLM:
         lora_request: Loras,
     ) -> list[RequestOutput[PoolingOutput]]:
         tasks = _tasks(name, self._engine.model)
-        items = _as_list(prompts)
-        groups = _groups(items, pooling_params, lora_request, self._engine.model)
+        many = _as_list(prompts)
+        items, salts = [_unwrap(prompt) for prompt in many], [_salt(prompt) for prompt in many]
+        groups = _groups(items, salts, pooling_params, lora_request, self._engine.model)
         answers: list[RequestOutput[PoolingOutput] | None] = [None] * len(items)
         with _bar(use_tqdm, len(items) * len(tasks)) as progress:
-            for places, params, adapter in groups:
+            for places, params, adapter, salt in groups:
                 result = self._loop.run(
                     self._engine.pool(
                         [items[i] for i in places],  # type: ignore[arg-type]
@@ -267,6 +271,7 @@ class LLM:
                         task=tasks,
                         adapter=adapter,
                         on_progress=progress,
+                        cache_salt=salt,
                     )
                 )
                 for i, answer in zip(places, _answers(result, places, tasks), strict=True):
@@ -304,10 +309,8 @@ def _config(model: str, task: str | None, options: Mapping[str, Any]) -> EngineC
     if isinstance(given.get("pooler_config"), Mapping):
         _check_names("pooler_config", given["pooler_config"], PoolerConfig)
         given["pooler_config"] = PoolerConfig(**given["pooler_config"])
-    for name in ("pooler_config", "hf_overrides"):
-        if given.get(name, ...) is None:
-            del given[name]
-    return EngineConfig(model=model, **given)
+    # As in the reference, None leaves an option to its default.
+    return EngineConfig(model=model, **{name: value for name, value in given.items() if value is not None})
 
 
 def _check_names(where: str, given: Mapping[str, Any], config: type) -> None:
@@ -393,11 +396,10 @@ def _bar(use_tqdm: Progress, total: int) -> Iterator[Callable[[int], object]]:
         yield lambda done: bar.update(done)
 
 
-def _as_list(prompts: Prompt | Seq[Prompt]) -> list[str | list[int]]:
-    """One prompt or many, each text, token ids, or a dict of either, as a list of texts and ids."""
+def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+    """One prompt or many, each text, token ids, or a dict of either, as a list."""
     single = isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int))
-    many = cast("Seq[Prompt]", [prompts] if single else prompts)
-    return [_unwrap(prompt) for prompt in many]
+    return list(cast("Seq[Prompt]", [prompts] if single else prompts))
 
 
 def _unwrap(prompt: Any) -> str | list[int]:
@@ -408,6 +410,14 @@ def _unwrap(prompt: Any) -> str | list[int]:
     if isinstance(prompt, Seq):
         return list(prompt)
     raise TypeError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}")
+
+
+def _salt(prompt: Prompt) -> str | None:
+    """Only prompts with the same one share what the cache holds."""
+    salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
+    if salt is not None and not isinstance(salt, str):
+        raise TypeError(f"a cache_salt is a text, not {type(salt).__name__}")
+    return salt
 
 
 def _texts(items: ScoreInput | Seq[ScoreInput], field: str) -> list[str]:
@@ -427,15 +437,15 @@ def _text(item: Any, field: str) -> str:
 
 
 def _groups(
-    items: list[str | list[int]], params: Params, loras: Loras, model: ModelInfo
-) -> list[tuple[list[int], PoolingParams, str | None]]:
-    """Places of the prompts that can go in one call: of one kind, with one set of parameters, on one adapter."""
+    items: list[str | list[int]], salts: list[str | None], params: Params, loras: Loras, model: ModelInfo
+) -> list[tuple[list[int], PoolingParams, str | None, str | None]]:
+    """Places of the prompts that can go in one call: of one kind, with one set of parameters, adapter and salt."""
     each = _one_each(items, params or PoolingParams(), "pooling_params")
     adapters = [_adapter(lora, model) for lora in _one_each(items, loras, "lora_request")]
-    groups: dict[tuple[bool, PoolingParams, str | None], list[int]] = {}
-    for i, (item, own, adapter) in enumerate(zip(items, each, adapters, strict=True)):
-        groups.setdefault((isinstance(item, str), own, adapter), []).append(i)
-    return [(places, own, adapter) for (_, own, adapter), places in groups.items()]
+    groups: dict[tuple[bool, PoolingParams, str | None, str | None], list[int]] = {}
+    for i, (item, own, adapter, salt) in enumerate(zip(items, each, adapters, salts, strict=True)):
+        groups.setdefault((isinstance(item, str), own, adapter, salt), []).append(i)
+    return [(places, own, adapter, salt) for (_, own, adapter, salt), places in groups.items()]
 
 
 def _one_each(items: Seq[object], given: O | Seq[O], name: str) -> list[O]:
@@ -455,13 +465,15 @@ def _answers(
         by_prompt = zip(*(tensors[i :: len(tasks)] for i in range(len(tasks))), strict=True)
         each = [dict(zip(tasks, own, strict=True)) for own in by_prompt]
     return [
-        RequestOutput(str(place), PoolingOutput(data), ids)
-        for place, data, ids in zip(places, each, result.prompt_token_ids, strict=True)
+        RequestOutput(str(place), PoolingOutput(data), ids, num_cached_tokens=cached)
+        for place, data, ids, cached in zip(places, each, result.prompt_token_ids, result.cached, strict=True)
     ]
 
 
 def _with(answer: RequestOutput[PoolingOutput], outputs: O) -> RequestOutput[O]:
-    return RequestOutput(answer.request_id, outputs, answer.prompt_token_ids)
+    return RequestOutput(
+        answer.request_id, outputs, answer.prompt_token_ids, num_cached_tokens=answer.num_cached_tokens
+    )
 
 
 def _tensor(row: NDArray[Any]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from carpool.engine.errors import EmptyInput, InvalidInput, InvalidParameter, UnsupportedTask
 from carpool.engine.framed import Framed
 from carpool.engine.late_interaction import Role, RoleText
-from carpool.engine.listwise import ListPlan, Listwise
+from carpool.engine.listwise import ListPlan, Listwise, Tokens
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.params import Task
 
@@ -88,8 +88,8 @@ class Plan:
             ]
         return [self.measure(rows[a], rows[b]) for a, b in self.pairs]
 
-    def token_ids(self, prompts: Seq[list[int]]) -> list[list[int]]:
-        """The ids of each pair, both sides, from those of the prompts."""
+    def by_pair(self, prompts: Seq[Tokens]) -> list[Tokens]:
+        """Of each pair, both sides, what `prompts` says of the prompts: their ids, or how many tokens."""
         return [prompts[a] if a == b else prompts[a] + prompts[b] for a, b in self.pairs]
 
     def blame(self, error: InvalidInput) -> InvalidInput:

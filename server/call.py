@@ -15,6 +15,7 @@ from carpool.engine.errors import InvalidInput, UnsupportedTask
 from carpool.server.errors import InvalidRequest, UnknownModel
 from carpool.server.headers import label, timeout_seconds
 from carpool.server.keys import CLIENT, CONFIG, ENGINE, METRICS, REQUEST_ID
+from carpool.server.protocol import PromptTokensDetails, Usage
 
 if TYPE_CHECKING:
     from carpool.engine.async_engine import Prompts
@@ -30,6 +31,7 @@ class Asked(Protocol):
     model: str | None
     priority: int | None
     request_id: str | None
+    cache_salt: str | None
 
 
 class Call:
@@ -127,18 +129,26 @@ class Call:
 
     @property
     def _terms(self) -> Mapping[str, Any]:
-        """On which adapter, for whom, how urgent, how long."""
+        """On which adapter, for whom, how urgent, how long, and with whom to share what is computed."""
         return {
             "adapter": self._adapter,
             "client": self._request[CLIENT],
             "priority": self._asked.priority or 0,
             "timeout": self._timeout,
+            "cache_salt": self._asked.cache_salt,
         }
 
     def _note(self, result: PoolingResult | ScoreResult) -> None:
         self._tokens += result.prompt_tokens
         self._timings = result.timings
         self._answered = perf_counter()
+
+    def usage(self, result: PoolingResult | ScoreResult) -> Usage:
+        """What the answer says that it cost; with --enable-prompt-tokens-details also what the cache spared."""
+        tokens = result.prompt_tokens
+        told = self._request.app[CONFIG].enable_prompt_tokens_details
+        details = PromptTokensDetails(result.cached_tokens) if told else None
+        return Usage(tokens, tokens, prompt_tokens_details=details)
 
     def finish(self, response: web.Response) -> web.Response:
         """Account for the answer, and say in it where the time went."""

@@ -40,6 +40,9 @@ class ServerConfig:
         shown="MODEL as given, or all-MiniLM-L6-v2",
     )
     api_key: tuple[str, ...] = option((), "Key a client must send as a Bearer token; repeat it for several.")
+    enable_prompt_tokens_details: bool = option(
+        False, "Say in usage how many of the prompt tokens were found in the prefix cache."
+    )
     error_format: ErrorFormat = option("flat", "Shape of error bodies: flat, or nested as OpenAI has them.")
     max_body_size: int = option(64 << 20, "Largest request body, decompressed.", unit="bytes", shown="64MiB")
     shutdown_timeout: float = option(30.0, "Seconds that accepted requests get to finish after SIGTERM.")

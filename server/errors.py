@@ -75,6 +75,7 @@ STATUS: dict[type[BaseException], tuple[int, str]] = {
     engine.EngineDead: UNAVAILABLE,
     engine.DeadlineExceeded: TIMED_OUT,
     engine.InferenceFailed: INTERNAL,
+    engine.Undone: INTERNAL,
     InvalidRequest: BAD_REQUEST,
     UnreadableBody: BAD_REQUEST,
     Unauthorized: UNAUTHORIZED,

@@ -89,7 +89,10 @@ FIELDS: dict[str, Schema] = {
     "activation": ACTIVATION,
     "priority": {"description": "Lower runs first; an integer of 64 bits."},
     "request_id": {"description": "Label for the answer's id, where there is no X-Request-Id."},
-    "cache_salt": {"description": "Taken, and without effect: 1 to 128 characters without @, /, \\ and NUL."},
+    "cache_salt": {
+        "description": "Only requests with the same one, or none, share computed prefixes: 1 to 128 characters "
+        "without @, /, \\ and NUL."
+    },
     "mm_processor_kwargs": _nothing("For models of images, which are not served here; must be empty."),
     # texts and chats
     "input": _either(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,11 +19,15 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from carpool import __version__
 from carpool.engine.outputs import Timings
 
 if TYPE_CHECKING:
+    from prometheus_client import Metric
+
     from carpool.engine.async_engine import AsyncEngine
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside every counter, which nothing reads
@@ -32,6 +36,34 @@ STAGES = ("tokenize", "queue", "forward", "encode")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 TOKENS = tuple(float(1 << power) for power in range(4, 19))
 SEQUENCES = tuple(float(1 << power) for power in range(11))
+
+
+class CacheCollector(Collector):
+    """What the engine counts of its cache; no series where it has none, or before it is loaded."""
+
+    def __init__(self, model_name: str, engine: AsyncEngine) -> None:
+        self._model = model_name
+        self._engine = engine
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._engine.cache_stats
+        if stats is None:
+            return
+        counts = (
+            ("queried", "Tokens of prompts that were looked up in the prefix cache.", stats.queried_tokens),
+            ("hit", "Tokens of prompts that were found in the prefix cache.", stats.hit_tokens),
+        )
+        for name, help, tokens in counts:
+            counter = CounterMetricFamily(f"carpool_prefix_cache_{name}_tokens", help, labels=("model_name",))
+            counter.add_metric((self._model,), tokens)
+            yield counter
+        used = GaugeMetricFamily(
+            "carpool_kv_cache_used_ratio",
+            "Part of the cache that holds keys and values of prompts under way.",
+            labels=("model_name",),
+        )
+        used.add_metric((self._model,), stats.used_blocks / stats.num_blocks)
+        yield used
 
 
 class Metrics:
@@ -73,6 +105,7 @@ class Metrics:
         )
         gauge("carpool_queue_tokens", "Tokens that wait to be run.", lambda: engine.waiting_tokens)
         gauge("carpool_queue_sequences", "Prompts that wait to be run.", lambda: engine.waiting_sequences)
+        registry.register(CacheCollector(model_name, engine))
         Info("carpool_build", "What runs here.", ("model_name",), registry=registry).labels(model_name).info(
             {"version": __version__, "python": platform.python_version()}
         )

@@ -15,7 +15,6 @@ from carpool.server.protocol import (
     Classification,
     ClassificationRequest,
     ClassificationResponse,
-    Usage,
     decode_classification_request,
 )
 
@@ -37,7 +36,7 @@ async def classify(request: web.Request, asked: ClassificationRequest) -> web.Re
         created=int(time.time()),
         model=call.name,
         data=[_of(index, row, call.model.labels) for index, row in enumerate(result.rows)],
-        usage=Usage.of(result.prompt_tokens),
+        usage=call.usage(result),
     )
     return call.finish(json_answer(body))
 

@@ -15,7 +15,6 @@ from carpool.server.protocol import (
     Ranked,
     RerankRequest,
     RerankResponse,
-    Usage,
     decode_rerank_request,
     decode_tei_rerank_request,
 )
@@ -45,7 +44,7 @@ async def rerank(request: web.Request, asked: RerankRequest) -> web.Response:
     body = RerankResponse(
         id=f"rerank-{call.id}",
         model=call.name,
-        usage=Usage.of(result.prompt_tokens),
+        usage=call.usage(result),
         results=[
             Ranked(index, Document(documents[index]) if shown else UNSET, score)
             for index, score in best_first(result.scores)[: asked.most]

@@ -10,7 +10,7 @@ from carpool.server.answer import json_answer
 from carpool.server.body import read_request
 from carpool.server.call import Call
 from carpool.server.encoding import shortest_scores
-from carpool.server.protocol import Score, ScoreRequest, ScoreResponse, Usage, decode_score_request
+from carpool.server.protocol import Score, ScoreRequest, ScoreResponse, decode_score_request
 
 
 async def create_score(request: web.Request) -> web.Response:
@@ -29,6 +29,6 @@ async def score(request: web.Request, asked: ScoreRequest) -> web.Response:
         created=int(time.time()),
         model=call.name,
         data=[Score(index, "score", value) for index, value in enumerate(shortest_scores(result.scores))],
-        usage=Usage.of(result.prompt_tokens),
+        usage=call.usage(result),
     )
     return call.finish(json_answer(body))

@@ -20,7 +20,7 @@ from carpool.server.encoding import (
     raw_vectors,
 )
 from carpool.server.errors import InvalidRequest
-from carpool.server.protocol import BinaryMetadata, BinaryUsage, EmbeddingResponse, PoolingResponse, Usage
+from carpool.server.protocol import BinaryMetadata, BinaryUsage, EmbeddingResponse, PoolingResponse
 
 if TYPE_CHECKING:
     from carpool.engine.outputs import PoolingResult
@@ -58,7 +58,7 @@ async def answer_vectors(
         created=int(time.time()),
         model=call.name,
         data=written,
-        usage=Usage.of(result.prompt_tokens),
+        usage=call.usage(result),
     )
     return call.finish(json_answer(body))
 

@@ -79,7 +79,7 @@ from carpool.server.protocol.tokenization import (
     decode_detokenize_request,
     decode_tokenize_request,
 )
-from carpool.server.protocol.usage import BinaryUsage, Usage
+from carpool.server.protocol.usage import BinaryUsage, PromptTokensDetails, Usage
 
 __all__ = [
     "ApiVersion",
@@ -116,6 +116,7 @@ __all__ = [
     "Pooled",
     "PoolingRequest",
     "PoolingResponse",
+    "PromptTokensDetails",
     "Ranked",
     "RerankMeta",
     "RerankRequest",

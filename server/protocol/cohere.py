@@ -12,7 +12,7 @@ from carpool.server.decoding import RequestDecoder
 from carpool.server.errors import InvalidRequest
 from carpool.server.lax import read_text
 from carpool.server.protocol.chat import TEXT_ONLY, Conversation, text_of_part
-from carpool.server.protocol.model_request import Priority
+from carpool.server.protocol.model_request import CacheSalt, Priority
 
 EmbeddingType = Literal["float", "binary", "ubinary", "base64"]
 MaxTokens = Annotated[int, Meta(ge=0, description="an integer of at least 0")]
@@ -39,6 +39,7 @@ class CohereEmbedRequest(Struct, kw_only=True, gc=False):
     max_tokens: MaxTokens | None = None
     priority: Priority | None = None
     request_id: str | None = None
+    cache_salt: CacheSalt | None = None
 
     @property
     def types(self) -> list[EmbeddingType]:

@@ -43,7 +43,7 @@ class ModelRequest(Struct, kw_only=True, gc=False):
     activation: bool | None = None
     priority: Priority | None = None
     request_id: str | None = None
-    cache_salt: CacheSalt | None = None  # names a prefix cache, which an encoder does not have
+    cache_salt: CacheSalt | None = None  # only requests with the same one share what is computed
     mm_processor_kwargs: Any = None
 
     def pooling(self, dimensions: int | None = None) -> PoolingParams:

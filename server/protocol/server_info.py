@@ -49,6 +49,9 @@ class InfoResponse(Struct, kw_only=True, gc=False):
     workers: int
     packing: str  # "packed", or "padded" for a model that cannot be
     attention: str
+    prefix_caching: bool  # prompts that begin alike are computed from where they differ
+    chunked_prefill: bool
+    kv_cache_tokens: int  # so many may be kept; 0: there is no cache
     quantization: str | None  # "int8", or null
     surgery: dict[str, int]
     notices: list[str]

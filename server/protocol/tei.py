@@ -11,17 +11,18 @@ from carpool.engine.params import PoolingParams, TokenizationParams
 from carpool.server.decoding import RequestDecoder
 from carpool.server.errors import InvalidRequest
 from carpool.server.lax import Input
-from carpool.server.protocol.model_request import Priority
+from carpool.server.protocol.model_request import CacheSalt, Priority
 
 Direction = Literal["Left", "Right", "left", "right"]
 
 
 class TeiRequest(Struct, kw_only=True, gc=False):
-    """`model`, `priority` and `request_id` are no fields of TEI's and taken all the same."""
+    """`model`, `priority`, `request_id` and `cache_salt` are no fields of TEI's and taken all the same."""
 
     model: str | None = None
     priority: Priority | None = None
     request_id: str | None = None
+    cache_salt: CacheSalt | None = None
     truncate: bool | None = None
     truncation_direction: Direction | None = None
 

@@ -19,6 +19,9 @@ from carpool.engine.errors import ConfigError
         "max_num_batched_tokens",
         "data_parallel_size",
         "cpu_workers",
+        "long_prefill_token_threshold",
+        "block_size",
+        "kv_cache_memory_bytes",
         "max_queued_tokens",
     ],
 )

@@ -182,6 +182,75 @@ def test_options_of_the_reference_are_taken_or_ignored(key: str, checkpoint: Cal
     llm.close()
 
 
+def test_none_leaves_an_option_to_its_default(checkpoint: Callable[[str], Path]) -> None:
+    llm = LLM(str(checkpoint("bert")), block_size=None, hf_overrides=None, max_num_seqs=None, seed=None)
+    assert (llm._engine.config.block_size, llm.model_info.max_num_seqs) == (16, 256)
+    llm.close()
+
+
+# ── the prefix cache ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def caching(checkpoint: Callable[[str], Path]) -> Iterator[LLM]:
+    made = LLM(str(checkpoint("qwen3")), dtype="float32", cpu_workers=1, block_size=4)
+    yield made
+    made.close()
+
+
+def cached(outputs: Any) -> list[int]:
+    return [output.num_cached_tokens for output in outputs]
+
+
+def test_what_was_run_before_is_found_and_the_results_stay(caching: LLM, llm: LLM) -> None:
+    first, other = list(range(1, 20)), [*range(1, 11), *range(30, 40)]
+    assert cached(caching.embed(first)) == [0]
+    again = caching.embed([other, first])
+    assert cached(again) == [8, 16]  # full blocks of 4, and the last token is always run
+    torch.testing.assert_close(vectors(again), vectors(llm.embed([other, first])), rtol=0, atol=1e-5)
+    assert cached(caching.encode(first, pooling_task="token_embed")) == [0]  # every row is wanted
+    assert cached(caching.encode(first, pooling_task="embed")) == [16]
+    assert cached(caching.encode(first, pooling_task="embed&token_embed")) == [0]
+
+
+def test_a_score_tells_what_was_found_of_both_sides(caching: LLM) -> None:
+    query, documents = "the cat sat on a mat", ["the cat sat on the rain", "ice cream"]
+    caching.score(query, documents)
+    lengths = [len(output.prompt_token_ids) for output in caching.embed([query, *documents])]
+    full = [(length - 1) // 4 * 4 for length in lengths]
+    assert full[0] > 0
+    assert cached(caching.score(query, documents)) == [full[0] + full[1], full[0] + full[2]]
+
+
+def test_a_prompts_salt_keeps_it_apart(caching: LLM) -> None:
+    ids = list(range(1, 20))
+    caching.embed(ids)
+    salted: list[Prompt] = [{"prompt_token_ids": ids, "cache_salt": salt} for salt in ("a", "b")]
+    assert cached(caching.embed([*salted, ids])) == [0, 0, 16]
+    assert cached(caching.embed(salted)) == [16, 16]
+    with pytest.raises(TypeError, match="a cache_salt is a text, not int"):
+        caching.embed({"prompt_token_ids": ids, "cache_salt": 5})
+
+
+def test_what_was_found_of_a_texts_slices_is_found_of_the_text(checkpoint: Callable[[str], Path]) -> None:
+    options: dict[str, Any] = {"max_model_len": 16, "pooler_config": {"enable_chunked_processing": True}}
+    llm = LLM(str(checkpoint("qwen3")), dtype="float32", cpu_workers=1, block_size=4, **options)
+    prompts = [list(range(1, 41)), list(range(50, 60))]  # slices of 16, 16 and 8 tokens; of 10
+    assert cached(llm.embed(prompts)) == [0, 0]
+    assert cached(llm.embed(prompts)) == [12 + 12 + 4, 8]
+    llm.close()
+
+
+def test_the_cache_can_be_left_out(checkpoint: Callable[[str], Path]) -> None:
+    llm = LLM(
+        str(checkpoint("qwen3")), dtype="float32", cpu_workers=1, block_size=4, enable_prefix_caching=False
+    )
+    assert not llm.model_info.prefix_caching
+    for _ in range(2):
+        assert cached(llm.embed(list(range(1, 20)))) == [0]
+    llm.close()
+
+
 # ── threads, loops, exits ────────────────────────────────────────────────────────────────────────────────────
 
 

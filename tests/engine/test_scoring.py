@@ -196,9 +196,11 @@ def test_scores_and_ids_come_back_pair_by_pair() -> None:
     planned = plan(BI, ["q"], ["d", "e"], NO_TEMPLATE)
     rows = [row([1, 0]), row([2, 0]), row([0, 3])]
     assert planned.scores(rows) == [1.0, 0.0]
-    assert planned.token_ids([[1], [2, 3], [4]]) == [[1, 2, 3], [1, 4]]
+    assert planned.by_pair([[1], [2, 3], [4]]) == [[1, 2, 3], [1, 4]]
+    assert planned.by_pair([16, 0, 32]) == [16, 48]
     crossed = Plan.of("classify", ["qd"], [(0, 0)], lambda row, _: float(row[0]), ["documents"])
-    assert crossed.token_ids([[1, 2]]) == [[1, 2]]
+    assert crossed.by_pair([[1, 2]]) == [[1, 2]]
+    assert crossed.by_pair([16]) == [16]
 
 
 def test_equal_documents_run_once_score_the_same_and_are_counted_each() -> None:

@@ -1,4 +1,6 @@
-"""Call: which adapter a request rides on, by the model it names or by the task it is for, on every route."""
+"""Call: which adapter a request rides on, by the model it names or by the task it is for, on every route; its salt,
+and what its answer says that it cost.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ from typing import Any
 import pytest
 
 from carpool.engine.config import EngineConfig, LoraModule
+from carpool.engine.model_info import ModelInfo
 from carpool.server.config import ServerConfig
-from fakes import FAKE_CLASSIFIER, FAKE_TASKED, FakeEngine
+from fakes import FAKE_CLASSIFIER, FAKE_CROSS_ENCODER, FAKE_M3, FAKE_MODEL, FAKE_TASKED, FakeEngine
 from serving import EMBEDDINGS, Served, assert_error, serving
 
 MODULES = (LoraModule("mine", "/adapters/mine"),)
@@ -171,3 +174,55 @@ async def test_models_without_tasks_ignore_the_word(served: Served) -> None:
     """Jina's clients send it to any model."""
     _, asked = await call(served, EMBEDDINGS, {"input": "a", "task": "text-matching"})
     assert (asked["adapter"], asked["prompts"]) == (None, ["a"])
+
+
+# ── what is shared, and what that spared ─────────────────────────────────────────────────────────────────────
+
+WITH_USAGE = [
+    (FAKE_MODEL, EMBEDDINGS, {"input": ["a", "b"]}),
+    (FAKE_MODEL, "/pooling", {"input": ["a", "b"]}),
+    (FAKE_M3, "/pooling", {"input": ["a", "b"], "task": "embed&token_embed"}),
+    (FAKE_CLASSIFIER, "/classify", {"input": ["a", "b"]}),
+    (FAKE_CROSS_ENCODER, "/score", {"text_1": "a", "text_2": "b"}),
+    (FAKE_MODEL, "/rerank", {"query": "a", "documents": ["b"]}),
+    (FAKE_MODEL, "/invocations", {"input": ["a", "b"]}),
+]
+WITHOUT = [
+    (FAKE_MODEL, "/v2/embed", {"texts": ["a"]}),
+    (FAKE_MODEL, "/embed", {"inputs": "a"}),
+    (FAKE_MODEL, "/embed_all", {"inputs": "a"}),
+    (FAKE_M3, "/embed_sparse", {"inputs": "a"}),
+    (FAKE_CLASSIFIER, "/predict", {"inputs": "a"}),
+    (FAKE_MODEL, "/rerank", {"query": "a", "texts": ["b"]}),
+]
+
+
+@pytest.mark.parametrize(("model", "path", "body"), WITH_USAGE + WITHOUT)
+async def test_a_salt_goes_to_the_engine_from_everywhere(
+    model: ModelInfo, path: str, body: dict[str, Any]
+) -> None:
+    async with serving(engine=FakeEngine(model)) as server:
+        _, asked = await call(server, path, {**body, "cache_salt": "mine"})
+        assert asked["cache_salt"] == "mine"
+        _, asked = await call(server, path, body)
+        assert asked["cache_salt"] is None
+        refused = await server.post(path, {**body, "cache_salt": "mi/ne"})
+        assert_error(refused, 400, "BadRequestError", "cache_salt")
+
+
+@pytest.mark.parametrize(("model", "path", "body"), WITH_USAGE)
+async def test_usage_tells_what_the_cache_spared_where_it_is_to(
+    model: ModelInfo, path: str, body: dict[str, Any]
+) -> None:
+    """Both prompts of each body had one token in the cache."""
+    for told, cached, details in (
+        (True, 1, {"cached_tokens": 2}),
+        (True, 0, {"cached_tokens": 0}),
+        (False, 1, None),
+    ):
+        engine = FakeEngine(model)
+        engine.cached = cached
+        async with serving(ServerConfig(enable_prompt_tokens_details=told), engine) as server:
+            answer, _ = await call(server, path, body)
+            assert answer["usage"]["prompt_tokens_details"] == details
+            assert answer["usage"]["prompt_tokens"] == 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from carpool.engine.stats import CacheStats
 from serving import Served
 
 NAMES = {
@@ -18,6 +19,11 @@ NAMES = {
     "carpool_cancelled",
     "carpool_build_info",
 }
+NAMES_WITH_A_CACHE = {
+    "carpool_prefix_cache_queried_tokens",
+    "carpool_prefix_cache_hit_tokens",
+    "carpool_kv_cache_used_ratio",
+}
 
 
 async def scrape(served: Served) -> dict[str, float]:
@@ -31,12 +37,14 @@ async def scrape(served: Served) -> dict[str, float]:
 
 
 async def test_names_are_the_contracts(served: Served) -> None:
-    text = (await served.get("/metrics")).body.decode()
-    families = [f for f in text_string_to_metric_families(text) if f.name.startswith("carpool_")]
-    assert {family.name for family in families} == NAMES
-    for family in families:
-        for sample in family.samples:
-            assert sample.labels["model_name"] == "all-MiniLM-L6-v2"
+    for stats, names in ((None, NAMES), (CacheStats(0, 0, 1, 0), NAMES | NAMES_WITH_A_CACHE)):
+        served.engine.cache_stats = stats
+        text = (await served.get("/metrics")).body.decode()
+        families = [f for f in text_string_to_metric_families(text) if f.name.startswith("carpool_")]
+        assert {family.name for family in families} == names
+        for family in families:
+            for sample in family.samples:
+                assert sample.labels["model_name"] == "all-MiniLM-L6-v2"
 
 
 async def test_a_request_is_counted_with_its_tokens_and_stages(served: Served) -> None:
@@ -63,6 +71,18 @@ async def test_gauges_read_the_engine(served: Served) -> None:
     assert (series["carpool_queue_tokens[]"], series["carpool_queue_sequences[]"]) == (70, 3)
     assert series["carpool_cancelled_total[]"] == 0
     served.engine.waiting_tokens = served.engine.waiting_sequences = 0
+
+
+async def test_the_cache_tells_what_it_was_asked_and_what_it_had(served: Served) -> None:
+    served.engine.cache_stats = CacheStats(queried_tokens=100, hit_tokens=48, num_blocks=8, used_blocks=2)
+    series = await scrape(served)
+    assert series["carpool_prefix_cache_queried_tokens_total[]"] == 100
+    assert series["carpool_prefix_cache_hit_tokens_total[]"] == 48
+    assert series["carpool_kv_cache_used_ratio[]"] == 0.25
+    served.engine.cache_stats = CacheStats(queried_tokens=150, hit_tokens=48, num_blocks=8, used_blocks=0)
+    series = await scrape(served)
+    assert series["carpool_prefix_cache_queried_tokens_total[]"] == 150
+    assert series["carpool_kv_cache_used_ratio[]"] == 0
 
 
 async def test_a_model_of_any_name_is_a_route_not_a_label(served: Served) -> None:

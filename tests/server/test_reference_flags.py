@@ -21,9 +21,26 @@ def test_a_typical_command_passes_with_its_flags_listed() -> None:
         "model": "m",
         "runner": "pooling",
         "gpu_memory_utilization": "0.9",
+        "enable_prefix_caching": False,
+        "enable_chunked_prefill": True,
         "port": "1",
     }
-    assert len(settings.ignored) == 12
+    assert len(settings.ignored) == 10
+
+
+def test_a_command_with_a_cache_passes() -> None:
+    command = (
+        "m --enable-prefix-caching --enable-prompt-tokens-details --kv-cache-memory-bytes 2G --block-size 32 "
+        "--long-prefill-token-threshold 1k --prefix-caching-hash-algo sha256"
+    )
+    settings = from_arguments(command.split())
+    assert settings.ignored == ["--prefix-caching-hash-algo"]
+    config = build_config(settings.values)
+    assert config.enable_prompt_tokens_details
+    assert config.engine.enable_prefix_caching is True
+    assert config.engine.enable_chunked_prefill is None  # nobody said
+    assert config.engine.kv_cache_memory_bytes == 2 << 30
+    assert (config.engine.block_size, config.engine.long_prefill_token_threshold) == (32, 1000)
 
 
 def test_a_command_with_adapters_passes() -> None:

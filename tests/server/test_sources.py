@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from carpool.engine.errors import ConfigError
+from carpool.server.options import build_config
 from carpool.server.sources import from_arguments, from_environment, from_yaml, merged
 
 
@@ -29,6 +30,8 @@ def arguments(line: str) -> dict[str, Any]:
         ("--no-trust-remote-code", {"trust_remote_code": False}),
         ("--no-token-id-input", {"token_id_input": False}),
         ("--no_token_id_input", {"token_id_input": False}),
+        ("--enable-prefix-caching m", {"enable_prefix_caching": True, "model": "m"}),
+        ("--no-enable-prefix-caching", {"enable_prefix_caching": False}),
         ("--trust-remote-code=false", {"trust_remote_code": "false"}),
         ("--served-model-name a b --port 1", {"served_model_name": ["a", "b"], "port": "1"}),
         ("--served-model-name a --served-model-name b", {"served_model_name": ["a", "b"]}),
@@ -107,6 +110,20 @@ def test_the_environment_is_read() -> None:
         "token_id_input": "false",
     }
     assert settings.ignored == ["--enforce-eager"]
+
+
+def test_what_is_left_to_the_model_can_be_said_in_every_place(tmp_path: Path) -> None:
+    path = tmp_path / "carpool.yaml"
+    for text, environment, line, value in (
+        ("enable-prefix-caching: true", "true", "--enable-prefix-caching", True),
+        ("enable_prefix_caching: false", "0", "--no-enable-prefix-caching", False),
+    ):
+        path.write_text(text)
+        from_file = from_yaml(str(path)).values
+        from_variable = from_environment({"CARPOOL_ENABLE_PREFIX_CACHING": environment}).values
+        for values in (from_file, from_variable, arguments(line)):
+            assert build_config(values).engine.enable_prefix_caching is value
+    assert build_config({}).engine.enable_prefix_caching is None
 
 
 def test_an_unknown_variable_is_named() -> None:

@@ -23,7 +23,7 @@ from carpool.engine.errors import (
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.outputs import PoolingResult, ScoreResult, Timings
 from carpool.engine.params import Matryoshka, PoolingParams, Task, TaskAdapter, TokenizationParams
-from carpool.engine.stats import Observer, Unobserved
+from carpool.engine.stats import CacheStats, Observer, Unobserved
 
 VOCAB_SIZE = 1000
 WIDTH = 8
@@ -93,6 +93,8 @@ class FakeEngine:
         self.waiting_tokens = 0
         self.waiting_sequences = 0
         self.observer: Observer = Unobserved()
+        self.cache_stats: CacheStats | None = None
+        self.cached = 0  # tokens of each prompt that the cache has
         self.error: BaseException | None = None  # raised by pool()
         self.gate = asyncio.Event()  # pool() answers once it is open
         self.gate.set()
@@ -172,6 +174,7 @@ class FakeEngine:
         client: str = "",
         priority: int = 0,
         timeout: float | None = None,
+        cache_salt: str | None = None,
     ) -> PoolingResult:
         if self.state == "draining":
             raise Draining("The engine is shutting down.")
@@ -187,6 +190,7 @@ class FakeEngine:
                 "client": client,
                 "priority": priority,
                 "timeout": timeout,
+                "cache_salt": cache_salt,
             }
         )
         if self.error:
@@ -196,7 +200,7 @@ class FakeEngine:
         token_ids = [self._check(prompt, tokenization, None if alone else i) for i, prompt in enumerate(each)]
         await self._wait(token_ids)
         rows = [self._row(ids, each_task, params) for ids in token_ids for each_task in tasks]
-        return PoolingResult(rows, token_ids, Timings(0.001, 0.002, 0.003))
+        return PoolingResult(rows, token_ids, Timings(0.001, 0.002, 0.003), [self.cached] * len(token_ids))
 
     async def score(
         self,
@@ -210,6 +214,7 @@ class FakeEngine:
         client: str = "",
         priority: int = 0,
         timeout: float | None = None,
+        cache_salt: str | None = None,
     ) -> ScoreResult:
         """A pair's score is the length of its document, or less one half where its texts differ."""
         if not queries or not documents:
@@ -227,6 +232,7 @@ class FakeEngine:
                 "client": client,
                 "priority": priority,
                 "timeout": timeout,
+                "cache_salt": cache_salt,
             }
         )
         if self.error:
@@ -236,7 +242,8 @@ class FakeEngine:
         ]
         await self._wait(ids)
         scores = [len(text) - 0.5 * (text not in queries) for text in documents]
-        return ScoreResult(scores, sum(map(len, ids)), Timings(0.001, 0.002, 0.003))
+        tokens, cached = sum(map(len, ids)), self.cached * len(ids)
+        return ScoreResult(scores, tokens, Timings(0.001, 0.002, 0.003), cached_tokens=cached)
 
     async def _wait(self, token_ids: list[list[int]]) -> None:
         self.waiting_sequences += len(token_ids)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from carpool import __version__
 from carpool.server.config import ServerConfig
-from fakes import FAKE_CLASSIFIER, LABELS, FakeEngine
+from fakes import FAKE_CLASSIFIER, FAKE_MODEL, LABELS, FakeEngine
 from serving import EMBEDDINGS, Served, assert_error, serving
 
 
@@ -39,6 +40,16 @@ async def test_the_facts_of_the_model(served: Served) -> None:
     assert info["limits"]["max_model_len"] == info["limits"]["max_embed_len"] == 256
     served.engine.state = "starting"
     assert_error(await served.get("/info"), 503, "ServiceUnavailableError")
+
+
+async def test_the_facts_of_the_cache(served: Served) -> None:
+    def of_the_cache(info: dict[str, object]) -> tuple[object, ...]:
+        return info["prefix_caching"], info["chunked_prefill"], info["kv_cache_tokens"]
+
+    assert of_the_cache((await served.get("/info")).json) == (False, False, 0)
+    keeping = replace(FAKE_MODEL, prefix_caching=True, chunked_prefill=True, kv_cache_tokens=4096)
+    async with serving(engine=FakeEngine(keeping)) as server:
+        assert of_the_cache((await server.get("/info")).json) == (True, True, 4096)
 
 
 async def test_the_front_page_links_what_is_there() -> None:
