@@ -25,7 +25,8 @@ setup(
     ext_modules=[
         Extension(
             "carpool.kernels._native",
-            ["src/carpool/kernels/cpu/attention.cpp"],
+            [f"src/carpool/kernels/cpu/{name}.cpp" for name in ("attention", "linear", "rows")],
+            depends=["src/carpool/kernels/cpu/vector.h"],
             extra_compile_args=[
                 "-O3",
                 "-std=c++17",

@@ -197,7 +197,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See `kernels.reference.rotary`. x may be a view of a wider row, its heads without gaps."""
     tokens, heads, size = x.shape
     turned = cos.shape[1]
-    if x.stride(2) != 1 or x.stride(1) != size or cos.shape != (tokens, turned) or sin.shape != cos.shape:
+    gaps = heads > 1 and x.stride(1) != size  # the stride of one head's dimension is anything
+    if x.stride(2) != 1 or gaps or cos.shape != (tokens, turned) or sin.shape != cos.shape:
         raise LaunchError(f"x {tuple(x.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit")
     if turned % 2 or not 0 < turned <= size or not cos.is_contiguous() or not sin.is_contiguous():
         raise LaunchError(f"{turned} columns of {size} cannot be turned")

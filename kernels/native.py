@@ -1,4 +1,4 @@
-"""The Python face of the native CPU kernels (kernels/cpu/): check shapes, pass pointers. ctypes frees the GIL.
+"""The native CPU kernels (kernels/cpu/) and attention's Python face: check shapes, pass pointers. ctypes frees the GIL.
 
 `library` is None where they were not built or this CPU has no instructions for them; then the torch twins serve.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 LEVELS = ("none", "AVX2", "AVX-512", "AVX-512 BF16")  # what `carpool_cpu_level` counts
+ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}  # as kernels/cpu/vector.h has them
 
 
 class _Shape(ctypes.Structure):
@@ -35,6 +36,19 @@ class _Shape(ctypes.Structure):
     )
 
 
+class _Batch(ctypes.Structure):
+    """As kernels/cpu/attention.cpp has it."""
+
+    _fields_ = (
+        ("cu_seqlens", ctypes.c_void_p),
+        ("pages", ctypes.c_void_p),
+        ("key_lengths", ctypes.c_void_p),
+        ("sequences", ctypes.c_int),
+        ("most_pages", ctypes.c_int),
+        ("page_size", ctypes.c_int),
+    )
+
+
 def _load() -> ctypes.CDLL | None:
     path = Path(__file__).with_name("_native.so")
     if not path.is_file():
@@ -50,18 +64,23 @@ library = _load()
 level = library.carpool_cpu_level() if library else 0
 
 
+def pointer(x: Tensor | None) -> ctypes.c_void_p:
+    """To the first element; null for none. The tensor has to outlive the call."""
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
 def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `varlen_attention` can take these: [T, N, D] on a CPU, heads contiguous, D a multiple of 16 up to 256."""
     size = query.shape[2]
     return (
         library is not None
-        and query.device.type == "cpu"
+        and query.is_cpu
         and query.dtype in (torch.float32, torch.bfloat16)
         and key.dtype == value.dtype == query.dtype
         and size == value.shape[2]
         and size % 16 == 0
         and 16 <= size <= 256
-        and all(x.stride(2) == 1 and x.stride(1) == size for x in (query, key, value))
+        and query.stride()[1:] == key.stride()[1:] == value.stride()[1:] == (size, 1)
     )
 
 
@@ -77,6 +96,33 @@ def varlen_attention(
     softcap: float | None = None,
 ) -> Tensor:
     """As `kernels.reference.varlen_attention`, for what `serves`. In bfloat16 the softmax's weights are rounded too."""
+    cu_seqlens = _cu_seqlens(tuple(runs))
+    batch = _Batch(ctypes.addressof(cu_seqlens), None, None, len(cu_seqlens) - 1)
+    return _attention(query, key, value, batch, scale=scale, causal=causal, window=window, softcap=softcap)
+
+
+@lru_cache(maxsize=64)  # every layer of a batch asks for the same
+def _cu_seqlens(runs: tuple[tuple[int, int], ...]) -> ctypes.Array[ctypes.c_int32]:
+    """int32 [B+1]: the cumulative lengths of runs of (length, count)."""
+    lengths = list(chain.from_iterable([length] * count for length, count in runs))
+    bounds = [0, *lengths]
+    for i in range(1, len(bounds)):
+        bounds[i] += bounds[i - 1]
+    return (ctypes.c_int32 * len(bounds))(*bounds)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    batch: _Batch,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """query [T, N, D], rows of keys and values [., N_kv, D] → [T, N, D]."""
     assert library is not None
     out = torch.empty(query.shape, dtype=query.dtype)
     shape = _Shape(
@@ -91,17 +137,88 @@ def varlen_attention(
     )
     is_float = query.dtype == torch.float32
     kernel = library.carpool_attention_f32 if is_float else library.carpool_attention_bf16
-    cu_seqlens = _cu_seqlens(tuple(runs))
-    pointers = (ctypes.c_void_p(x.data_ptr()) for x in (query, key, value, out))
-    kernel(*pointers, cu_seqlens, len(cu_seqlens) - 1, ctypes.byref(shape), level)
+    kernel(*map(pointer, (query, key, value, out)), ctypes.byref(batch), ctypes.byref(shape), level)
     return out
 
 
-@lru_cache(maxsize=64)  # every layer of a batch asks for the same
-def _cu_seqlens(runs: tuple[tuple[int, int], ...]) -> ctypes.Array[ctypes.c_int32]:
-    """int32 [B+1]: the cumulative lengths of runs of (length, count)."""
-    lengths = list(chain.from_iterable([length] * count for length, count in runs))
-    bounds = [0, *lengths]
-    for i in range(1, len(bounds)):
-        bounds[i] += bounds[i - 1]
-    return (ctypes.c_int32 * len(bounds))(*bounds)
+# ── keys and values in pages ─────────────────────────────────────────────────────────────────────────────────
+
+
+def serves_pages(key_cache: Tensor, value_cache: Tensor, *rows: Tensor) -> bool:
+    """Whether these caches [P, S, N, D] and rows [T, N, D] of tokens go with each other here: all on a CPU and of one
+    dtype, the caches without gaps and the rows with none within a token.
+    """
+    return (
+        library is not None
+        and key_cache.is_cpu
+        and key_cache.shape == value_cache.shape
+        and key_cache.is_contiguous()
+        and value_cache.is_contiguous()
+        and all(x.is_cpu and x.dtype == key_cache.dtype for x in (value_cache, *rows))
+        and all(x.stride()[1:] == (key_cache.shape[3], 1) for x in rows)
+    )
+
+
+def serves_paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
+    """Whether `paged_attention` can take these."""
+    return serves_pages(key_cache, value_cache, query) and serves(
+        query, key_cache.flatten(0, 1), value_cache.flatten(0, 1)
+    )
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    pages: Tensor,
+    cu_seqlens: Tensor,
+    key_lengths: Tensor,
+    longest: int,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """As its twin, for what `serves_paged_attention`. Leading pages that neighbouring sequences have in common are laid
+    out for the inner loops once.
+    """
+    if not serves_paged_attention(query, key_cache, value_cache) or query.shape[1] % key_cache.shape[2]:
+        raise ValueError(
+            f"{query.dtype} {list(query.shape)} does not fit {key_cache.dtype} {list(key_cache.shape)}"
+        )
+    bounds, lengths, own = (x.int().contiguous() for x in (cu_seqlens, key_lengths, pages))
+    count = len(bounds) - 1
+    if bounds.ndim != 1 or count < 0 or lengths.shape != (count,) or own.ndim != 2 or len(own) != count:
+        raise ValueError(f"{count} sequences, and pages {list(own.shape)}, {list(lengths.shape)} lengths")
+    tables = (x.data_ptr() for x in (bounds, own, lengths))
+    batch = _Batch(*tables, count, own.shape[1], key_cache.shape[1])
+    assert library is not None
+    fault = library.carpool_paged_fault(
+        ctypes.byref(batch), ctypes.c_int64(len(query)), ctypes.c_int64(len(key_cache))
+    )
+    if fault >= 0:
+        raise ValueError(
+            f"sequence {fault} of {count}: pages {own[fault].tolist()} of {len(key_cache)} do not hold its "
+            f"{int(lengths[fault])} tokens, or {bounds[fault : fault + 2].tolist()} of {len(query)} are not the last"
+        )
+    rows = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
+    return _attention(query, *rows, batch, scale=scale, causal=True, window=window, softcap=softcap)
+
+
+def kv_write(keys: Tensor, values: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
+    """As its twin, for what `serves_pages`."""
+    token = key_cache.shape[2:]
+    fits = keys.shape == values.shape == (len(slots), *token) and slots.dtype == torch.int64
+    if not fits or not serves_pages(key_cache, value_cache, keys, values):
+        raise ValueError(
+            f"{keys.dtype} {list(keys.shape)}, {list(values.shape)} at {slots.dtype} {list(slots.shape)} do not fit "
+            f"{key_cache.dtype} {list(key_cache.shape)}"
+        )
+    assert library is not None
+    element, own = keys.element_size(), slots.contiguous()
+    sizes = (ctypes.c_int64(x) for x in (keys.stride(0) * element, values.stride(0) * element))
+    library.carpool_kv_write(
+        *(pointer(keys), pointer(values), *sizes, pointer(own)),
+        *(ctypes.c_int64(len(keys)), ctypes.c_int64(token.numel() * element)),
+        *(pointer(key_cache), pointer(value_cache), ctypes.c_int64(key_cache.shape[0] * key_cache.shape[1])),
+    )

@@ -133,7 +133,58 @@ maxsim = _on_device(cuda_ops.maxsim, reference.maxsim)
 norm_rows = _on_device(cuda_ops.norm_rows, reference.norm_rows)
 rotary = _on_device(cuda_ops.rotary, reference.rotary)
 gated = _on_device(cuda_ops.gated, reference.gated)
-kv_write = _on_device(cuda_ops.kv_write, reference.kv_write)
 kv_gather = _on_device(cuda_ops.kv_gather, reference.kv_gather)
 packed_attention = _on_device(cuda_ops.packed_attention, reference.packed_attention)
-paged_attention = _on_device(cuda_ops.paged_attention, reference.paged_attention)
+_kv_write = _on_device(cuda_ops.kv_write, reference.kv_write)
+_paged_attention = _on_device(cuda_ops.paged_attention, reference.paged_attention)
+
+
+def kv_write(keys: Tensor, values: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
+    """Into the pages of a cache: `kernels.reference.kv_write`."""
+    own = native.serves_pages(key_cache, value_cache, keys, values)
+    write = native.kv_write if own and not launch.backend.serves(keys.device) else _kv_write
+    write(keys, values, slots, key_cache, value_cache)
+
+
+def paged_attention_of(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    **_: Any,
+) -> Choice:
+    """Which implementation `paged_attention` takes for these, and why."""
+    asked = Asked(
+        dtype=query.dtype,
+        head_size=query.shape[2],
+        value_size=value_cache.shape[3],
+        softcap=softcap is not None,
+        sinks=sinks is not None,
+        paged=True,
+    )
+    return _choose(place(query.device), asked)
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    pages: Tensor,
+    cu_seqlens: Tensor,
+    key_lengths: Tensor,
+    longest: int,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention to keys and values in the pages of a cache: `kernels.reference.paged_attention`."""
+    where = pages, cu_seqlens, key_lengths, longest
+    plain: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+    by = paged_attention_of(query, key_cache, value_cache, softcap=softcap, sinks=sinks).by
+    if by == "native" and native.serves_paged_attention(query, key_cache, value_cache):
+        return native.paged_attention(query, key_cache, value_cache, *where, **plain)
+    return _paged_attention(query, key_cache, value_cache, *where, **plain, sinks=sinks)

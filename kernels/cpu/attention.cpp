@@ -1,24 +1,22 @@
-// Attention within each sequence of a packed row, for x86-64 CPUs. The torch twin and specification is
-// kernels/reference.py; the Python face is kernels/native.py.
+// Attention within each sequence of a packed row, or to keys and values in the pages of a cache, for x86-64 CPUs. The
+// torch twin and specification is kernels/reference.py; the Python face is kernels/native.py.
 //
 // Plain C ABI, single-threaded, no headers of torch or Python: it builds in seconds and fits any of them. Instruction
 // sets are chosen per function, at run time; nothing here needs -march.
 //
-// For one head of one sequence, keys and values are copied once into the layout that the inner loops stream
-// (K transposed, so that 16 keys fill a register). Then ROWS queries at a time: scores, softmax, weighted sum. All of a
-// row's scores are kept, so there is one exponential a score and no rescaling. Sums are float32.
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <vector>
+// For one head of one sequence in float32, keys and values are copied once into the layout that the inner loops stream
+// (K transposed, so that 16 keys fill a register). Then ROWS queries at a time: scores, softmax, weighted sum. In
+// bfloat16, queries fill the registers instead: see below. Either way all of a query's scores are kept, so there is one
+// exponential a score and no rescaling. Sums are float32.
+//
+// The queries of one head of keys are rows: a token's heads of the group stand together, then the next token's. What
+// sequences in pages have in common with the one before them is still laid out from there, and is not copied again.
+#include "vector.h"
 
 namespace {
 
-constexpr int LANES = 16;  // floats in a 512-bit register
-constexpr int ROWS = 6;    // queries a block: 6 x 2 accumulators leave registers for operands
+constexpr int ROWS = 6;           // queries a block in float32: 6 x 2 accumulators leave registers for operands
+constexpr int BLOCK = 2 * LANES;  // keys a block in float32
 
 struct Shape {
     int heads, kv_heads, head_size;
@@ -27,86 +25,44 @@ struct Shape {
     int causal, window;                              // window 0: none; a token sees those less than `window` away
 };
 
+// Whose tokens are whose. Queries stand one sequence behind the other; so do keys and values, unless they are in pages:
+// then a sequence has `key_lengths` of them, and its queries are the last of its tokens.
+struct Batch {
+    const int32_t* cu_seqlens;  // [sequences + 1]
+    const int32_t* pages;       // [sequences, most_pages], null for none
+    const int32_t* key_lengths;
+    int sequences, most_pages, page_size;
+
+    int queries(int b) const { return cu_seqlens[b + 1] - cu_seqlens[b]; }
+    int length(int b) const { return pages ? key_lengths[b] : queries(b); }
+    const int32_t* pages_of(int b) const { return pages + int64_t(b) * most_pages; }
+
+    // In which row a token's keys and values are.
+    int64_t row(int b, int token) const {
+        if (!pages) return cu_seqlens[b] + token;
+        return int64_t(pages_of(b)[token / page_size]) * page_size + token % page_size;
+    }
+
+    // How many tokens at its beginning lie where those of the sequence before it do.
+    int shared(int b) const {
+        if (!pages || b == 0 || !queries(b) || !queries(b - 1)) return 0;
+        const int most = std::min(length(b), length(b - 1));
+        const int32_t *own = pages_of(b), *before = pages_of(b - 1);
+        int tokens = 0;
+        for (int i = 0; tokens < most && own[i] == before[i]; i++) tokens += page_size;
+        return std::min(tokens, most);
+    }
+};
+
 struct Range {
     int begin, end;
 };
 
-// Which keys query i sees.
+// Which keys the query at place i sees.
 inline Range visible(const Shape& s, int i, int length) {
     int begin = s.window ? std::max(0, i - s.window + 1) : 0;
     int end = s.causal ? i + 1 : s.window ? std::min(length, i + s.window) : length;
     return {begin, end};
-}
-
-inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
-
-inline float widen(float x) { return x; }
-inline float widen(uint16_t x) {
-    uint32_t bits = uint32_t(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
-inline uint16_t narrow(float x) {  // to bfloat16, to nearest even
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-inline void store(float* to, float x) { *to = x; }
-inline void store(uint16_t* to, float x) { *to = narrow(x); }
-
-// Memory that grows to the largest sequence a thread has met and is then reused.
-template <typename T>
-T* scratch(std::vector<T>& held, size_t count) {
-    if (held.size() < count + 64) held.resize(count + 64);
-    auto address = reinterpret_cast<uintptr_t>(held.data());
-    return reinterpret_cast<T*>((address + 63) / 64 * 64);
-}
-
-// Vectors of 16 floats; on AVX2 the compiler makes two registers of each.
-typedef float vec __attribute__((vector_size(64), aligned(4)));
-typedef int32_t ivec __attribute__((vector_size(64), aligned(4)));
-
-#define INLINE inline __attribute__((always_inline))
-
-INLINE vec splat(float x) { return vec{} + x; }
-INLINE vec load(const float* p) {
-    vec v;
-    std::memcpy(&v, p, 64);
-    return v;
-}
-
-// e^x for x <= 0, to about 1e-7 relative; below -87 it is 0. Cephes' polynomial after Cody and Waite's reduction.
-INLINE vec exp_(vec x) {
-    ivec tiny = x < splat(-87.0f);
-    vec clamped = (vec)((ivec)x & ~tiny);
-    vec n = clamped * 1.44269504f;
-    vec rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    vec shifted = n + rounder;
-    vec whole = shifted - rounder;
-    vec r = clamped - whole * 0.693359375f + whole * 2.12194440e-4f;
-    vec p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    ivec power = ((ivec)shifted - (ivec)rounder + 127) << 23;
-    return (vec)((ivec)(p * (vec)power) & ~tiny);
-}
-
-INLINE float sum(vec v) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
-}
-
-INLINE float largest(vec v) {
-    float top = v[0];
-    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
-    return top;
 }
 
 // Scores of one query, in place: scaled, capped, masked to what it sees, exponentials; returns 1 / their sum.
@@ -134,103 +90,122 @@ INLINE float softmax_row(const Shape& s, float* row, Range keys, int begin, int 
 
 // ── float32 arithmetic, for any CPU ─────────────────────────────────────────────────────────────────────────────────
 
-template <int WIDTH, int N>
-INLINE void scores_block(const float* const* q, const float* keys, int head_size, int padded, float* const* out) {
-    vec acc[N][WIDTH] = {};
-    for (int d = 0; d < head_size; d++) {
-        vec k[WIDTH];
-        for (int w = 0; w < WIDTH; w++) k[w] = load(keys + int64_t(d) * padded + w * LANES);
-        for (int n = 0; n < N; n++)
-            for (int w = 0; w < WIDTH; w++) acc[n][w] += k[w] * q[n][d];
-    }
-    for (int n = 0; n < N; n++)
-        for (int w = 0; w < WIDTH; w++) std::memcpy(out[n] + w * LANES, &acc[n][w], 64);
+// The two loops that take the time are written for registers of W floats, as wide as the level has them: then all of
+// their sums stay in registers, 12 of which AVX2 has 16.
+
+template <int W>
+struct Register {
+    typedef float type __attribute__((vector_size(W * sizeof(float))));
+};
+
+template <int W>
+INLINE auto load_as(const float* p) {
+    typename Register<W>::type r;
+    std::memcpy(&r, p, sizeof r);
+    return r;
 }
 
-template <int WIDTH, int N>
+// Of N queries and BLOCK keys.
+template <int W, int N>
+INLINE void scores_block(const float* const* q, const float* keys, int head_size, float* const* out) {
+    for (int first = 0; first < BLOCK; first += 2 * W) {
+        typename Register<W>::type acc[N][2] = {};
+        for (int d = 0; d < head_size; d++) {
+            const auto one = load_as<W>(keys + d * BLOCK + first), other = load_as<W>(keys + d * BLOCK + first + W);
+            for (int n = 0; n < N; n++) acc[n][0] += one * q[n][d], acc[n][1] += other * q[n][d];
+        }
+        for (int n = 0; n < N; n++)
+            for (int w = 0; w < 2; w++) std::memcpy(out[n] + first + w * W, &acc[n][w], W * sizeof(float));
+    }
+}
+
+// Of N queries, WIDTH registers of columns from `d` on.
+template <int W, int WIDTH, int N>
 INLINE void values_block(float* const* p, const float* values, int head_size, int begin, int end, float (*out)[256],
                          int d) {
-    vec acc[N][WIDTH] = {};
+    typename Register<W>::type acc[N][WIDTH] = {};
     for (int j = begin; j < end; j++) {
-        vec v[WIDTH];
-        for (int w = 0; w < WIDTH; w++) v[w] = load(values + int64_t(j) * head_size + d + w * LANES);
+        typename Register<W>::type v[WIDTH];
+        for (int w = 0; w < WIDTH; w++) v[w] = load_as<W>(values + int64_t(j) * head_size + d + w * W);
         for (int n = 0; n < N; n++)
             for (int w = 0; w < WIDTH; w++) acc[n][w] += v[w] * p[n][j];
     }
     for (int n = 0; n < N; n++)
-        for (int w = 0; w < WIDTH; w++) std::memcpy(out[n] + d + w * LANES, &acc[n][w], 64);
+        for (int w = 0; w < WIDTH; w++) std::memcpy(out[n] + d + w * W, &acc[n][w], W * sizeof(float));
 }
 
-template <typename T>
-INLINE void sequence_f32(const Shape& s, const T* q, const T* k, const T* v, T* o, int length) {
-    static thread_local std::vector<float> keys_held, values_held, rows_held;
-    const int size = s.head_size, padded = round_up(length, 2 * LANES);
-    float* keys = scratch(keys_held, size_t(size) * padded);
-    float* values = scratch(values_held, size_t(length) * size);
-    float* rows = scratch(rows_held, size_t(ROWS) * padded);
-    const int group = s.heads / s.kv_heads;
-    for (int kv = 0; kv < s.kv_heads; kv++) {
-        for (int j = 0; j < length; j++)
+template <typename T, int W>
+struct Float32 {
+    float* keys;    // [tokens / BLOCK][head_size][BLOCK]
+    float* values;  // [tokens][head_size]
+    float* rows;    // [ROWS][stride]: scores, then weights
+    int stride;
+
+    INLINE Float32(int size, int longest) : stride(round_up(longest, BLOCK)) {
+        static thread_local std::vector<float> keys_held, values_held, rows_held;
+        keys = scratch(keys_held, size_t(size) * stride);
+        values = scratch(values_held, size_t(size) * longest);
+        rows = scratch(rows_held, size_t(ROWS) * stride);
+    }
+
+    INLINE void lay(const Shape& s, const T* k, const T* v, const int64_t* at, int begin, int length) {
+        const int size = s.head_size;
+        for (int j = begin; j < length; j++) {
+            float *key = keys + int64_t(j / BLOCK * BLOCK) * size + j % BLOCK, *value = values + int64_t(j) * size;
             for (int d = 0; d < size; d++) {
-                keys[int64_t(d) * padded + j] = widen(k[j * s.k_stride + kv * size + d]);
-                values[int64_t(j) * size + d] = widen(v[j * s.v_stride + kv * size + d]);
-            }
-        for (int d = 0; d < size; d++)
-            for (int j = length; j < padded; j++) keys[int64_t(d) * padded + j] = 0;
-        for (int head = kv * group; head < (kv + 1) * group; head++) {
-            for (int i = 0; i < length; i += ROWS) {
-                float query[ROWS][256], result[ROWS][256];
-                const float* qs[ROWS];
-                float* row[ROWS];
-                const int count = std::min(ROWS, length - i);
-                for (int n = 0; n < ROWS; n++) {
-                    const T* from = q + (i + std::min(n, count - 1)) * s.q_stride + head * size;
-                    for (int d = 0; d < size; d++) query[n][d] = widen(from[d]);
-                    qs[n] = query[n];
-                    row[n] = rows + int64_t(n) * padded;
-                }
-                const int begin = visible(s, i, length).begin / (2 * LANES) * (2 * LANES);
-                const int end = round_up(visible(s, i + count - 1, length).end, 2 * LANES);
-                for (int j = begin; j < end; j += 2 * LANES) {
-                    float* out[ROWS];
-                    for (int n = 0; n < ROWS; n++) out[n] = row[n] + j;
-                    scores_block<2, ROWS>(qs, keys + j, size, padded, out);
-                }
-                float inverse[ROWS];
-                for (int n = 0; n < ROWS; n++)
-                    inverse[n] = softmax_row(s, row[n], visible(s, i + std::min(n, count - 1), length), begin, end);
-                const int last = std::min(end, length);
-                int d = 0;
-                for (; d + 2 * LANES <= size; d += 2 * LANES)
-                    values_block<2, ROWS>(row, values, size, begin, last, result, d);
-                for (; d < size; d += LANES) values_block<1, ROWS>(row, values, size, begin, last, result, d);
-                for (int n = 0; n < count; n++)
-                    for (int e = 0; e < size; e++)
-                        store(o + (i + n) * s.o_stride + head * size + e, result[n][e] * inverse[n]);
+                key[d * BLOCK] = widen(k[at[j] * s.k_stride + d]);
+                value[d] = widen(v[at[j] * s.v_stride + d]);
             }
         }
+        const int odd = length % BLOCK;
+        float* tail = keys + int64_t(length - odd) * size;
+        for (int d = 0; odd && d < size; d++) std::fill(tail + d * BLOCK + odd, tail + (d + 1) * BLOCK, 0.0f);
     }
-}
 
-#define FOR_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
-#define FOR_AVX2 __attribute__((target("avx2,fma")))
+    INLINE void attend(const Shape& s, const T* q, const T*, T* o, const int64_t*, int queries, int length) {
+        const int size = s.head_size, group = s.heads / s.kv_heads, past = length - queries;
+        for (int i = 0; i < queries * group; i += ROWS) {
+            float query[ROWS][256], result[ROWS][256];
+            const float* qs[ROWS];
+            float* row[ROWS];
+            int token[ROWS], head[ROWS];
+            const int count = std::min(ROWS, queries * group - i);
+            for (int n = 0; n < ROWS; n++) {
+                token[n] = (i + std::min(n, count - 1)) / group, head[n] = (i + std::min(n, count - 1)) % group;
+                const T* from = q + token[n] * s.q_stride + head[n] * size;
+                for (int d = 0; d < size; d++) query[n][d] = widen(from[d]);
+                qs[n] = query[n];
+                row[n] = rows + int64_t(n) * stride;
+            }
+            const int begin = visible(s, past + token[0], length).begin / BLOCK * BLOCK;
+            const int end = round_up(visible(s, past + token[ROWS - 1], length).end, BLOCK);
+            for (int j = begin; j < end; j += BLOCK) {
+                float* out[ROWS];
+                for (int n = 0; n < ROWS; n++) out[n] = row[n] + j;
+                scores_block<W, ROWS>(qs, keys + int64_t(j) * size, size, out);
+            }
+            float inverse[ROWS];
+            for (int n = 0; n < ROWS; n++)
+                inverse[n] = softmax_row(s, row[n], visible(s, past + token[n], length), begin, end);
+            const int last = std::min(end, length);
+            int d = 0;
+            for (; d + 2 * W <= size; d += 2 * W) values_block<W, 2, ROWS>(row, values, size, begin, last, result, d);
+            for (; d < size; d += W) values_block<W, 1, ROWS>(row, values, size, begin, last, result, d);
+            for (int n = 0; n < count; n++)
+                for (int e = 0; e < size; e++)
+                    store(o + token[n] * s.o_stride + head[n] * size + e, result[n][e] * inverse[n]);
+        }
+    }
+};
 
-FOR_AVX512 void f32_avx512(const Shape& s, const float* q, const float* k, const float* v, float* o, int n) {
-    sequence_f32(s, q, k, v, o, n);
-}
-FOR_AVX2 void f32_avx2(const Shape& s, const float* q, const float* k, const float* v, float* o, int n) {
-    sequence_f32(s, q, k, v, o, n);
-}
-FOR_AVX512 void bf16_avx512(const Shape& s, const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o, int n) {
-    sequence_f32(s, q, k, v, o, n);
-}
-FOR_AVX2 void bf16_avx2(const Shape& s, const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o, int n) {
-    sequence_f32(s, q, k, v, o, n);
-}
+// ── bfloat16 products (AVX-512 BF16): a pair of products and their float32 sum in each lane ─────────────────────────
+//
+// The lanes are queries, 16 or 32 of them; keys and values come in as broadcasts. So a softmax runs down its lane and
+// nothing is ever summed across one, keys need no copy, and no key is multiplied in vain. Queries and results are
+// transposed on the way, which costs a few percent.
 
-// ── bfloat16 products (AVX-512 BF16): a pair of products and their float32 sum in each lane ───────────────────────────
-
-#define FOR_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
+constexpr int KEYS = 8;              // keys of a block of scores, columns of a block of results
+constexpr int QUERIES = 2 * LANES;   // floats from one key's scores to the next key's
 
 FOR_BF16 inline __m512bh pair_of(const uint16_t* p) {
     int32_t both;
@@ -238,102 +213,264 @@ FOR_BF16 inline __m512bh pair_of(const uint16_t* p) {
     return (__m512bh)_mm512_set1_epi32(both);
 }
 
-FOR_BF16 void bf16_native(const Shape& s, const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o,
-                          int length) {
-    static thread_local std::vector<uint16_t> keys_held, values_held, weights_held;
-    static thread_local std::vector<float> rows_held;
-    const int size = s.head_size, padded = round_up(length, 2 * LANES);
-    uint16_t* keys = scratch(keys_held, size_t(size) * padded);      // [size / 2][padded][2]
-    uint16_t* values = scratch(values_held, size_t(size) * padded);  // [padded / 2][size][2]
-    float* rows = scratch(rows_held, size_t(ROWS) * padded);
-    uint16_t* weights = scratch(weights_held, size_t(ROWS) * padded);
-    const int group = s.heads / s.kv_heads;
-    for (int kv = 0; kv < s.kv_heads; kv++) {
-        for (int j = 0; j < padded; j++) {
-            const bool real = j < length;
-            const uint16_t* key = k + j * s.k_stride + kv * size;
-            const uint16_t* value = v + j * s.v_stride + kv * size;
-            auto* to = reinterpret_cast<uint32_t*>(keys) + j;
-            uint16_t* into = values + int64_t(j / 2) * size * 2 + j % 2;
-            for (int d = 0; d < size; d += 2) {
-                uint32_t both = 0;
-                if (real) std::memcpy(&both, key + d, 4);
-                to[int64_t(d / 2) * padded] = both;
-                into[2 * d] = real ? value[d] : 0;
-                into[2 * d + 2] = real ? value[d + 1] : 0;
-            }
-        }
-        for (int head = kv * group; head < (kv + 1) * group; head++) {
-            for (int i = 0; i < length; i += ROWS) {
-                const int count = std::min(ROWS, length - i);
-                const uint16_t* qs[ROWS];
-                for (int n = 0; n < ROWS; n++) qs[n] = q + (i + std::min(n, count - 1)) * s.q_stride + head * size;
-                const int begin = visible(s, i, length).begin / (2 * LANES) * (2 * LANES);
-                const int end = round_up(visible(s, i + count - 1, length).end, 2 * LANES);
-                for (int j = begin; j < end; j += 2 * LANES) {
-                    __m512 acc[ROWS][2];
-                    for (auto& pair : acc) pair[0] = pair[1] = _mm512_setzero_ps();
-                    for (int d = 0; d < size; d += 2) {
-                        const uint16_t* from = keys + (int64_t(d / 2) * padded + j) * 2;
-                        __m512bh k0 = (__m512bh)_mm512_loadu_si512(from);
-                        __m512bh k1 = (__m512bh)_mm512_loadu_si512(from + 2 * LANES);
-                        for (int n = 0; n < ROWS; n++) {
-                            __m512bh x = pair_of(qs[n] + d);
-                            acc[n][0] = _mm512_dpbf16_ps(acc[n][0], x, k0);
-                            acc[n][1] = _mm512_dpbf16_ps(acc[n][1], x, k1);
-                        }
-                    }
-                    for (int n = 0; n < ROWS; n++) {
-                        _mm512_storeu_ps(rows + int64_t(n) * padded + j, acc[n][0]);
-                        _mm512_storeu_ps(rows + int64_t(n) * padded + j + LANES, acc[n][1]);
-                    }
-                }
-                float inverse[ROWS];
-                for (int n = 0; n < ROWS; n++) {
-                    float* row = rows + int64_t(n) * padded;
-                    inverse[n] = softmax_row(s, row, visible(s, i + std::min(n, count - 1), length), begin, end);
-                    for (int j = begin; j < end; j += LANES)
-                        _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + int64_t(n) * padded + j),
-                                            (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(row + j)));
-                }
-                for (int d = 0; d < size; d += 2 * LANES) {
-                    const bool wide = d + LANES < size;
-                    __m512 acc[ROWS][2];
-                    for (auto& pair : acc) pair[0] = pair[1] = _mm512_setzero_ps();
-                    for (int j = begin; j < end; j += 2) {
-                        const uint16_t* from = values + (int64_t(j / 2) * size + d) * 2;
-                        __m512bh v0 = (__m512bh)_mm512_loadu_si512(from);
-                        __m512bh v1 = wide ? (__m512bh)_mm512_loadu_si512(from + 2 * LANES) : v0;
-                        for (int n = 0; n < ROWS; n++) {
-                            __m512bh x = pair_of(weights + int64_t(n) * padded + j);
-                            acc[n][0] = _mm512_dpbf16_ps(acc[n][0], x, v0);
-                            acc[n][1] = _mm512_dpbf16_ps(acc[n][1], x, v1);
-                        }
-                    }
-                    for (int n = 0; n < count; n++) {
-                        uint16_t* to = o + (i + n) * s.o_stride + head * size + d;
-                        const __m512 factor = _mm512_set1_ps(inverse[n]);
-                        for (int w = 0; w < 1 + wide; w++)
-                            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + w * LANES),
-                                                (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(acc[n][w], factor)));
-                    }
-                }
-            }
+// One round of a transposition of 16 x 16: squares of SIDE are exchanged across the diagonal.
+template <int SIDE>
+INLINE void exchange(ivec* r) {
+    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const ivec odd = (lane & SIDE) != 0;
+    const ivec left = (odd & (lane + LANES - SIDE)) | (~odd & lane);
+    const ivec right = (odd & (lane + LANES)) | (~odd & (lane + SIDE));
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+        if (i & SIDE) continue;
+        const ivec one = r[i], other = r[i + SIDE];
+        r[i] = __builtin_shuffle(one, other, left);
+        r[i + SIDE] = __builtin_shuffle(one, other, right);
+    }
+}
+
+INLINE void transpose(ivec* r) {
+    exchange<1>(r);
+    exchange<2>(r);
+    exchange<4>(r);
+    exchange<8>(r);
+}
+
+// Neighbouring rows' bfloat16 as pairs: 16 of each.
+FOR_BF16 inline __m512i zipped(__m512i one_then_other) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, one_then_other);
+}
+
+// Into [ceil(length / 2)][size][2] from `begin`, even, on: neighbouring tokens' values as pairs, a zero for the one
+// that an odd end lacks.
+FOR_BF16 void pair_rows(const uint16_t* from, const int64_t* at, int64_t stride, int begin, int length, int size,
+                        uint16_t* to) {
+    to += int64_t(begin) * size;
+    for (int j = begin; j < length; j += 2) {
+        const bool pair = j + 1 < length;
+        const uint16_t *row = from + at[j] * stride, *next = pair ? from + at[j + 1] * stride : nullptr;
+        for (int d = 0; d < size; d += LANES, to += 2 * LANES) {
+            const __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + d));
+            const __m256i other =
+                pair ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(next + d)) : _mm256_setzero_si256();
+            _mm512_storeu_si512(to, zipped(_mm512_inserti64x4(_mm512_castsi256_si512(one), other, 1)));
         }
     }
 }
 
-template <typename T>
-using Kernel = void (*)(const Shape&, const T*, const T*, const T*, T*, int);
+// Up to QUERIES queries into [size / 2][QUERIES] pairs; zeros for those behind `count`.
+FOR_BF16 void turn_queries(const uint16_t* from, const int64_t* at, int count, int size, int32_t* to) {
+    for (int first = 0; first < count; first += LANES)
+        for (int d = 0; d < size; d += 2 * LANES) {
+            const int pairs = std::min(LANES, (size - d) / 2);
+            ivec r[LANES];
+            for (int i = 0; i < LANES; i++) {
+                const __mmask16 there = first + i < count ? (1u << pairs) - 1 : 0;
+                r[i] = (ivec)_mm512_maskz_loadu_epi32(there, there ? from + at[first + i] + d : from);
+            }
+            transpose(r);
+            for (int i = 0; i < pairs; i++) _mm512_storeu_si512(to + (d / 2 + i) * QUERIES + first, (__m512i)r[i]);
+        }
+}
+
+// Products of KEYS rows of `size` bfloat16, or of pairs `row_stride` apart, with WIDE registers of queries' pairs.
+template <int WIDE>
+FOR_BF16 inline void products(const uint16_t* const* rows, int64_t step, const int32_t* queries, int64_t query_step,
+                              int count, float* out) {
+    __m512 acc[KEYS][WIDE];
+    for (auto& row : acc)
+        for (auto& sum : row) sum = _mm512_setzero_ps();
+    for (int i = 0; i < count; i++) {
+        __m512bh q[WIDE];
+#pragma GCC unroll 2
+        for (int w = 0; w < WIDE; w++) q[w] = (__m512bh)_mm512_loadu_si512(queries + i * query_step + w * LANES);
+#pragma GCC unroll 8
+        for (int n = 0; n < KEYS; n++) {
+            const __m512bh x = pair_of(rows[n] + i * step);
+#pragma GCC unroll 2
+            for (int w = 0; w < WIDE; w++) acc[n][w] = _mm512_dpbf16_ps(acc[n][w], x, q[w]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < KEYS; n++)
+#pragma GCC unroll 2
+        for (int w = 0; w < WIDE; w++) _mm512_storeu_ps(out + n * QUERIES + w * LANES, acc[n][w]);
+}
+
+// Which of 16 queries, by their places, see key j.
+FOR_BF16 inline __mmask16 who_sees(const Shape& s, int j, __m512i query) {
+    __mmask16 sees = 0xffff;
+    if (s.causal) sees &= _mm512_cmpge_epi32_mask(query, _mm512_set1_epi32(j));
+    if (s.window) sees &= _mm512_cmplt_epi32_mask(query, _mm512_set1_epi32(j + s.window));
+    if (s.window) sees &= _mm512_cmpgt_epi32_mask(query, _mm512_set1_epi32(j - s.window));
+    return sees;
+}
+
+// Softmax of scores [keys][QUERIES] from key `begin` to `end`, both even, of WIDE registers of queries at rising
+// `places`: every second row becomes the pairs of its and the next row's weights, not divided by their sums yet. 1 over
+// those goes to `inverse`.
+template <int WIDE>
+FOR_BF16 inline void softmax_lanes(const Shape& s, float* scores, const int32_t* places, int begin, int end, int length,
+                                   __m512* inverse) {
+    const __m512 low = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    const Range all_see = {visible(s, places[WIDE * LANES - 1], length).begin, visible(s, places[0], length).end};
+    __m512 top[WIDE], total[WIDE], scaled[WIDE];
+    for (int w = 0; w < WIDE; w++) top[w] = low, total[w] = _mm512_setzero_ps();
+    for (int j = begin; j < end; j++) {
+        const bool masked = j < all_see.begin || j >= all_see.end;
+#pragma GCC unroll 2
+        for (int w = 0; w < WIDE; w++) {
+            float* at = scores + int64_t(j) * QUERIES + w * LANES;
+            __m512 x = _mm512_loadu_ps(at);
+            if (s.softcap != 0) {
+                const vec wide = (vec)x * (s.scale / s.softcap);
+                const vec e = exp_(-2.0f * abs_(wide));
+                const vec tanh = (1.0f - e) / (1.0f + e);
+                x = (__m512)((ivec)(tanh * s.softcap) | ((ivec)wide & int32_t(0x80000000)));
+            }
+            const __m512i place = _mm512_loadu_si512(places + w * LANES);
+            if (masked) x = j < length ? _mm512_mask_mov_ps(low, who_sees(s, j, place), x) : low;
+            if (masked || s.softcap != 0) _mm512_storeu_ps(at, x);
+            top[w] = _mm512_max_ps(top[w], x);
+        }
+    }
+    const __m512 factor = _mm512_set1_ps((s.softcap != 0 ? 1.0f : s.scale) * 1.44269504f);  // to powers of two
+    for (int w = 0; w < WIDE; w++) scaled[w] = _mm512_mul_ps(top[w], factor);
+    for (int j = begin; j < end; j += 2)
+#pragma GCC unroll 2
+        for (int w = 0; w < WIDE; w++) {
+            float* at = scores + int64_t(j) * QUERIES + w * LANES;
+            const __m512 one = exp2_(_mm512_fmsub_ps(_mm512_loadu_ps(at), factor, scaled[w]));
+            const __m512 other = exp2_(_mm512_fmsub_ps(_mm512_loadu_ps(at + QUERIES), factor, scaled[w]));
+            total[w] = _mm512_add_ps(total[w], _mm512_add_ps(one, other));
+            _mm512_storeu_si512(at, zipped((__m512i)_mm512_cvtne2ps_pbh(other, one)));
+        }
+    for (int w = 0; w < WIDE; w++) inverse[w] = _mm512_div_ps(_mm512_set1_ps(1.0f), total[w]);
+}
+
+// Up to 16 * WIDE queries of one head of keys, from row `first` on, against all that they see.
+template <int WIDE>
+FOR_BF16 void attend_lanes(const Shape& s, const uint16_t* q, const uint16_t* k, const int64_t* at,
+                           const uint16_t* values, uint16_t* o, int past, int first, int count, int length,
+                           float* scores) {
+    alignas(64) int32_t queries[128 * QUERIES], places[QUERIES];
+    alignas(64) float result[256 * QUERIES];
+    int64_t from[QUERIES], to[QUERIES];
+    const int size = s.head_size, group = s.heads / s.kv_heads;
+    for (int i = 0, token = first / group, head = first % group; i < count; i++) {
+        places[i] = past + token, from[i] = token * s.q_stride + head * size, to[i] = token * s.o_stride + head * size;
+        if (++head == group) head = 0, token++;
+    }
+    std::fill(places + count, places + WIDE * LANES, places[count - 1]);
+    turn_queries(q, from, count, size, queries);
+    const int begin = visible(s, places[0], length).begin & ~1;
+    const int last = visible(s, places[count - 1], length).end, end = round_up(last, 2);
+    for (int j = begin; j < last; j += KEYS) {
+        const uint16_t* rows[KEYS];
+        for (int n = 0; n < KEYS; n++) rows[n] = k + at[std::min(j + n, last - 1)] * s.k_stride;
+        products<WIDE>(rows, 2, queries, QUERIES, size / 2, scores + int64_t(j) * QUERIES);
+    }
+    __m512 inverse[WIDE];
+    softmax_lanes<WIDE>(s, scores, places, begin, end, length, inverse);
+    auto weights = reinterpret_cast<const int32_t*>(scores + int64_t(begin) * QUERIES);
+    for (int d = 0; d < size; d += KEYS) {
+        const uint16_t* columns[KEYS];
+        for (int n = 0; n < KEYS; n++) columns[n] = values + (int64_t(begin / 2) * size + d + n) * 2;
+        products<WIDE>(columns, 2 * size, weights, 2 * QUERIES, (end - begin) / 2, result + d * QUERIES);
+    }
+    for (int w = 0; w < WIDE; w++)
+        for (int d = 0; d < size; d += LANES) {
+            ivec r[LANES];
+            for (int i = 0; i < LANES; i++)
+                r[i] = (ivec)_mm512_mul_ps(_mm512_loadu_ps(result + (d + i) * QUERIES + w * LANES), inverse[w]);
+            transpose(r);
+            for (int i = 0; i < std::min(LANES, count - w * LANES); i++)
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(o + to[w * LANES + i] + d),
+                                    (__m256i)_mm512_cvtneps_pbh((__m512)r[i]));
+        }
+}
+
+struct Bfloat16 {
+    uint16_t* values;  // [tokens / 2][head_size][2]
+    float* scores;     // [tokens][QUERIES]
+
+    FOR_BF16 Bfloat16(int size, int longest) {
+        static thread_local std::vector<uint16_t> values_held;
+        static thread_local std::vector<float> scores_held;
+        values = scratch(values_held, size_t(size) * round_up(longest, 2));
+        scores = scratch(scores_held, size_t(QUERIES) * (longest + KEYS));
+    }
+
+    FOR_BF16 void lay(const Shape& s, const uint16_t*, const uint16_t* v, const int64_t* at, int begin, int length) {
+        pair_rows(v, at, s.v_stride, begin, length, s.head_size, values);
+    }
+
+    FOR_BF16 void attend(const Shape& s, const uint16_t* q, const uint16_t* k, uint16_t* o, const int64_t* at,
+                         int queries, int length) {
+        const int rows = queries * (s.heads / s.kv_heads);
+        for (int first = 0; first < rows; first += QUERIES) {
+            const int count = std::min(QUERIES, rows - first);
+            const auto tile = count > LANES ? attend_lanes<2> : attend_lanes<1>;
+            tile(s, q, k, at, values, o, length - queries, first, count, length, scores);
+        }
+    }
+};
+
+// ── whole batches ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+// Sequences from `first` to before `end`, of which each begins where the one before it does: head by head of the keys,
+// and only what differs is laid out anew. `at`: room for the row of each token of one.
+template <typename Path, typename T>
+INLINE void attend_run(const Shape& s, Path& path, const T* q, const T* k, const T* v, T* o, const Batch& batch,
+                       int first, int end, int64_t* at) {
+    const int group = s.heads / s.kv_heads, size = s.head_size;
+    for (int kv = 0; kv < s.kv_heads; kv++) {
+        int laid = 0;  // from this token on
+        for (int b = first; b < end; b++) {
+            const int64_t start = batch.cu_seqlens[b];
+            const int queries = batch.queries(b), length = batch.length(b);
+            const int begin = visible(s, length - queries, length).begin / BLOCK * BLOCK;
+            int from = b == first ? 0 : batch.shared(b) & ~1;  // bfloat16 lays pairs
+            if (from <= begin || begin < laid) from = laid = begin;
+            if (kv == 0 || end - first > 1)
+                for (int j = from; j < length; j++) at[j] = batch.row(b, j);
+            path.lay(s, k + kv * size, v + kv * size, at, from, length);
+            path.attend(s, q + start * s.q_stride + kv * group * size, k + kv * size,
+                        o + start * s.o_stride + kv * group * size, at, queries, length);
+        }
+    }
+}
+
+template <typename Path, typename T>
+INLINE void attend_batch(const Shape& s, const T* q, const T* k, const T* v, T* o, const Batch& batch) {
+    static thread_local std::vector<int64_t> at_held;
+    int longest = 0;
+    for (int b = 0; b < batch.sequences; b++) longest = std::max(longest, batch.length(b));
+    int64_t* at = scratch(at_held, longest);
+    Path path(s.head_size, longest);
+    for (int first = 0, end; first < batch.sequences; first = end) {
+        for (end = first + 1; end < batch.sequences && batch.shared(end); end++) {
+        }
+        if (batch.queries(first)) attend_run(s, path, q, k, v, o, batch, first, end, at);
+    }
+}
 
 template <typename T>
-void each_sequence(Kernel<T> kernel, const Shape& s, const T* q, const T* k, const T* v, T* o, const int32_t* cu_seqlens,
-                   int sequences) {
-    for (int b = 0; b < sequences; b++) {
-        const int64_t start = cu_seqlens[b];
-        kernel(s, q + start * s.q_stride, k + start * s.k_stride, v + start * s.v_stride, o + start * s.o_stride,
-               cu_seqlens[b + 1] - cu_seqlens[b]);
-    }
+using Kernel = void (*)(const Shape&, const T*, const T*, const T*, T*, const Batch&);
+
+template <typename T>
+FOR_AVX512 void in_f32_avx512(const Shape& s, const T* q, const T* k, const T* v, T* o, const Batch& batch) {
+    attend_batch<Float32<T, 16>>(s, q, k, v, o, batch);
+}
+template <typename T>
+FOR_AVX2 void in_f32_avx2(const Shape& s, const T* q, const T* k, const T* v, T* o, const Batch& batch) {
+    attend_batch<Float32<T, 8>>(s, q, k, v, o, batch);
+}
+FOR_BF16 void in_bf16(const Shape& s, const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o,
+                      const Batch& batch) {
+    attend_batch<Bfloat16>(s, q, k, v, o, batch);
 }
 
 }  // namespace
@@ -349,16 +486,45 @@ int carpool_cpu_level() {
     return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
 }
 
-// query [T, heads, head_size], key and value [T, kv_heads, head_size], out as query; strides in elements, heads and
-// head_size contiguous. head_size is a multiple of 16, at most 256. cu_seqlens int32 [sequences + 1]. `level` as above.
-void carpool_attention_f32(const float* q, const float* k, const float* v, float* o, const int32_t* cu_seqlens,
-                           int sequences, const Shape* shape, int level) {
-    each_sequence<float>(level >= 2 ? f32_avx512 : f32_avx2, *shape, q, k, v, o, cu_seqlens, sequences);
+// query [T, heads, head_size], key and value [rows, kv_heads, head_size], out as query; strides in elements, heads and
+// head_size contiguous. head_size is a multiple of 16, at most 256. Keys and values in pages are attended causally.
+// `level` as above.
+void carpool_attention_f32(const float* q, const float* k, const float* v, float* o, const Batch* batch,
+                           const Shape* shape, int level) {
+    Kernel<float> kernel = level >= AVX512 ? in_f32_avx512<float> : in_f32_avx2<float>;
+    kernel(*shape, q, k, v, o, *batch);
 }
 
-void carpool_attention_bf16(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o,
-                            const int32_t* cu_seqlens, int sequences, const Shape* shape, int level) {
-    Kernel<uint16_t> kernel = level >= 3 ? bf16_native : level == 2 ? bf16_avx512 : bf16_avx2;
-    each_sequence<uint16_t>(kernel, *shape, q, k, v, o, cu_seqlens, sequences);
+void carpool_attention_bf16(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o, const Batch* batch,
+                            const Shape* shape, int level) {
+    Kernel<uint16_t> kernel = level >= AVX512_BF16 ? in_bf16
+                              : level == AVX512    ? in_f32_avx512<uint16_t>
+                                                   : in_f32_avx2<uint16_t>;
+    kernel(*shape, q, k, v, o, *batch);
+}
+
+// The first sequence of a batch in pages that does not fit itself, or all `queries`, or a cache of `pages`; -1: none.
+int carpool_paged_fault(const Batch* batch, int64_t queries, int64_t pages) {
+    const int32_t* bounds = batch->cu_seqlens;
+    for (int b = 0; b < batch->sequences; b++) {
+        const int64_t own = int64_t(bounds[b + 1]) - bounds[b], length = batch->key_lengths[b];
+        const int64_t used = (length + batch->page_size - 1) / batch->page_size;
+        if ((b == 0 && bounds[b] != 0) || bounds[b + 1] > queries || own < 0 || own > length) return b;
+        if (used > batch->most_pages) return b;
+        for (int64_t i = 0; i < used; i++)
+            if (batch->pages_of(b)[i] < 0 || batch->pages_of(b)[i] >= pages) return b;
+    }
+    return batch->sequences && bounds[batch->sequences] != queries ? batch->sequences - 1 : -1;
+}
+
+// Tokens of `bytes` each, strides in bytes, into the rows of both caches that `slots` name; those out of range are left
+// out.
+void carpool_kv_write(const char* keys, const char* values, int64_t k_stride, int64_t v_stride, const int64_t* slots,
+                      int64_t tokens, int64_t bytes, char* key_cache, char* value_cache, int64_t rows) {
+    for (int64_t t = 0; t < tokens; t++) {
+        if (slots[t] < 0 || slots[t] >= rows) continue;
+        std::memcpy(key_cache + slots[t] * bytes, keys + t * k_stride, bytes);
+        std::memcpy(value_cache + slots[t] * bytes, values + t * v_stride, bytes);
+    }
 }
 }

@@ -35,6 +35,8 @@ def ask(**how: Any) -> Asked:
         (CPU, {"head_size": 24}, "torch: heads of 24"),
         (CPU, {"bias": True, "sinks": True}, "torch: bias, sinks"),
         (CPU._replace(native=None), {}, "torch: no native kernels"),
+        (CPU, {"paged": True, "softcap": True}, "native: AVX2"),
+        (CPU, {"paged": True, "sinks": True}, "torch: sinks"),
         # a CPU that launches our CUDA kernels: the emulator
         (CPU._replace(kernels=None), {}, "cupy"),
         (CPU._replace(kernels=None), {"head_size": 20}, "torch: heads of 20"),

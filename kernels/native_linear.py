@@ -1,0 +1,131 @@
+"""The Python face of kernels/cpu/linear.cpp; the twins are in `kernels.twins_cpu`."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from carpool.kernels import native
+from carpool.kernels.native import ACTIVATIONS, pointer
+from carpool.kernels.panels import Panels
+from carpool.kernels.reference import Activation
+from carpool.kernels.twins_cpu import Norm
+
+_BFLOAT16 = 3  # the level that multiplies it
+
+
+class _Linear(ctypes.Structure):
+    """As linear.cpp has it."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("inputs", ctypes.c_int),
+        ("outputs", ctypes.c_int),
+    )
+
+
+class _Finish(ctypes.Structure):
+    """As linear.cpp has it."""
+
+    _fields_ = (
+        ("residual", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("centred", ctypes.c_int),
+        ("residual_stride", ctypes.c_int64),
+    )
+
+
+def serves(x: Tensor) -> bool:
+    """Whether this CPU multiplies rows [T, in] of x's dtype; weights are made sure of by `Panels`."""
+    return (
+        native.library is not None
+        and native.level >= _BFLOAT16
+        and x.device.type == "cpu"
+        and x.dtype == torch.bfloat16
+        and x.ndim == 2
+        and x.stride(1) == 1
+    )
+
+
+def linear(x: Tensor, layer: Panels, activation: Activation | None = None) -> Tensor:
+    """As its twin."""
+    return _linear(x, layer, ACTIVATIONS[activation], None)
+
+
+def linear_norm(x: Tensor, layer: Panels, residual: Tensor | None, norm: Norm | None) -> Tensor:
+    """As its twin."""
+    return _linear(x, layer, ACTIVATIONS[None], _finish(len(x), layer.outputs, residual, norm))
+
+
+def feed_forward(
+    x: Tensor,
+    up: Panels,
+    down: Panels,
+    activation: Activation,
+    residual: Tensor | None = None,
+    norm: Norm | None = None,
+) -> Tensor:
+    """As its twin."""
+    assert native.library is not None
+    _fits(x, up)
+    if down.gated or down.inputs * (2 if up.gated else 1) != up.outputs:
+        raise ValueError(f"{up.outputs} outputs of one layer are not the {down.inputs} inputs of the next")
+    finish = _finish(len(x), down.outputs, residual, norm)
+    out = x.new_empty(len(x), down.outputs)
+    native.library.carpool_feed_forward_bf16(
+        ctypes.byref(_described(up)),
+        ctypes.byref(_described(down)),
+        ACTIVATIONS[activation],
+        int(up.gated),
+        ctypes.byref(finish),
+        *(pointer(x), ctypes.c_int64(x.stride(0)), len(x), pointer(out), ctypes.c_int64(out.stride(0))),
+    )
+    return out
+
+
+def _linear(x: Tensor, layer: Panels, activation: int, finish: _Finish | None) -> Tensor:
+    assert native.library is not None
+    _fits(x, layer)
+    out = x.new_empty(len(x), layer.outputs)
+    native.library.carpool_linear_bf16(
+        ctypes.byref(_described(layer)),
+        activation,
+        None if finish is None else ctypes.byref(finish),
+        *(pointer(x), ctypes.c_int64(x.stride(0)), len(x), pointer(out), ctypes.c_int64(out.stride(0))),
+    )
+    return out
+
+
+def _fits(x: Tensor, layer: Panels) -> None:
+    if not serves(x) or x.shape[1] != layer.inputs:
+        raise ValueError(
+            f"{x.dtype} {list(x.shape)} is not what a layer of {layer.inputs} inputs multiplies here"
+        )
+
+
+def _described(layer: Panels) -> _Linear:
+    return _Linear(layer.weight.data_ptr(), layer.bias.data_ptr(), layer.inputs, layer.outputs)
+
+
+def _finish(tokens: int, width: int, residual: Tensor | None, norm: Norm | None) -> _Finish:
+    """Of tensors that outlive the call."""
+    if residual is not None and (residual.shape != (tokens, width) or not serves(residual)):
+        raise ValueError(
+            f"a residual of {residual.dtype} {list(residual.shape)} for rows [{tokens}, {width}]"
+        )
+    for vector in () if norm is None else (norm.weight, norm.bias):
+        if vector is not None and (vector.dtype != torch.float32 or vector.shape != (width,)):
+            raise ValueError(f"a norm of {vector.dtype} {list(vector.shape)} for rows of {width}")
+    return _Finish(
+        None if residual is None else residual.data_ptr(),
+        None if norm is None else norm.weight.data_ptr(),
+        None if norm is None or norm.bias is None else norm.bias.data_ptr(),
+        0.0 if norm is None else norm.eps,
+        norm is not None and norm.centred,
+        0 if residual is None else residual.stride(0),
+    )

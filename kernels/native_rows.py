@@ -1,0 +1,139 @@
+"""The Python face of kernels/cpu/rows.cpp; the twins are in `kernels.reference`."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carpool.kernels import native, reference
+from carpool.kernels.native import ACTIVATIONS, pointer
+from carpool.kernels.reference import Activation, Output
+
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+class _Norm(ctypes.Structure):
+    """As rows.cpp has it."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("centred", ctypes.c_int),
+    )
+
+
+def serves(x: Tensor, width: int | None = None) -> bool:
+    """Whether rows of x's dtype are served: on a CPU, float32 or bfloat16, `width` (x's last) a multiple of 16.
+
+    `rotary` asks it with half of the columns that are turned, `gated` with half of its row.
+    """
+    width = x.shape[-1] if width is None else width
+    return (
+        native.library is not None
+        and x.device.type == "cpu"
+        and x.dtype in _SUFFIX
+        and width % 16 == 0
+        and x.stride(-1) == 1
+    )
+
+
+def norm_rows(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    centred: bool,
+    keep_sum: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """As its twin; x and the residual contiguous."""
+    _check(x.is_contiguous() and (residual is None or residual.is_contiguous()), x)
+    _check(residual is None or (residual.shape == x.shape and residual.dtype == x.dtype), x)
+    for vector in (weight, bias):
+        _check(vector is None or (vector.dtype == torch.float32 and vector.shape == x.shape[1:]), x)
+    out = torch.empty_like(x)
+    total = x if residual is None else torch.empty_like(x) if keep_sum else out
+    norm = _Norm(weight.data_ptr(), None if bias is None else bias.data_ptr(), eps, centred)
+    _call(
+        "norm_rows",
+        x,
+        *(ctypes.byref(norm), pointer(x), pointer(residual), ctypes.c_int64(len(x)), x.shape[1]),
+        *(pointer(out), pointer(total)),
+    )
+    return out, total if keep_sum else None
+
+
+def gated(both: Tensor, activation: Activation, *, gate_first: bool = True) -> Tensor:
+    """As its twin."""
+    _check(both.ndim == 2 and both.shape[1] % 2 == 0, both)
+    gate, up = both.chunk(2, -1) if gate_first else reversed(both.chunk(2, -1))
+    out = both.new_empty(gate.shape)
+    _call(
+        "gated",
+        gate,
+        *(ACTIVATIONS[activation], pointer(gate), pointer(up), ctypes.c_int64(both.stride(0))),
+        *(ctypes.c_int64(len(gate)), gate.shape[1], pointer(out)),
+    )
+    return out
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As its twin; each token's heads [N, D] without gaps."""
+    tokens, heads, size = x.shape
+    turned = cos.shape[1]
+    # The stride of one head's dimension is anything.
+    _check((heads == 1 or x.stride(1) == size) and turned <= size and turned % 32 == 0, x)
+    _check(cos.shape == sin.shape == (tokens, turned), x)
+    cosines, sines = cos.float().contiguous(), sin.float().contiguous()
+    out = x.new_empty(x.shape)
+    _call(
+        "rotary",
+        x,
+        *(pointer(x), ctypes.c_int64(x.stride(0)), tokens, heads, size, turned),
+        *(pointer(cosines), pointer(sines), pointer(out)),
+    )
+    return out
+
+
+def pool_rows(
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    modes: Tensor,
+    widths: Tensor,
+    normalize: Tensor,
+    output: Output = "float32",
+    longest: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As its twin; hidden contiguous. Other outputs than float32 are made of the pooled rows in torch."""
+    _check(hidden.is_contiguous(), hidden)
+    count, width = len(cu_seqlens) - 1, hidden.shape[1]
+    plain = output == "float32"
+    cut = (widths if plain else torch.full_like(widths, width)).int().contiguous()
+    unit = (normalize if plain else torch.zeros_like(normalize)).to(torch.uint8).contiguous()
+    bounds, kinds = cu_seqlens.int().contiguous(), modes.to(torch.int8).contiguous()
+    _check(len(kinds) == len(cut) == len(unit) == count, hidden)
+    out = hidden.new_empty(count, width, dtype=torch.float32)
+    _call(
+        "pool_rows",
+        hidden,
+        *(pointer(hidden), pointer(bounds), pointer(kinds), pointer(cut), pointer(unit)),
+        *(count, width, pointer(out)),
+    )
+    return (out, out.new_ones(count)) if plain else reference.finish_rows(out, widths, normalize, output)
+
+
+def _check(holds: bool, x: Tensor) -> None:
+    if not holds:
+        raise ValueError(f"{x.dtype} {list(x.shape)}, strides {x.stride()}, do not fit the rest")
+
+
+def _call(name: str, x: Tensor, *args: Any) -> None:
+    """The function for x's dtype, at this CPU's level."""
+    if not serves(x):
+        raise ValueError(f"rows of {x.dtype} {list(x.shape)} are not served natively here")
+    getattr(native.library, f"carpool_{name}_{_SUFFIX[x.dtype]}")(*args, native.level)

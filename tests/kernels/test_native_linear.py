@@ -1,0 +1,213 @@
+"""Native linear layers and feed-forward blocks compute what their torch twins do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from carpool.kernels import native, native_linear, reference, twins_cpu
+from carpool.kernels.panels import Panels
+from carpool.kernels.reference import Activation
+from carpool.kernels.twins_cpu import Norm
+
+needs_bfloat16 = pytest.mark.skipif(native.level < 3, reason="no AVX-512 BF16 here, or not built")
+activations = st.sampled_from(["silu", "gelu", "gelu_tanh"])
+few = settings(max_examples=20, deadline=None)
+# A tile of these widths has some 100 to 800 tokens; more than one, a last one that is not whole, and few tokens.
+tokens = st.one_of(st.integers(1, 14), st.sampled_from([127, 300, 901]))
+sizes = st.sampled_from([16, 48, 64, 112, 384])
+
+
+def randn(*shape: int, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (scale * torch.randn(*shape, generator=generator)).bfloat16()
+
+
+def layer(outputs: int, inputs: int, *, bias: bool = True) -> Panels:
+    return Panels.of(randn(outputs, inputs, scale=inputs**-0.5), randn(outputs) if bias else None)
+
+
+def norm_of(width: int, *, centred: bool, bias: bool) -> Norm:
+    return Norm(randn(width).float(), randn(width).float().flip(0) if bias else None, 1e-6, centred)
+
+
+def error(y: Tensor, exact: Tensor) -> float:
+    """The root of the mean square, relative."""
+    return float((y.double() - exact.double()).norm() / exact.double().norm())
+
+
+def assert_as_good_as_torch(mine: Tensor, torchs: Tensor, exact: Tensor) -> None:
+    """On the whole as near to float32 as torch's own bfloat16, and nowhere farther than twice that."""
+    assert mine.dtype == torch.bfloat16
+    assert mine.shape == exact.shape
+    assert error(mine, exact) <= 1.1 * error(torchs, exact) + 1e-4
+    bound = 2 * (torchs.float() - exact).abs().max().clamp_min(2**-8 * exact.abs().max())
+    assert (mine.float() - exact).abs().max() <= bound
+
+
+@given(outputs=sizes, inputs=st.sampled_from([2, 16, 38, 384]), bias=st.booleans())
+@few
+def test_panels_hold_the_layer(outputs: int, inputs: int, bias: bool) -> None:
+    weight, start = randn(outputs, inputs), randn(outputs) if bias else None
+    again, starts = Panels.of(weight, start).unpacked()
+    assert torch.equal(again, weight)
+    assert torch.equal(starts, torch.zeros(outputs) if start is None else start.float())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Panels.of(randn(40, 16), None),
+        lambda: Panels.of(randn(32, 15), None),
+        lambda: Panels.of(randn(32, 16).float(), None),
+        lambda: Panels.of_pair(randn(48, 16), randn(48, 16), None, None),
+        lambda: Panels.of_pair(randn(32, 16), randn(64, 16), None, None),
+    ],
+)
+def test_weights_that_no_panel_holds_are_refused(make: Callable[[], Panels]) -> None:
+    with pytest.raises(ValueError, match=r"multiple|panels"):
+        make()
+
+
+@needs_bfloat16
+@given(
+    rows=tokens,
+    outputs=sizes,
+    inputs=st.sampled_from([2, 38, 384]),
+    bias=st.booleans(),
+    activation=st.one_of(st.none(), activations),
+)
+@few
+def test_a_linear_layer_equals_its_twin(
+    rows: int, outputs: int, inputs: int, bias: bool, activation: Activation | None
+) -> None:
+    x, panels = randn(rows, inputs + 2)[:, :inputs], layer(outputs, inputs, bias=bias)  # rows of wider ones
+    mine = native_linear.linear(x, panels, activation)
+    exact = twins_cpu.linear(x.float(), panels, activation)
+    weight, start = panels.unpacked()
+    torchs = F.linear(x, weight, start.bfloat16())
+    torchs = torchs if activation is None else twins_cpu.activate(torchs, activation)
+    assert_as_good_as_torch(mine, torchs, exact)
+
+
+@needs_bfloat16
+@given(
+    rows=tokens,
+    width=sizes,
+    residual=st.booleans(),
+    norm=st.one_of(st.none(), st.builds(lambda c, b: (c, b), st.booleans(), st.booleans())),
+)
+@few
+def test_a_layer_with_its_residual_and_norm_equals_its_twin(
+    rows: int, width: int, residual: bool, norm: tuple[bool, bool] | None
+) -> None:
+    x, panels = randn(rows, 96), layer(width, 96)
+    other = randn(rows, width + 8)[:, :width] if residual else None
+    last = None if norm is None else norm_of(width, centred=norm[0], bias=norm[1])
+    mine = native_linear.linear_norm(x, panels, other, last)
+    exact = twins_cpu.linear_norm(x.float(), panels, other, last)
+    torchs = twins_cpu.linear(x, panels)
+    torchs = torchs if other is None else torchs + other
+    torchs = torchs if last is None else _torchs_norm(torchs, last)
+    assert_as_good_as_torch(mine, torchs, exact)
+
+
+@needs_bfloat16
+@given(
+    rows=tokens,
+    width=st.sampled_from([32, 112, 384]),
+    middle=st.sampled_from([32, 64, 384, 416, 1536]),
+    gated=st.booleans(),
+    activation=activations,
+    residual=st.booleans(),
+    normed=st.booleans(),
+)
+@few
+def test_a_feed_forward_block_equals_its_twin(
+    rows: int, width: int, middle: int, gated: bool, activation: Activation, residual: bool, normed: bool
+) -> None:
+    scale = width**-0.5
+    up = Panels.of(randn(middle, width, scale=scale), randn(middle))
+    if gated:
+        other = randn(width, middle, scale=scale).T.contiguous()
+        up = Panels.of_pair(randn(middle, width, scale=scale), other, randn(middle), None)
+    x, down = randn(rows, width), layer(width, middle)
+    last = norm_of(width, centred=True, bias=True) if normed else None
+    before = x.flip(0) if residual else None
+    mine = native_linear.feed_forward(x, up, down, activation, before, last)
+
+    exact = twins_cpu.feed_forward(x.float(), up, down, activation, before, last)
+    weight, start = up.unpacked()
+    torchs = F.linear(x, weight, start.bfloat16())
+    if gated:
+        gate, by = torchs.view(rows, -1, 2, 32).unbind(2)
+        torchs = (twins_cpu.activate(gate, activation) * by).flatten(1)
+    else:
+        torchs = twins_cpu.activate(torchs, activation)
+    torchs = twins_cpu.linear(torchs, down)
+    torchs = torchs if before is None else torchs + before
+    torchs = torchs if last is None else _torchs_norm(torchs, last)
+    assert_as_good_as_torch(mine, torchs, exact)
+
+
+@needs_bfloat16
+def test_a_token_comes_out_the_same_in_any_company() -> None:
+    x, up, down = randn(700, 384), layer(1536, 384), layer(384, 1536)
+    norm = norm_of(384, centred=True, bias=True)
+    whole = native_linear.feed_forward(x, up, down, "gelu", x, norm)
+    for first, last in ((0, 1), (5, 12), (130, 431), (699, 700)):
+        part = x[first:last]
+        assert torch.equal(native_linear.feed_forward(part, up, down, "gelu", part, norm), whole[first:last])
+        assert torch.equal(native_linear.linear(part, up), native_linear.linear(x, up)[first:last])
+
+
+@needs_bfloat16
+def test_a_number_that_is_none_stays_in_its_row() -> None:
+    x = randn(20, 64)
+    x[7, 3] = float("nan")
+    y = native_linear.feed_forward(
+        x, layer(128, 64), layer(64, 128), "gelu", x, norm_of(64, centred=True, bias=True)
+    )
+    assert torch.isnan(y[7]).all()
+    assert torch.isfinite(y[[*range(7), *range(8, 20)]]).all()
+
+
+@needs_bfloat16
+def test_no_tokens_give_none() -> None:
+    assert native_linear.linear(randn(0, 64), layer(32, 64)).shape == (0, 32)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: native_linear.linear(randn(4, 64).float(), layer(32, 64)),
+        lambda: native_linear.linear(randn(4, 32), layer(32, 64)),
+        lambda: native_linear.linear(randn(64, 4).T, layer(32, 64)),
+        lambda: native_linear.linear_norm(randn(4, 64), layer(32, 64), randn(4, 64), None),
+        lambda: native_linear.linear_norm(randn(4, 64), layer(32, 64), randn(3, 32), None),
+        lambda: native_linear.linear_norm(
+            randn(4, 64), layer(32, 64), None, norm_of(64, centred=True, bias=False)
+        ),
+        lambda: native_linear.feed_forward(randn(4, 64), layer(128, 64), layer(64, 64), "gelu"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call: Callable[[], Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"layer|residual|norm"):
+        call()
+
+
+def test_a_cpu_that_does_not_multiply_bfloat16_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "level", 2)
+    assert not native_linear.serves(randn(4, 64))
+
+
+def _torchs_norm(x: Tensor, norm: Norm) -> Tensor:
+    """Of the rounded sum, as torch has it."""
+    return reference.norm_rows(x, None, norm.weight, norm.bias, norm.eps, centred=norm.centred)[0]
