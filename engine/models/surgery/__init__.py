@@ -21,6 +21,7 @@ from carpool.engine.models.surgery.gated_mlp import GatedMLP, gated
 from carpool.engine.models.surgery.joint_linear import join
 from carpool.engine.models.surgery.leaves import replace_linears
 from carpool.engine.models.surgery.linear_gelu import fuse_gelu
+from carpool.engine.models.surgery.native_linear import native
 from carpool.engine.models.surgery.packed_linear import packed
 from carpool.engine.models.surgery.rehearsal import Rehearsal, small_batch, submodule
 from carpool.engine.models.surgery.residual_norm import ResidualNorm, residual_norm
@@ -36,6 +37,7 @@ KINDS = (
     "gated_mlp",
     "joint_linear",
     "linear_gelu",
+    "native_linear",
     "linear",
 )
 _WHOLE: Mapping[type[nn.Module], str] = {  # what takes a module's place as a whole
@@ -62,8 +64,10 @@ def operate(backbone: Backbone, *, vocab_size: int, pack: bool = True) -> dict[s
         rehearsal = Rehearsal.of(
             model, lambda: before.append(backbone.forward(batch)), scene=lambda: layout(batch)
         )
-        swapped = swap_modules(model, rehearsal)
+        swapped = swap_modules(model, rehearsal, pack=pack)
         swapped["conv1d"] = turned_round
+        if pack:
+            swapped["native_linear"], _ = replace_linears(model, rehearsal, native)
         if pack and device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             swapped["linear"], _ = replace_linears(model, rehearsal, packed)
         try:
@@ -91,8 +95,8 @@ def turn_round(model: nn.Module) -> int:
     return count
 
 
-def swap_modules(model: nn.Module, rehearsal: Rehearsal) -> Counter[str]:
-    """All kinds but the packing of linear layers, which comes last since it hides their weights."""
+def swap_modules(model: nn.Module, rehearsal: Rehearsal, *, pack: bool = True) -> Counter[str]:
+    """All kinds but the packing of linear layers, which comes last since it hides their weights; `pack`: if it does."""
     swapped: Counter[str] = Counter()
     on_device = launch.backend.serves(next(model.parameters()).device)
     choirs: dict[str, list[list[str]]] = {}
@@ -107,7 +111,7 @@ def swap_modules(model: nn.Module, rehearsal: Rehearsal) -> Counter[str]:
             continue
         parent, name = _parent(path)
         fused: nn.Module | None = gated(path, module, rehearsal) or fused_norm(module)
-        if fused is None and on_device:
+        if fused is None and (on_device or pack):
             fused = residual_norm(path, module, rehearsal)
         if fused is not None and path:
             setattr(model.get_submodule(parent), name, fused)

@@ -13,7 +13,7 @@ from carpool.engine.models.surgery.activation import ACTIVATIONS, Activation, wh
 from carpool.engine.models.surgery.agreement import agree
 from carpool.engine.models.surgery.joint_linear import joined
 from carpool.engine.models.surgery.rehearsal import Rehearsal
-from carpool.kernels import launch, ops
+from carpool.kernels import launch, native_rows, ops
 
 
 class GatedMLP(nn.Module):
@@ -31,9 +31,11 @@ class GatedMLP(nn.Module):
 
     def _gated(self, both: Tensor) -> Tensor:
         """[..., 2F] → [..., F]"""
-        if launch.backend.serves(both.device):  # one kernel, which reads each half once
-            rows = both.view(-1, both.shape[-1])
-            return ops.gated(rows, self.activation, gate_first=self.gate_first).view(*both.shape[:-1], -1)
+        on_device, width = launch.backend.serves(both.device), both.shape[-1] // 2
+        if on_device or native_rows.serves(both, width):  # one kernel, which reads each half once
+            kernel = ops.gated if on_device else native_rows.gated
+            made = kernel(both.reshape(-1, 2 * width), self.activation, gate_first=self.gate_first)
+            return made.view(*both.shape[:-1], width)
         one, other = both.chunk(2, -1)
         gate, up = (one, other) if self.gate_first else (other, one)
         return ACTIVATIONS[self.activation](gate).mul_(up)

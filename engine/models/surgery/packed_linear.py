@@ -1,6 +1,7 @@
 """Packed linear layers: weights kept in the blocked layout that oneDNN multiplies from on a CPU.
 
-It would reorder them on every call otherwise, and a GELU behind the layer is computed while its output is in cache.
+It would reorder them on every call otherwise, and a GELU behind the layer is computed while its output is in cache. For
+layers that do not run natively: in float32, on other CPUs, of odd shapes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from carpool.engine.models.surgery.activation import APPROXIMATION, Gelu
 from carpool.engine.models.surgery.agreement import agree
 from carpool.engine.models.surgery.linear_gelu import LinearGelu
+from carpool.engine.models.surgery.rehearsal import sample
 
 
 class PackedLinear(nn.Module):
@@ -32,8 +34,7 @@ class PackedLinear(nn.Module):
 
 def packed(_path: str, linear: nn.Linear, gelu: Gelu | None) -> PackedLinear | None:
     """The layer in oneDNN's layout, if it computes the same there."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(1, 5, linear.in_features, generator=generator).to(linear.weight)
+    x = sample(linear)
     plain = linear if gelu is None else LinearGelu(linear, gelu)
     try:
         twin = PackedLinear(linear, gelu)

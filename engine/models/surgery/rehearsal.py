@@ -41,6 +41,12 @@ def small_batch(vocab_size: int, device: torch.device) -> PackedBatch:
     )
 
 
+def sample(linear: nn.Linear) -> Tensor:
+    """Random input [1, 5, in] for a layer, in its dtype."""
+    x = torch.randn(1, 5, linear.in_features, generator=torch.Generator().manual_seed(1))
+    return x.to(linear.weight)
+
+
 @dataclass(frozen=True, slots=True)
 class Given:
     """What a module was called with."""

@@ -1,8 +1,8 @@
-"""What BERT's blocks end with, norm(dense(x) + residual): the sum and the LayerNorm in one pass over memory.
+"""What BERT's blocks end with, norm(dense(x) + residual): the sum and the LayerNorm in one pass over memory, or none.
 
-For a device only, where these passes are what the time goes into: torch takes five (two rows read and one written for
-the sum, one read and one written for the norm), the kernel three. A LayerNorm alone stays torch's, whose kernel reads
-a row once and writes it once as ours does.
+On a device these passes are what the time goes into: torch takes five (two rows read and one written for the sum, one
+read and one written for the norm), the kernel three. A LayerNorm alone stays torch's, whose kernel reads a row once and
+writes it once as ours does. On a CPU it is for layers that run natively: both are done with the product's own sums.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from carpool.engine.models.surgery.agreement import agree
+from carpool.engine.models.surgery.native_linear import NativeLinear, fits
 from carpool.engine.models.surgery.rehearsal import Rehearsal
-from carpool.kernels import ops
+from carpool.kernels import launch, ops
+from carpool.kernels.twins_cpu import Norm
 
 
 class ResidualNorm(nn.Module):
@@ -27,6 +29,8 @@ class ResidualNorm(nn.Module):
         self.eps = norm.eps
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        if isinstance(self.dense, NativeLinear):
+            return self.dense.and_norm(x, residual, Norm(self.weight, self.bias, self.eps, centred=True))
         out: Tensor = self.dense(x)
         rows, others = (each.reshape(-1, out.shape[-1]) for each in (out, residual))
         normed, _ = ops.norm_rows(
@@ -44,6 +48,8 @@ def residual_norm(path: str, module: nn.Module, rehearsal: Rehearsal) -> Residua
     norms = [child for child in weighty if type(child) is nn.LayerNorm]
     layers = [child for child in weighty if type(child) is not nn.LayerNorm]
     if len(norms) != 1 or len(layers) != 1 or len(norms[0].normalized_shape) != 1 or norms[0].bias is None:
+        return None
+    if not (launch.backend.serves(norms[0].weight.device) or fits(layers[0])):
         return None
     try:
         candidate = ResidualNorm(layers[0], norms[0])

@@ -1,5 +1,5 @@
-"""Rotary positions of query and key in three passes over each, where transformers' function takes five; on a device
-in one.
+"""Rotary positions of query and key in three passes over each, where transformers' function takes five; by a
+kernel, on a device or a CPU, in one.
 
 That function is a global of each model's file, and everybody in the process calls it there. It is left alone: the
 attention layers of one model get a class whose forward is the same code with one other global.
@@ -7,6 +7,7 @@ attention layers of one model get a class whose forward is the same code with on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from carpool.engine.models.surgery.agreement import agree
 from carpool.engine.models.surgery.rehearsal import Rehearsal
-from carpool.kernels import launch, ops
+from carpool.kernels import launch, native_rows, ops
 
 NAME = "apply_rotary_pos_emb"  # in every file of transformers that has one
+Turn = Callable[[Tensor, Tensor, Tensor], Tensor]  # as `kernels.ops.rotary`
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -26,19 +28,28 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
 
     With heads behind tokens, q [1, T, N, D], if `unsqueeze_dim` is 2.
     """
-    if len(q) == len(cos) == 1 and launch.backend.serves(q.device):
-        return _by_kernel(q, cos[0], sin[0], unsqueeze_dim), _by_kernel(k, cos[0], sin[0], unsqueeze_dim)
+    kernel = _kernel(q, cos.shape[-1]) if len(q) == len(cos) == 1 else None
+    if kernel is not None:
+        angles = cos[0].contiguous(), sin[0].contiguous()
+        return _by_kernel(kernel, q, *angles, unsqueeze_dim), _by_kernel(kernel, k, *angles, unsqueeze_dim)
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
-def _by_kernel(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+def _kernel(x: Tensor, columns: int) -> Turn | None:
+    """What turns so many columns of x in one pass where x lies, if anything does."""
+    if launch.backend.serves(x.device):
+        return ops.rotary
+    return native_rows.rotary if native_rows.serves(x, columns // 2) else None
+
+
+def _by_kernel(kernel: Turn, x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     """x [1, N, T, D], or [1, T, N, D] if `heads` is 2; cos and sin [T, R] → the same, turned, in x's dtype."""
     # Views of [T, N, D], often of a part of a wider row: the kernel reads them where they are.
     rows = x.movedim(heads, 2)[0]
     if rows.stride(1) != rows.shape[2] or rows.stride(2) != 1:  # other things lie between its heads
         rows = rows.contiguous()
-    return ops.rotary(rows, cos.contiguous(), sin.contiguous())[None].movedim(2, heads)
+    return kernel(rows, cos, sin)[None].movedim(2, heads)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -21,10 +21,12 @@ from carpool.engine.models import surgery
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.surgery import KINDS, gated_mlp, joint_linear, operate
 from carpool.engine.models.surgery.joint_linear import FirstLinear
+from carpool.engine.models.surgery.native_linear import NativeLinear
 from carpool.engine.models.surgery.packed_linear import PackedLinear
 from carpool.engine.models.surgery.residual_norm import ResidualNorm
 from carpool.engine.models.surgery.rms_norm import RMSNorm, fused_norm
 from carpool.engine.packing import pack_ids
+from carpool.kernels import native
 from emu.backend import Emulated
 from zoo import stock
 
@@ -32,8 +34,10 @@ pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
     reason="no oneDNN in this torch",
 )
+needs_bfloat16 = pytest.mark.skipif(native.level < 3, reason="no AVX-512 BF16 here, or not built")
 MAPS = Path("/proc/self/maps")
 BATCH = pack_ids([[5, 6, 7], [8], list(range(10, 40))], torch.device("cpu"))
+POST_NORM = ("bert", "xlmr", "roberta")
 _BERT = {"joint_linear": 2, "linear_gelu": 2, "linear": 6}
 _LLAMA = {"rms_norm": 5, "rotary": 2, "gated_mlp": 2, "joint_linear": 2, "linear": 8}
 SWAPS = {
@@ -84,10 +88,35 @@ def test_in_bfloat16_it_is_as_exact_as_before(family: str, checkpoint: Callable[
     assert 1e-3 < after <= 2 * before
 
 
+@needs_bfloat16
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_in_bfloat16_linear_layers_run_natively(family: str, checkpoint: Callable[[str], Path]) -> None:
+    patient = built(checkpoint(family), dtype="bfloat16")
+    ends = {"residual_norm": 4} if family in POST_NORM else {}
+    native_linear = {"native_linear": SWAPS[family]["linear"], "linear": 0}
+    assert patient.model.surgery == {**dict.fromkeys(KINDS, 0), **SWAPS[family], **native_linear, **ends}
+    assert not any(type(module) in (nn.Linear, PackedLinear) for module in modules(patient))
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_without_native_kernels_it_is_as_exact_too(
+    family: str, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = hidden(built(checkpoint(family), surgery=False))
+    natively = apart(hidden(built(checkpoint(family), dtype="bfloat16")), exact)
+    monkeypatch.setattr(native, "library", None)
+    monkeypatch.setattr(native, "level", 0)
+    patient = built(checkpoint(family), dtype="bfloat16")
+    assert patient.model.surgery == {**dict.fromkeys(KINDS, 0), **SWAPS[family]}
+    assert natively <= 1.3 * apart(hidden(patient), exact)
+    assert apart(hidden(built(checkpoint(family))), exact) <= 2e-6
+
+
 # What is swapped besides where kernels run, and the kernels that then do.
-_POST_NORM = {"residual_norm": 4}, {"norm_rows"}
+_SUMMED: tuple[dict[str, int], set[str]] = {"residual_norm": 4}, {"norm_rows"}
 _TURNED: tuple[dict[str, int], set[str]] = {}, {"rotary", "gated"}
-ON_DEVICE = dict.fromkeys(tiny.FAMILIES, _TURNED) | dict.fromkeys(("bert", "xlmr", "roberta"), _POST_NORM)
+ON_DEVICE = dict.fromkeys(tiny.FAMILIES, _TURNED) | dict.fromkeys(POST_NORM, _SUMMED)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -113,7 +142,7 @@ def test_on_a_device_in_bfloat16_it_is_as_exact_as_before(
     emulated.ran.clear()
     after = apart(hidden(built(checkpoint(family), dtype="bfloat16")), exact)
     assert 1e-3 < after <= 2 * before
-    assert ("norm_rows" in emulated.ran) == (family in ("bert", "xlmr", "roberta", "gemma2"))
+    assert ("norm_rows" in emulated.ran) == (family in (*POST_NORM, "gemma2"))
 
 
 def test_on_a_device_a_gate_and_up_that_were_one_already_are_found(
@@ -137,11 +166,12 @@ def test_residuals_are_summed_by_a_kernel_only_where_there_is_one(
     assert not any(isinstance(module, ResidualNorm) for module in modules(built(checkpoint("bert"))))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["bert", "qwen3", "modernbert"])
 def test_replicas_run_side_by_side_over_one_set_of_weights(
-    family: str, checkpoint: Callable[[str], Path]
+    family: str, dtype: str, checkpoint: Callable[[str], Path]
 ) -> None:
-    parts = built(checkpoint(family), cpu_workers=4)
+    parts = built(checkpoint(family), cpu_workers=4, dtype=dtype)
     backbones = [runner._backbone for runner in parts.runners]
     weights = [[id(weight) for weight in one.module.parameters()] for one in backbones]
     assert all(own == weights[0] for own in weights)
@@ -196,14 +226,14 @@ def test_no_weight_is_held_twice(
 
 
 @pytest.mark.skipif(not MAPS.exists(), reason="needs Linux's list of mapped files")
-@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("how", [{}, {"dtype": "bfloat16"}, {"quantization": "int8"}])
 @pytest.mark.parametrize("family", ["bert", "qwen3", "modernbert", "bert_3", "qwen2_3"])
 def test_the_checkpoints_file_is_let_go(
-    family: str, quantization: str | None, fresh: Callable[[str], Path]
+    family: str, how: dict[str, str], fresh: Callable[[str], Path]
 ) -> None:
     """It would stay resident beside the weights made of it."""
     folder = fresh(family)
-    parts = built(folder, quantization=quantization)
+    parts = built(folder, **how)
     gc.collect()
     assert str(folder) not in MAPS.read_text()
     assert parts.model.surgery
@@ -220,11 +250,16 @@ def test_layers_of_more_than_one_kind_are_where_they_belong(checkpoint: Callable
     assert all(isinstance(first.linear, PackedLinear) for first in firsts)
 
 
-def test_what_is_to_be_quantised_is_not_packed(checkpoint: Callable[[str], Path]) -> None:
-    backbone = built(checkpoint("qwen3"), surgery=False).runners[0]._backbone
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("family", "kind"), [("qwen3", "gated_mlp"), ("bert", "joint_linear")])
+def test_what_is_to_be_quantised_is_not_packed(
+    family: str, kind: str, dtype: str, checkpoint: Callable[[str], Path]
+) -> None:
+    backbone = built(checkpoint(family), surgery=False, dtype=dtype).runners[0]._backbone
     counts = operate(backbone, vocab_size=60, pack=False)
-    assert (counts["linear"], counts["gated_mlp"]) == (0, 2)
-    assert not any(isinstance(module, PackedLinear) for module in backbone.module.modules())
+    assert (counts["linear"], counts["native_linear"], counts["residual_norm"], counts[kind]) == (0, 0, 0, 2)
+    packed = (PackedLinear, NativeLinear, ResidualNorm)
+    assert not any(isinstance(module, packed) for module in backbone.module.modules())
 
 
 # ── faults that no single swap shows ─────────────────────────────────────────────────────────────────────────

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import tiny
 from carpool.engine.models.surgery.gated_mlp import GatedMLP, gated
 from carpool.engine.models.surgery.rehearsal import Rehearsal
+from carpool.kernels import native, native_rows
 from emu.backend import Emulated
 
 X = torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(1))
@@ -59,6 +60,20 @@ class Scaled(Llama):
         self.scale = nn.Parameter(torch.ones(16))
 
 
+class Wide(nn.Module):
+    """Halves of 32: whole vectors, for a native kernel."""
+
+    def __init__(self, act: nn.Module, *, gate_first: bool) -> None:
+        super().__init__()
+        self.Wi, self.Wo, self.act, self.gate_first = nn.Linear(16, 64), nn.Linear(32, 16), act, gate_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.Wi(x).chunk(2, -1)
+        gate, up = (one, other) if self.gate_first else (other, one)
+        out: Tensor = self.Wo(self.act(gate) * up)
+        return out
+
+
 def as_gated(module: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[GatedMLP | None, Tensor]:
     tiny.inflate(module)
     module.eval().requires_grad_(False).to(dtype)
@@ -86,6 +101,23 @@ def test_which_half_is_the_gate_is_found_out() -> None:
     assert (found.activation, found.gate_first) == ("silu", False)
     assert found.both is module.Wi
     torch.testing.assert_close(found(X), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(native.library is None, reason="the native kernels were not built")
+@pytest.mark.parametrize("gate_first", [True, False])
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_cpu_one_kernel_activates_and_multiplies(
+    act: str, gate_first: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = Wide(ACTS[act], gate_first=gate_first)
+    found, expected = as_gated(module, dtype)
+    assert found is not None
+    assert found.gate_first == gate_first
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found(X.to(dtype)), expected, rtol=bound, atol=bound)
+    monkeypatch.setattr(native_rows, "gated", lambda *_, **__: torch.zeros(7, 32, dtype=dtype))
+    assert torch.equal(found(X.to(dtype)), module.Wo.bias.expand(1, 7, 16)), "it was not the kernel"
 
 
 @pytest.mark.parametrize("make", [lambda: Llama(nn.GELU()), lambda: Llama(nn.SiLU()), GateLast])

@@ -14,6 +14,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from carpool.engine.models.surgery.rms_norm import fused_norm
+from carpool.kernels import native, native_rows
 from emu.backend import Emulated
 
 X = torch.randn(2, 3, 5, 16, generator=torch.Generator().manual_seed(1)) * 3
@@ -35,7 +36,12 @@ def seeded(norm: nn.Module) -> Any:
 
 @pytest.mark.parametrize("make", STOCK)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_it_says_what_the_original_says(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("natively", [True, False])
+def test_it_says_what_the_original_says(
+    make: Callable[[], nn.Module], dtype: torch.dtype, natively: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not natively:
+        monkeypatch.setattr(native, "library", None)
     norm = seeded(make()).to(dtype)
     twin = fused_norm(norm)
     assert twin is not None
@@ -63,6 +69,28 @@ def test_on_a_device_torchs_kernel_serves_unless_the_weight_is_wider(
     wider = twin.weight.dtype != dtype
     assert wider == (isinstance(norm, Gemma2RMSNorm) and dtype != torch.float32)
     assert emulated.ran == ({"norm_rows"} if wider else set())
+
+
+@pytest.mark.skipif(native.library is None, reason="the native kernels were not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_cpu_a_kernel_serves(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads too, which are parts of wider rows."""
+    norm = seeded(LlamaRMSNorm(16)).to(dtype)
+    twin = fused_norm(norm)
+    assert twin is not None
+    asked: list[tuple[int, ...]] = []
+    honest = native_rows.norm_rows
+
+    def noted(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        asked.append(tuple(x.shape))
+        return honest(x, *args, **kwargs)
+
+    monkeypatch.setattr(native_rows, "norm_rows", noted)
+    heads = X.to(dtype).view(2, 3, 5 * 16)[..., 16:64].view(2, 3, 3, 16)
+    torch.testing.assert_close(
+        twin(heads), norm(heads), rtol=2e-2, atol=1e-6 if dtype == torch.float32 else 2e-2
+    )
+    assert asked == [(18, 16)]
 
 
 def test_its_weights_are_the_originals() -> None:

@@ -22,6 +22,7 @@ from carpool.engine.config import EngineConfig
 from carpool.engine.models.surgery import rotary
 from carpool.engine.models.surgery.rehearsal import Rehearsal
 from carpool.engine.models.surgery.rotary import rotate, turn
+from carpool.kernels import native, native_rows
 from carpool.kernels.launch import Launch
 from emu.backend import Emulated
 
@@ -48,6 +49,36 @@ def test_it_says_what_transformers_function_says(module: Any, size: int, dtype: 
     token_first = rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin, unsqueeze_dim=2)
     for ours, theirs in zip(token_first, rotate(q, k, cos, sin), strict=True):
         assert torch.equal(ours.transpose(1, 2), theirs)
+
+
+@pytest.mark.skipif(native.library is None, reason="the native kernels were not built")
+@pytest.mark.parametrize("size", [64, 32])
+@pytest.mark.parametrize("heads_at", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_cpu_a_kernel_turns_heads_wherever_they_are(
+    size: int, heads_at: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of one product's rows, and each head's query and key beside each other, as GPT-NeoX has them."""
+    calls = 0
+    honest = native_rows.rotary
+
+    def noted(*args: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return honest(*args)
+
+    monkeypatch.setattr(native_rows, "rotary", noted)
+    cos, sin = (x.to(dtype) for x in angles(size))
+    joint = torch.randn(1, 9, 6 * 64, generator=torch.Generator().manual_seed(3)).to(dtype)
+    bound = 1e-6 if dtype == torch.float32 else 2e-2
+    beside = joint.view(1, 9, 3, 128).chunk(2, -1)
+    for q, k in (joint[..., :256].view(1, 9, 4, 64), joint[..., 256:].view(1, 9, 2, 64)), beside:
+        theirs = modeling_gpt_neox.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        given = (q.transpose(1, 2), k.transpose(1, 2)) if heads_at == 1 else (q, k)
+        for turned, expected in zip(rotate(*given, cos, sin, heads_at), theirs, strict=True):
+            turned = turned if heads_at == 1 else turned.transpose(1, 2)
+            torch.testing.assert_close(turned, expected, rtol=bound, atol=bound)
+    assert calls == 4
 
 
 @pytest.mark.parametrize("size", [16, 8])
@@ -77,6 +108,34 @@ def test_on_a_device_a_kernel_turns_heads_where_they_are(
         assert torch.equal(turned, expected.transpose(1, 2))
     read = [x.data_ptr() for launch in launched if isinstance(x := launch.arguments[0], Tensor)]
     assert read == 2 * [q.data_ptr(), k.data_ptr()]
+
+
+def one_head() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q and k of a single head, [1, 1, 9, 32] in rows of 64; torch gives that dimension the stride it likes."""
+    joint = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(3))
+    q, k = (x.unsqueeze(1) for x in joint.chunk(2, -1))
+    assert q.movedim(1, 2).stride(2) != 32
+    return q, k, *angles(32)
+
+
+def test_on_a_device_one_head_has_no_gaps(emulated: Emulated, caplog: pytest.LogCaptureFixture) -> None:
+    q, k, cos, sin = one_head()
+    for turned, expected in zip(
+        rotate(q, k, cos, sin), modeling_llama.apply_rotary_pos_emb(q, k, cos, sin), strict=True
+    ):
+        torch.testing.assert_close(turned, expected, rtol=1e-6, atol=1e-6)
+    assert emulated.ran == {"rotary"}
+    assert not caplog.records
+
+
+@pytest.mark.skipif(native.library is None, reason="the native kernels were not built")
+def test_on_a_cpu_one_head_has_no_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotary, "_rotate", None)  # torch's way is not taken
+    q, k, cos, sin = one_head()
+    for turned, expected in zip(
+        rotate(q, k, cos, sin), modeling_llama.apply_rotary_pos_emb(q, k, cos, sin), strict=True
+    ):
+        torch.testing.assert_close(turned, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_on_a_device_heads_between_which_others_lie_are_brought_together(emulated: Emulated) -> None:

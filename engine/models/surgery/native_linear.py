@@ -1,0 +1,65 @@
+"""Native linear layers: in bfloat16, on CPUs that multiply it, by a kernel of our own instead of oneDNN's.
+
+It was nowhere slower in a forward pass where it was measured (docs/log.md), it compiles nothing for batches of a length
+not met before, and what follows a product is computed while its sums are in cache and not rounded yet: a GELU, or the
+residual and LayerNorm that BERT's blocks end with. A token's result does not depend on what else is in the row.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from carpool.engine.models.surgery.activation import Gelu
+from carpool.engine.models.surgery.agreement import agree
+from carpool.engine.models.surgery.linear_gelu import LinearGelu
+from carpool.engine.models.surgery.rehearsal import sample
+from carpool.kernels import launch, native_linear
+from carpool.kernels.panels import Panels
+from carpool.kernels.twins_cpu import Norm
+
+
+class NativeLinear(nn.Module):
+    """x bfloat16 [..., in] → [..., out], optionally through a GELU. `weight` and `bias` lie in panels."""
+
+    def __init__(self, linear: nn.Linear, gelu: Gelu | None = None) -> None:
+        super().__init__()
+        panels = Panels.of(linear.weight, linear.bias)
+        # Parameters, since replicas share those.
+        self.weight = nn.Parameter(panels.weight, requires_grad=False)
+        self.bias = nn.Parameter(panels.bias, requires_grad=False)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.gelu = gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = native_linear.linear(x.reshape(-1, self.in_features), self._panels(), self.gelu)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def and_norm(self, x: Tensor, residual: Tensor, norm: Norm) -> Tensor:
+        """norm(residual + what `forward` makes of x without a GELU), rounded once. residual [..., out]"""
+        rows, others = x.reshape(-1, self.in_features), residual.reshape(-1, self.out_features)
+        return native_linear.linear_norm(rows, self._panels(), others, norm).view(residual.shape)
+
+    def _panels(self) -> Panels:
+        """Of the weights as they are now: they may have been copied."""
+        return Panels(self.weight, self.bias, self.in_features, self.out_features)
+
+
+def fits(linear: nn.Module) -> bool:
+    """Whether there is a kernel for it here: a plain linear layer of whole shapes, in bfloat16 on such a CPU."""
+    return (
+        type(linear) is nn.Linear
+        and native_linear.serves(linear.weight)
+        and not launch.backend.serves(linear.weight.device)
+        and linear.out_features % 16 == 0
+        and linear.in_features % 2 == 0
+    )
+
+
+def native(_path: str, linear: nn.Linear, gelu: Gelu | None) -> NativeLinear | None:
+    """The layer laid out for our kernel, if it fits and computes the same there."""
+    if not fits(linear):
+        return None
+    x = sample(linear)
+    plain = linear if gelu is None else LinearGelu(linear, gelu)
+    twin = NativeLinear(linear, gelu)
+    return twin if agree(twin(x), plain(x)) else None
