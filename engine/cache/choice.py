@@ -17,7 +17,6 @@ from carpool.engine.errors import ConfigError
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.paged import number_layers, paged_attention_chosen, paging_fault
 from carpool.engine.params import Task
-from carpool.kernels import launch
 from carpool.kernels.attention import Choice
 
 _CPU_BYTES = 1 << 30  # taken as it comes to be used
@@ -62,8 +61,6 @@ def choose_cache(
         return _not_kept("no task of it is about the last token", config.enable_prefix_caching)
     if config.data_parallel_size > 1:
         return _not_kept("GPUs would need one another's", asked)
-    if device.type == "cuda" and not launch.backend.serves(device):
-        return _not_kept(f"torch has no attention to them that does not wait ({launch.fault()})", asked)
     fault = paging_fault(
         backbone,
         vocab_size=vocab_size,
@@ -82,7 +79,11 @@ def choose_cache(
     longest = min(chunk, max_model_len) if chunks else max(max_model_len, config.max_num_batched_tokens or 0)
     cache = Cache(Paging(BlockPool(blocks, config.block_size), longest), frozenset(last_only), prefixes)
     storage = Storage.of(layers, blocks, config.block_size, device)
-    return Keep(cache, storage, tuple(paged_attention_chosen(backbone, storage)), chunks)
+    attention = tuple(paged_attention_chosen(backbone, storage))
+    if any(choice.by == "gather" for choice in attention):
+        # Then the host waits in every layer, and keys are copied together: more is lost than spared.
+        return _not_kept("there are no kernels of ours to look back with", asked)
+    return Keep(cache, storage, attention, chunks)
 
 
 def _not_kept(why: str, asked: bool | None) -> Keep:

@@ -144,10 +144,12 @@ def test_a_last_resort_names_what_is_missing_and_what_to_do(
     folder: Callable[[str], Path], placed: Callable[[Place], None]
 ) -> None:
     placed(BARE)
-    (notice,) = [each for each in built(folder("gemma2"), "bfloat16").model.notices if "CuPy" in each]
+    model = built(folder("gemma2"), "bfloat16").model
+    (notice,) = [each for each in model.notices if "CuPy" in each]
     assert notice == (
         "Attention (soft cap) runs in torch, text by text, which is slow: CuPy is not installed: pip install it."
     )
+    assert not model.chunked_prefill, "nothing would look back at what is kept without waiting"
 
 
 @pytest.mark.parametrize("name", ["qwen3", "modernbert"])

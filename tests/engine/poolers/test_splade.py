@@ -154,7 +154,8 @@ def test_the_head_is_float32_and_the_backbone_what_it_is(
     """Word vectors serve both, and are of two kinds then."""
     exact, rough = built(tmp_path, make), built(tmp_path, lambda _: None, dtype="bfloat16")
     assert rough.model.dtype == "bfloat16"
-    assert {weight.dtype for weight in rough.runners[0]._backbone.module.parameters()} == {torch.bfloat16}
+    weights = rough.runners[0]._backbone.module.parameters()
+    assert {weight.dtype for weight in weights if weight.ndim > 1} == {torch.bfloat16}, "biases may be wider"
     ids = exact.tokenizer.encode([TEXTS[0]])
     one, other = answer(exact, ids, "embed")[0], answer(rough, ids, "embed")[0]
     assert float(torch.cosine_similarity(one, other, 0)) > 0.999
