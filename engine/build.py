@@ -30,11 +30,12 @@ from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.loader import Loaded, Loader
 from carpool.engine.models.model import Model
 from carpool.engine.models.probe import attention_chosen, keeps_unseen
+from carpool.engine.models.surgery.last_layer import narrow
 from carpool.engine.pairing import Pairing
 from carpool.engine.params import Task
 from carpool.engine.poolers.adapted import AdaptedPool
 from carpool.engine.poolers.bge_m3 import Marks
-from carpool.engine.poolers.pooler import Pool, Pooler, reads_last_only
+from carpool.engine.poolers.pooler import Pool, Pooler, reads
 from carpool.engine.pools import head_width, make_pools, pooling_modes, pooling_name, similarity_of
 from carpool.engine.runner import ModelRunner
 from carpool.engine.scoring import Framer
@@ -153,6 +154,9 @@ def build(config: EngineConfig) -> Parts:
     attention = attention_chosen(model.backbone, plan.checkpoint.vocab_size, unseen=tokenizer.expands_unseen)
     width = head_width(model.loaded)
     pools = _pools(plan, model, width, _marks(plan, fast, tokenizer))
+    if config.surgery and any(reads(pool) != "all" for pool in pools.values()):
+        narrowed = narrow(model.backbone, vocab_size=plan.checkpoint.vocab_size)
+        model = replace(model, surgery={**model.surgery, "last_layer": narrowed})
     kept = _kept(plan, model, pools)
     notices = (
         plan.notice,
@@ -235,7 +239,7 @@ def _kept(plan: _Plan, model: Model, pools: Mapping[Task, Pool]) -> Keep:
     return choose_cache(
         plan.config,
         model.backbone,
-        last_only={task for task, pool in pools.items() if reads_last_only(pool)},
+        last_only={task for task, pool in pools.items() if reads(pool) == "last"},
         device=plan.device,
         vocab_size=plan.checkpoint.vocab_size,
         max_model_len=plan.max_model_len,

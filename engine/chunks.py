@@ -45,7 +45,7 @@ def finished(
         if count == seq.remaining:
             whole[place] = torch.cat((*before, part)) if before else part
             seq.carried = None
-        elif not _last_only(seq):
+        elif not last_only(seq):
             # A copy: it may wait for long, and would hold on to all that was in its row.
             seq.carried = (*before, part.clone())
     sequences = [batch.sequences[i] for i in numbers]
@@ -58,7 +58,7 @@ def finished(
     return Finished(rows, pack_ids(ids, hidden.device), sequences, own_places, numbers)
 
 
-def _last_only(seq: Sequence) -> bool:
+def last_only(seq: Sequence) -> bool:
     """Whether it is asked for the result of its last token alone, as those are that take from others what they ran."""
     return seq.prompt is not None and seq.prompt.reuse
 
@@ -68,7 +68,7 @@ def _carried(seq: Sequence) -> tuple[Tensor, ...]:
 
     If it had to start again from nothing, what it has from the first time does not count.
     """
-    if not seq.computed or _last_only(seq):
+    if not seq.computed or last_only(seq):
         return ()
     carried: tuple[Tensor, ...] = seq.carried
     assert sum(map(len, carried)) == seq.computed, "a part of a prompt is missing"

@@ -27,6 +27,7 @@ class PackedBatch:
     own, () for all 0. `unseen` are from where on each sequence's tokens are not looked at, () for nowhere; `seen` int32
     [B] says it to a device: how many of each are looked at, None where all are. `kept`: where keys and values are kept,
     None if none are; of a sequence that has a past the row holds its next tokens, and their positions go on from there.
+    `wanted` int64 [R]: the tokens whose hidden states will be read, None for all; others may come out as NaN.
     """
 
     input_ids: Tensor
@@ -39,6 +40,7 @@ class PackedBatch:
     unseen: tuple[int | None, ...] = ()
     seen: Tensor | None = None
     kept: Kept | None = None
+    wanted: Tensor | None = None
 
     @property
     def max_seqlen(self) -> int:

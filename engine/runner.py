@@ -7,21 +7,22 @@ import logging
 import traceback
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from carpool.engine.batch import Batch
 from carpool.engine.cache.storage import Storage
-from carpool.engine.chunks import finished
+from carpool.engine.chunks import finished, last_only
 from carpool.engine.errors import InferenceFailed, Undone
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.graphs import graphed
 from carpool.engine.models.moving import moving_to
-from carpool.engine.packing import pack
+from carpool.engine.packing import PackedBatch, pack
 from carpool.engine.poolers.pooler import Pooler
 from carpool.engine.poolers.pooler import Row as Result
-from carpool.engine.staging import carrier
+from carpool.engine.staging import carrier, upload
 
 Row = Result | InferenceFailed | None  # None: the rest of its prompt is still to be run
 Landing = Callable[[], list[Row]]  # waits for a batch that was launched
@@ -102,7 +103,7 @@ class ModelRunner:
     @torch.inference_mode()
     def _begin(self, batch: Batch) -> Landing:
         distinct, places = batch.distinct()
-        packed = pack(distinct, self._device, self._storage)
+        packed = self._narrowed(batch, pack(distinct, self._device, self._storage), places)
         hidden = self._backbone.forward(packed)
         done = finished(batch, distinct, packed, hidden, places)
         pooled = self._pooler(done.hidden, done.packed, done.sequences, done.places)
@@ -115,6 +116,19 @@ class ModelRunner:
             return rows
 
         return landing
+
+    def _narrowed(self, batch: Batch, packed: PackedBatch, places: Seq[int]) -> PackedBatch:
+        """The row, told which of its tokens the pooler will read, where those are not all.
+
+        Not of prompts whose parts are put together before they are pooled, nor beside adapters, which go by whole rows.
+        """
+        if packed.adapters or any(seq.table is not None and not last_only(seq) for seq in batch.sequences):
+            return packed
+        found = self._pooler.wanted(packed.bounds, batch.sequences, places)
+        if found is None:
+            return packed
+        (wanted,) = upload(self._device, found)
+        return replace(packed, wanted=wanted)
 
     def _apart(self, batch: Batch, error: Exception) -> list[Row]:
         """After a failure: each half alone, or all undone. Raises if the device is lost: no next try can succeed."""

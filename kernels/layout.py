@@ -55,7 +55,8 @@ class Layout:
     `seen` int32 [B], how many of each sequence's tokens are looked at, None where all are.
 
     `kept`: where keys and values are kept, None for a row of which nothing is. A sequence that has a past is in the row
-    with its last tokens, and `positions` go on from there.
+    with its last tokens, and `positions` go on from there. `wanted` int64 [R], on the device: the tokens whose hidden
+    states are read in the end, None for all.
     """
 
     runs: tuple[tuple[int, int], ...]
@@ -65,6 +66,7 @@ class Layout:
     unseen: tuple[int | None, ...] = ()
     seen: Tensor | None = None
     kept: Kept | None = None
+    wanted: Tensor | None = None
 
     def distances(self, device: torch.device) -> Tensor:
         """int64 [2M - 1], M the longest length: how far a key can stand behind its query, from 1 - M to M - 1."""

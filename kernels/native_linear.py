@@ -62,32 +62,6 @@ def linear_norm(x: Tensor, layer: Panels, residual: Tensor | None, norm: Norm | 
     return _linear(x, layer, ACTIVATIONS[None], _finish(len(x), layer.outputs, residual, norm))
 
 
-def feed_forward(
-    x: Tensor,
-    up: Panels,
-    down: Panels,
-    activation: Activation,
-    residual: Tensor | None = None,
-    norm: Norm | None = None,
-) -> Tensor:
-    """As its twin."""
-    assert native.library is not None
-    _fits(x, up)
-    if down.gated or down.inputs * (2 if up.gated else 1) != up.outputs:
-        raise ValueError(f"{up.outputs} outputs of one layer are not the {down.inputs} inputs of the next")
-    finish = _finish(len(x), down.outputs, residual, norm)
-    out = x.new_empty(len(x), down.outputs)
-    native.library.carpool_feed_forward_bf16(
-        ctypes.byref(_described(up)),
-        ctypes.byref(_described(down)),
-        ACTIVATIONS[activation],
-        int(up.gated),
-        ctypes.byref(finish),
-        *(pointer(x), ctypes.c_int64(x.stride(0)), len(x), pointer(out), ctypes.c_int64(out.stride(0))),
-    )
-    return out
-
-
 def _linear(x: Tensor, layer: Panels, activation: int, finish: _Finish | None) -> Tensor:
     assert native.library is not None
     _fits(x, layer)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from carpool.kernels.panels import HALF, Panels
+from carpool.kernels.panels import Panels
 from carpool.kernels.reference import Activation
 
 
@@ -39,27 +39,6 @@ def linear(x: Tensor, layer: Panels, activation: Activation | None = None) -> Te
 def linear_norm(x: Tensor, layer: Panels, residual: Tensor | None, norm: Norm | None) -> Tensor:
     """norm(residual + x · weightᵀ + bias): bfloat16 [T, in] → [T, out], rounded once."""
     return _finished(_product(x, layer), residual, norm).to(x.dtype)
-
-
-def feed_forward(
-    x: Tensor,
-    up: Panels,
-    down: Panels,
-    activation: Activation,
-    residual: Tensor | None = None,
-    norm: Norm | None = None,
-) -> Tensor:
-    """norm(residual + down(activation(up(x)))): bfloat16 [T, H] → [T, H]; what `down` reads is rounded too.
-
-    Where `up` is gated, its gates are activated and multiplied by its ups.
-    """
-    y = _product(x, up)
-    if up.gated:
-        gate, other = y.view(len(y), -1, 2, HALF).unbind(2)
-        middle = (activate(gate, activation) * other).flatten(1)
-    else:
-        middle = activate(y, activation)
-    return _finished(_product(middle.to(x.dtype), down), residual, norm).to(x.dtype)
 
 
 def _product(x: Tensor, layer: Panels) -> Tensor:

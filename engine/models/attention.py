@@ -81,6 +81,7 @@ def layout(batch: PackedBatch) -> Iterator[None]:
             unseen=batch.unseen,
             seen=batch.seen,
             kept=batch.kept,
+            wanted=batch.wanted,
         )
     )
     try:

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from torch import Tensor
 
 from carpool.engine.packing import PackedBatch
-from carpool.engine.poolers.pooler import Pool, Pooled, reads_last_only, together
+from carpool.engine.poolers.pooler import Pool, Pooled, Reads, reads, together
 from carpool.engine.sequence import Sequence
 
 
@@ -19,9 +19,10 @@ class AdaptedPool:
         self._pools = pools
 
     @property
-    def last_only(self) -> bool:
-        """Whether its results are of last tokens alone, whatever the adapter."""
-        return all(map(reads_last_only, self._pools.values()))
+    def reads(self) -> Reads:
+        """What all of them read; all, if they differ."""
+        first, *others = set(map(reads, self._pools.values()))
+        return "all" if others else first
 
     def __call__(
         self, hidden: Tensor, packed: PackedBatch, places: Seq[int], sequences: Seq[Sequence]

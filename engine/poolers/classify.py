@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from carpool.engine.packing import PackedBatch, places_of
-from carpool.engine.poolers.methods import pool
-from carpool.engine.poolers.pooler import Pooled, is_whole, split, token_rows
+from carpool.engine.poolers.methods import READ, pool
+from carpool.engine.poolers.pooler import Pooled, Reads, is_whole, split, token_rows
 from carpool.engine.sequence import Sequence
 from carpool.engine.side_files import PoolingMode
 from carpool.engine.staging import upload
@@ -75,9 +75,8 @@ class ClassifyPool:
         self._late = late
 
     @property
-    def last_only(self) -> bool:
-        """Whether its results are of last tokens alone."""
-        return self._mode == "last"
+    def reads(self) -> Reads:
+        return READ.get(self._mode, "all")
 
     def __call__(
         self, hidden: Tensor, packed: PackedBatch, places: Seq[int], sequences: Seq[Sequence]

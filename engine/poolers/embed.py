@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from carpool.engine.packing import PackedBatch, places_of, spans
 from carpool.engine.params import EmbedDType
-from carpool.engine.poolers.methods import FUSED, pool
-from carpool.engine.poolers.pooler import Pooled, Row, Rows, is_whole, split, together, token_rows
+from carpool.engine.poolers.methods import FUSED, READ, pool
+from carpool.engine.poolers.pooler import Pooled, Reads, Row, Rows, is_whole, split, together, token_rows
 from carpool.engine.sequence import Sequence
 from carpool.engine.side_files import PoolingMode
 from carpool.engine.staging import upload
@@ -101,9 +101,8 @@ class EmbedPool:
         self._head = head
 
     @property
-    def last_only(self) -> bool:
-        """Whether its results are of last tokens alone."""
-        return tuple(self._modes) == ("last",)
+    def reads(self) -> Reads:
+        return READ.get(self._modes[0], "all") if len(self._modes) == 1 else "all"
 
     def __call__(
         self, hidden: Tensor, packed: PackedBatch, places: Seq[int], sequences: Seq[Sequence]

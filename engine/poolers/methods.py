@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from carpool.engine.poolers.pooler import Reads
 from carpool.engine.side_files import PoolingMode
 from carpool.kernels import launch, ops, reference
 
@@ -19,6 +20,8 @@ METHODS: Mapping[PoolingMode, Callable[[Tensor, Tensor], Tensor]] = {
     "weighted_mean": reference.pool_weighted_mean,
 }
 FUSED: Mapping[PoolingMode, int] = {"cls": reference.CLS, "last": reference.LAST, "mean": reference.MEAN}
+
+READ: Mapping[PoolingMode, Reads] = {"cls": "first", "last": "last"}  # others read all tokens
 
 
 def pool(mode: PoolingMode, hidden: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from carpool.engine.staging import upload
 
 Row = NDArray[Any]  # float32, or the 16 bits that an embedding was asked for in
 Rows = list[Row]
+Reads = Literal["first", "last", "all"]  # which tokens of a text
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,13 @@ class Pool(Protocol):
         """
 
 
-def reads_last_only(pool: Pool) -> bool:
-    """Whether a pool's results are of last tokens alone; those that do not say so read more."""
-    return bool(getattr(pool, "last_only", False))
+def reads(pool: Pool) -> Reads:
+    """Which hidden states of a text its result is made of; all, for pools that do not say.
+
+    The first are those behind what is skipped.
+    """
+    said: Reads = getattr(pool, "reads", "all")
+    return said
 
 
 class Pooler:
@@ -89,6 +94,24 @@ class Pooler:
                 own = [places[i] for i in asking], [sequences[i] for i in asking]
                 parts.append((asking, pool(hidden, packed, *own)))
         return together(parts)
+
+    def wanted(
+        self, bounds: Seq[int], sequences: Seq[Sequence], places: Seq[int]
+    ) -> NDArray[np.int64] | None:
+        """All that will be read of a row whose sequences have these bounds: int64 [R], in order.
+
+        None for the whole row: if anything beside first and last tokens is read, or there is nothing else in it.
+        """
+        what = {task: reads(pool) for task, pool in self._pools.items()}
+        found = set()
+        for seq, place in zip(sequences, places, strict=True):
+            if what[seq.task] == "last":
+                found.add(bounds[place + 1] - 1)
+            elif what[seq.task] == "first" and not seq.skip:
+                found.add(bounds[place])
+            else:
+                return None
+        return np.array(sorted(found), np.int64) if len(found) < bounds[-1] else None
 
 
 def is_whole(places: Seq[int], count: int) -> bool:

@@ -1,10 +1,10 @@
-// Linear layers and feed-forward blocks in bfloat16, for x86-64 CPUs with AVX-512 BF16. The torch twins are in
-// kernels/twins_cpu.py, the Python face is kernels/native_linear.py. Plain C ABI, single-threaded, as attention.cpp.
+// Linear layers in bfloat16, for x86-64 CPUs with AVX-512 BF16. The torch twins are in kernels/twins_cpu.py, the Python
+// face is kernels/native_linear.py. Plain C ABI, single-threaded, as attention.cpp.
 //
 // Weights lie in panels of COLUMNS outputs, their inputs in pairs (kernels/panels.py): read in the order they lie in.
-// A tile is as many tokens as fit into half of the second-level cache with all that is made of them on the
-// way: they pass through the whole block (up, activation, down, residual, norm) before the next tile begins. What is
-// multiplied is bfloat16, what is summed float32; nothing between the last product and the norm is rounded.
+// A tile is as many tokens as fit into half of the second-level cache with their sums: they pass through all that
+// follows the product (residual, norm) before the next tile begins. What is multiplied is bfloat16, what is summed
+// float32; nothing between the product and the norm is rounded.
 #include "vector.h"
 
 namespace {
@@ -12,7 +12,6 @@ namespace {
 constexpr int ROWS = 6;  // tokens a block: 6 x 4 accumulators, 4 registers of weights, one of tokens
 constexpr int WIDE = 4;  // registers that a panel is wide
 constexpr int COLUMNS = WIDE * LANES;
-constexpr int DEEP = 384;         // inputs of `down` that are made, and multiplied, at a time
 constexpr int CACHE = 384 << 10;  // bytes a tile may take: panels pass through the same cache
 
 struct Linear {
@@ -33,20 +32,14 @@ struct Finish {
 
 inline int padded(const Linear& l) { return round_up(l.outputs, COLUMNS); }
 
-// The outputs from `first` on, `count` of them at most; `first` begins a panel.
-inline Linear part(const Linear& l, int first, int count) {
-    return {l.weight + int64_t(first) * l.inputs, l.bias + first, l.inputs, std::min(l.outputs - first, count)};
-}
-
-// A block of sums, [ROWS][COLUMNS] at `to`: ROWS rows of `inputs` bfloat16 times a panel's weights, on top of `before`.
-// Strides in elements; 0 for a `before` that is the same for all rows.
-FOR_BF16 void multiply(const uint16_t* const* rows, const uint16_t* weight, int inputs, const float* before,
-                       int64_t before_stride, float* to, int64_t stride) {
+// A block of sums, [ROWS][COLUMNS] at `to`: ROWS rows of `inputs` bfloat16 times a panel's weights, on top of its bias.
+FOR_BF16 void multiply(const uint16_t* const* rows, const uint16_t* weight, int inputs, const float* bias, float* to,
+                       int64_t stride) {
     __m512 acc[ROWS][WIDE];
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-        for (int w = 0; w < WIDE; w++) acc[r][w] = _mm512_loadu_ps(before + r * before_stride + w * LANES);
+        for (int w = 0; w < WIDE; w++) acc[r][w] = _mm512_loadu_ps(bias + w * LANES);
     for (int i = 0; i < inputs; i += 2, weight += 2 * COLUMNS) {
         __m512bh b[WIDE];
 #pragma GCC unroll 4
@@ -71,18 +64,15 @@ inline void point_at(const uint16_t** rows, const uint16_t* x, int64_t stride, i
     for (int r = 0; r < ROWS; r++) rows[r] = x + std::min(r, count - 1) * stride;
 }
 
-// Of inputs [count, l.inputs] those from `first` on, `inputs` of them, onto sums [round_up(count, ROWS), padded(l)];
-// the first ones onto the bias.
-FOR_BF16 void add_up(const Linear& l, const uint16_t* x, int64_t x_stride, int count, int first, int inputs,
-                     float* sums) {
+// sums [round_up(count, ROWS), padded(l)] = x · weightᵀ + bias, of x [count, l.inputs].
+FOR_BF16 void add_up(const Linear& l, const uint16_t* x, int64_t x_stride, int count, float* sums) {
     const int64_t stride = padded(l);
     for (int column = 0; column < l.outputs; column += COLUMNS) {
-        const uint16_t* weight = l.weight + int64_t(column) * l.inputs + int64_t(first) * COLUMNS;
+        const uint16_t* weight = l.weight + int64_t(column) * l.inputs;
         for (int t = 0; t < count; t += ROWS) {
             const uint16_t* rows[ROWS];
             point_at(rows, x + t * x_stride, x_stride, count - t);
-            float* to = sums + t * stride + column;
-            multiply(rows, weight, inputs, first ? to : l.bias + column, first ? stride : 0, to, stride);
+            multiply(rows, weight, l.inputs, l.bias + column, sums + t * stride + column, stride);
         }
     }
 }
@@ -109,11 +99,8 @@ FOR_BF16 inline void round_to(uint16_t* to, __m512 x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
 }
 
-using Apply = void (*)(const Linear&, const uint16_t*, int64_t, int, uint16_t*, int64_t);
-
-// out [count, outputs] = activation(x · weightᵀ + bias). GATED: out [count, outputs / 2], the left half of each panel
-// activated times its right half.
-template <Activation A, bool GATED>
+// out [count, outputs] = activation(x · weightᵀ + bias).
+template <Activation A>
 FOR_BF16 void apply(const Linear& l, const uint16_t* x, int64_t x_stride, int count, uint16_t* out, int64_t stride) {
     alignas(64) float sums[ROWS * COLUMNS];
     for (int column = 0; column < l.outputs; column += COLUMNS) {
@@ -122,30 +109,21 @@ FOR_BF16 void apply(const Linear& l, const uint16_t* x, int64_t x_stride, int co
         for (int t = 0; t < count; t += ROWS) {
             const uint16_t* rows[ROWS];
             point_at(rows, x + t * x_stride, x_stride, count - t);
-            multiply(rows, weight, l.inputs, l.bias + column, 0, sums, COLUMNS);
+            multiply(rows, weight, l.inputs, l.bias + column, sums, COLUMNS);
             for (int r = 0; r < std::min(ROWS, count - t); r++) {
                 const float* row = sums + r * COLUMNS;
-                if (GATED) {
-                    uint16_t* to = out + (t + r) * stride + column / 2;
-                    for (int c = 0; c < COLUMNS / 2; c += LANES) {
-                        const __m512 gate = active<A>(_mm512_load_ps(row + c));
-                        round_to(to + c, _mm512_mul_ps(gate, _mm512_load_ps(row + COLUMNS / 2 + c)));
-                    }
-                } else {
-                    uint16_t* to = out + (t + r) * stride + column;
-                    for (int c = 0; c < width; c += LANES) round_to(to + c, active<A>(_mm512_load_ps(row + c)));
-                }
+                uint16_t* to = out + (t + r) * stride + column;
+                for (int c = 0; c < width; c += LANES) round_to(to + c, active<A>(_mm512_load_ps(row + c)));
             }
         }
     }
 }
 
-template <bool GATED>
-Apply apply_of(int activation) {
-    return activation == GELU        ? apply<GELU, GATED>
-           : activation == GELU_TANH ? apply<GELU_TANH, GATED>
-           : activation == SILU      ? apply<SILU, GATED>
-                                     : apply<IDENTITY, GATED>;
+auto apply_of(int activation) {
+    return activation == GELU        ? apply<GELU>
+           : activation == GELU_TANH ? apply<GELU_TANH>
+           : activation == SILU      ? apply<SILU>
+                                     : apply<IDENTITY>;
 }
 
 // Rows of sums, [count][stride] float32, into bfloat16 rows.
@@ -191,31 +169,11 @@ FOR_BF16 void linear(const Linear& l, int activation, const Finish* f, const uin
         const int count = std::min(tile, tokens - t);
         if (f) {
             float* sums = scratch(held, size_t(tile) * padded(l));
-            add_up(l, x + t * x_stride, x_stride, count, 0, l.inputs, sums);
+            add_up(l, x + t * x_stride, x_stride, count, sums);
             finish(*f, sums, padded(l), l.outputs, t, count, out, out_stride);
         } else {
-            apply_of<false>(activation)(l, x + t * x_stride, x_stride, count, out + t * out_stride, out_stride);
+            apply_of(activation)(l, x + t * x_stride, x_stride, count, out + t * out_stride, out_stride);
         }
-    }
-}
-
-FOR_BF16 void feed_forward(const Linear& up, const Linear& down, int activation, bool gated, const Finish& f,
-                           const uint16_t* x, int64_t x_stride, int tokens, uint16_t* out, int64_t out_stride) {
-    static thread_local std::vector<float> sums_held;
-    static thread_local std::vector<uint16_t> middle_held;
-    const int tile = tile_of(int64_t(up.inputs) * 2 + DEEP * 2 + padded(down) * 4);
-    const Apply make = gated ? apply_of<true>(activation) : apply_of<false>(activation);
-    float* sums = scratch(sums_held, size_t(tile) * padded(down));
-    uint16_t* middle = scratch(middle_held, size_t(tile) * DEEP);
-    for (int t = 0; t < tokens; t += tile) {
-        const int count = std::min(tile, tokens - t);
-        for (int first = 0; first < down.inputs; first += DEEP) {
-            const int inputs = std::min(DEEP, down.inputs - first);
-            const int twice = 1 + gated;  // a gate and an up make one
-            make(part(up, first * twice, inputs * twice), x + t * x_stride, x_stride, count, middle, DEEP);
-            add_up(down, middle, DEEP, count, first, inputs, sums);
-        }
-        finish(f, sums, padded(down), down.outputs, t, count, out, out_stride);
     }
 }
 
@@ -228,12 +186,5 @@ extern "C" {
 void carpool_linear_bf16(const Linear* l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride,
                          int tokens, uint16_t* out, int64_t out_stride) {
     linear(*l, activation, f, x, x_stride, tokens, out, out_stride);
-}
-
-// out [tokens, outputs of down] = finish(down(activation(up(x)))). gated: `up` makes gates and ups by turns, 32 and 32,
-// and the activation of the gates is multiplied by the ups. Only at level AVX512_BF16.
-void carpool_feed_forward_bf16(const Linear* up, const Linear* down, int activation, int gated, const Finish* f,
-                               const uint16_t* x, int64_t x_stride, int tokens, uint16_t* out, int64_t out_stride) {
-    feed_forward(*up, *down, activation, gated, *f, x, x_stride, tokens, out, out_stride);
 }
 }

@@ -365,3 +365,38 @@ def test_later_batches_do_not_change_earlier_rows() -> None:
     runner.run(batch([7], [8]))
     for a, b in zip(first, kept, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+# ── what is wanted of a row ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("modes", "wanted"),
+    [(("cls",), [0, 2]), (("last",), [1, 4]), (("mean",), None), (("cls", "last"), None), (("max",), None)],
+)
+def test_a_backbone_is_told_of_the_tokens_that_are_read_if_those_are_first_or_last_ones(
+    modes: tuple[PoolingMode, ...], wanted: list[int] | None
+) -> None:
+    assert told(modes, batch([1, 2], [3, 4, 5])) == wanted
+
+
+def test_beside_adapters_the_whole_row_is_wanted() -> None:
+    """They find their tokens by where those lie in it."""
+    plain, adapted = (Sequence(i, 0, [1, 2], PoolingParams(), adapter=i) for i in (0, 1))
+    assert told(("cls",), Batch((plain,))) == [0]
+    assert told(("cls",), Batch((plain, adapted))) is None
+
+
+def told(modes: tuple[PoolingMode, ...], work: Batch) -> list[int] | None:
+    """What a backbone is told to be wanted of the work."""
+
+    class Asked(StandIn):
+        wanted: Tensor | None = None
+
+        def forward(self, batch: PackedBatch) -> Tensor:
+            self.wanted = batch.wanted
+            return super().forward(batch)
+
+    backbone = Asked()
+    assert all(isinstance(row, np.ndarray) for row in make(backbone, modes).run(work))
+    return None if backbone.wanted is None else backbone.wanted.tolist()

@@ -10,7 +10,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,21 @@ def test_what_fills_a_batch_up_has_a_place_in_every_table(
         ids = [[0, 1, 5, 1, 2], [1, 0, 5, 2], [1]]
         assert same(backbone, own, pack_ids(ids, CPU))
     assert tape.played == 6 * [400]
+
+
+def test_what_is_played_has_every_row_whatever_is_wanted(
+    checkpoint: Callable[[str], Path], tape: Tape
+) -> None:
+    config = EngineConfig(model=str(checkpoint("qwen3")), dtype="float32", cpu_workers=1)
+    own = build(config).runners[0]._backbone
+    backbone = GraphedBackbone(own, tape, BUCKETS)
+    packed = batch(3, 6)
+    with torch.inference_mode():
+        whole = backbone.forward(packed)
+        assert torch.isfinite(whole).all()
+        some = replace(packed, wanted=torch.tensor([2, 8]))
+        assert torch.isnan(own.forward(some)).any()
+        assert torch.equal(backbone.forward(some), whole)
 
 
 def test_a_batch_leaves_nothing_to_the_next(inner: Callable[[str], Backbone], tape: Tape) -> None:

@@ -42,10 +42,10 @@ _BERT = {"joint_linear": 2, "linear_gelu": 2, "linear": 6}
 _LLAMA = {"rms_norm": 5, "rotary": 2, "gated_mlp": 2, "joint_linear": 2, "linear": 8}
 SWAPS = {
     "bert": _BERT,
-    "xlmr": _BERT,
-    "roberta": _BERT,
-    "qwen2": _LLAMA,
-    "qwen3": {**_LLAMA, "rms_norm": 9},
+    "xlmr": {**_BERT, "last_layer": 3},
+    "roberta": {**_BERT, "last_layer": 3},
+    "qwen2": {**_LLAMA, "last_layer": 2},
+    "qwen3": {**_LLAMA, "rms_norm": 9, "last_layer": 2},
     "mistral": _LLAMA,
     "modernbert": {"rotary": 4, "gated_mlp": 4, "linear": 16},
     "gemma2": {**_LLAMA, "rms_norm": 9},

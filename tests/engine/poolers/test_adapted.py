@@ -11,7 +11,7 @@ from asking import packed_of, read
 from carpool.engine.packing import PackedBatch
 from carpool.engine.params import PoolingParams
 from carpool.engine.poolers.adapted import AdaptedPool
-from carpool.engine.poolers.pooler import Pooled
+from carpool.engine.poolers.pooler import Pooled, Reads
 from carpool.engine.sequence import Sequence
 
 HIDDEN = torch.zeros(9, 4)
@@ -21,8 +21,9 @@ PACKED = packed_of(HIDDEN, [3, 3, 3])
 class Names:
     """A pool that answers with its own number and what it was asked."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, reads: Reads = "all") -> None:
         self.number = number
+        self.reads = reads
 
     def __call__(
         self, hidden: Tensor, packed: PackedBatch, places: Seq[int], sequences: Seq[Sequence]
@@ -41,3 +42,9 @@ def test_each_sequence_meets_its_own_head() -> None:
     places = [2, 0, 1, 0, 1]
     rows = [row.tolist() for row in read(pool(HIDDEN, PACKED, places, sequences))]
     assert rows == [[2, 2, 0], [0, 0, 1], [3, 1, 2], [0, 0, 3], [2, 1, 4]]
+
+
+def test_it_reads_what_all_of_its_pools_do() -> None:
+    assert AdaptedPool({0: Names(0, "last"), 1: Names(1, "last")}).reads == "last"
+    assert AdaptedPool({0: Names(0, "first"), 1: Names(1, "last")}).reads == "all"
+    assert AdaptedPool({0: Names(0, "first"), 1: Names(1)}).reads == "all"
