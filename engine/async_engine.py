@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice, product
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from carpool.engine.config import EngineConfig
 from carpool.engine.errors import (
@@ -24,7 +24,6 @@ from carpool.engine.errors import (
     EngineDead,
     EngineError,
     InferenceFailed,
-    InputTooLong,
     InvalidInput,
     InvalidParameter,
     NotReady,
@@ -33,58 +32,35 @@ from carpool.engine.errors import (
     UnsupportedTask,
 )
 from carpool.engine.fleet import Fleet
-from carpool.engine.framed import Framed
-from carpool.engine.late_interaction import RoleText
 from carpool.engine.listwise import ListPlan
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.outputs import PoolingResult, ScoreResult, Timings
 from carpool.engine.params import PoolingParams, Task, TokenizationParams
+from carpool.engine.preparation import INLINE_CHARS, Built, is_long, prepared, slot, told
+from carpool.engine.preparation import Prompts as Prompts
 from carpool.engine.prepared import Prepared
+from carpool.engine.request import Request
+from carpool.engine.results import Results
 from carpool.engine.scheduler import Scheduler
-from carpool.engine.scoring import Framer, Plan, pair_prompts, plan
-from carpool.engine.sequence import Sequence
+from carpool.engine.scoring import Plan, pair_prompts, plan
 from carpool.engine.slicing import merge_rows, slice_ids
-from carpool.engine.stats import CacheStats, Observer, Unobserved
+from carpool.engine.stats import CacheStats, Observer, ResultStats, Unobserved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
+    from numpy.typing import NDArray
+
     from carpool.engine.batch import Batch
-    from carpool.engine.cache.cache import Cache
-    from carpool.engine.chat import ChatTemplate, Message
-    from carpool.engine.tokenizer import Tokenizer
-    from carpool.engine.worker import Row, Runner
+    from carpool.engine.chat import Message
+    from carpool.engine.sequence import Sequence
+    from carpool.engine.worker import Row
 
 State = Literal["starting", "ready", "draining", "dead", "stopped"]
 T = TypeVar("T")
-Prompts = list[str] | list[list[int]] | list[tuple[str, str]] | list[Framed] | list[RoleText]
 
-_INLINE_CHARS = 4_000  # tokenised on the loop: under half a millisecond, less than a trip to a thread
-_INLINE_IDS = 20_000
 _WARM_UP_TOKENS = 512  # a worker
 _QUEUE_SECONDS = 60.0  # of measured throughput may wait, by default
-
-
-class Built(Protocol):
-    """The parts an engine is made of: see `engine/build.py`."""
-
-    @property
-    def model(self) -> ModelInfo: ...
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    @property
-    def chat(self) -> ChatTemplate: ...
-
-    @property
-    def framer(self) -> Framer | None: ...
-
-    @property
-    def cache(self) -> Cache | None: ...
-
-    @property
-    def runners(self) -> Seq[Runner]: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -123,6 +99,7 @@ class AsyncEngine:
         self._parts: Built | None = None
         self._scheduler: Scheduler | None = None
         self._fleet: Fleet | None = None
+        self._results = Results(config.cache_size)
         self._pending: dict[int, _Pending] = {}
         self._next_request_id = 0
         self._dead = asyncio.Event()
@@ -161,8 +138,8 @@ class AsyncEngine:
             if self.state != "starting":
                 return
             start = time.perf_counter()
-            warm = Prepared(prompts)
-            await self._run(warm, PoolingParams(), (parts.model.default_task,), "", 0, None, None)
+            request = Request(PoolingParams(), (parts.model.default_task,))
+            await self._run(request, Prepared(prompts), [None] * count, None, None)
             self.tokens_per_second = count * length / (time.perf_counter() - start)
         if not self.max_queued_tokens:
             self.max_queued_tokens = int(_QUEUE_SECONDS * self.tokens_per_second)
@@ -219,6 +196,11 @@ class AsyncEngine:
         pool = cache.paging.pool
         return CacheStats(pool.queried_tokens, pool.hit_tokens, pool.num_blocks, pool.num_used)
 
+    @property
+    def result_stats(self) -> ResultStats | None:
+        """None where no results are kept."""
+        return self._results.stats
+
     def _loaded(self) -> Built:
         if self._parts is None:
             raise NotReady("The model is still loading.", retry_after=5)
@@ -227,7 +209,7 @@ class AsyncEngine:
     async def tokenize(self, texts: list[str], params: TokenizationParams) -> list[list[int]]:
         """Ids of each text, whatever their number."""
         encode = partial(self._loaded().tokenizer.encode, texts, params.add_special_tokens)
-        return await self._off_loop(encode, sum(map(len, texts)) > _INLINE_CHARS)
+        return await self._off_loop(encode, sum(map(len, texts)) > INLINE_CHARS)
 
     def tokens(self, token_ids: list[int]) -> list[str]:
         """The vocabulary's entry for each id."""
@@ -236,7 +218,7 @@ class AsyncEngine:
     async def detokenize(self, token_ids: list[int]) -> str:
         """Text of the ids, special tokens kept, unknown ids skipped."""
         return await self._off_loop(
-            partial(self._loaded().tokenizer.decode, token_ids), len(token_ids) > _INLINE_CHARS
+            partial(self._loaded().tokenizer.decode, token_ids), len(token_ids) > INLINE_CHARS
         )
 
     # ── the road of a request ────────────────────────────────────────────────────────────────────────────
@@ -260,38 +242,43 @@ class AsyncEngine:
         Of several tasks each prompt is run once and has a row a task: see `PoolingResult`. `adapter` is the name of the
         one to ride on; None is the model's default. `client` is whose share of the engine it is charged to; lower
         `priority` runs first; after `timeout` seconds DeadlineExceeded is raised. `on_progress(n)` is told of n more
-        rows done. What was computed of prompts under one `cache_salt` is not used for those under another. Raises the
-        errors of `engine.errors`. Cancelling the awaiting task drops what still waits.
+        rows done. What was computed of prompts under one `cache_salt` is not used for those under another. Rows may be
+        shared with other requests and are not to be written to. Raises the errors of `engine.errors`. Cancelling the
+        awaiting task drops what still waits.
         """
         start = time.monotonic()
         self._admit_state()
         parts = self._loaded()
         tasks = task if isinstance(task, tuple) else (task,)
         self._check(prompts, params, tasks)
-        slot = _slot(parts.model, adapter)
+        request = Request(params, tasks, slot(parts.model, adapter), cache_salt, client, priority)
         longest = parts.model.max_embed_len if tasks == ("embed",) else -1
-        prepare = partial(_prepared, parts, prompts, tokenization, longest, tasks, slot, cache_salt)
-        prepared = await self._off_loop(prepare, _is_long(prompts))
-        whole = prepared.token_ids
+        prepare = partial(prepared, parts, request, prompts, tokenization, longest)
+        ready = await self._off_loop(prepare, is_long(prompts))
+        whole = ready.token_ids
         sliced = longest != -1 and any(len(ids) > parts.model.max_model_len for ids in whole)
         if sliced:
             slices, counts = slice_ids(whole, parts.model.max_model_len)
-            if prepared.skip:
+            if ready.skip:
                 raise InvalidInput(
                     "This model leaves prompts out of its pooling, so a text with a prompt cannot be sliced.",
                     "input",
                 )
-            prepared = _known(parts, Prepared(slices), tasks, slot, cache_salt)
-            params = replace(params, embed_dtype="float32")  # slices are averaged
+            request = replace(request, params=replace(params, embed_dtype="float32"))  # slices are averaged
+            ready = told(parts, request, Prepared(slices))
         spent = time.monotonic() - start
         if timeout is not None and spent >= timeout:
             raise DeadlineExceeded("The request's deadline passed before it could run.")
-        self._admit_tokens(prepared.num_tokens * len(tasks))
+        self._admit_state()
+        found = self._results.find(ready.keys)
+        self._admit_tokens(
+            sum(len(ready.token_ids[i // len(tasks)]) for i, row in enumerate(found) if row is None)
+        )
         left = None if timeout is None else timeout - spent
-        result = await self._run(prepared, params, tasks, client, priority, left, on_progress, slot)
+        result = await self._run(request, ready, found, left, on_progress)
         result.timings.tokenize = spent
         if sliced:
-            lengths = list(map(len, prepared.token_ids))
+            lengths = list(map(len, ready.token_ids))
             result.rows = merge_rows(result.rows, lengths, counts)
             result.prompt_token_ids = whole
             of_slices = iter(result.cached)
@@ -323,7 +310,7 @@ class AsyncEngine:
         self._admit_state()
         parts = self._loaded()
         shape = partial(self._plan, parts, queries, documents, tokenization, template, template_kwargs)
-        planned = await self._off_loop(shape, _is_long(queries) or _is_long(documents))
+        planned = await self._off_loop(shape, is_long(queries) or is_long(documents))
         left = None if timeout is None else max(0.0, timeout - (time.monotonic() - start))
         try:
             result = await self.pool(
@@ -375,7 +362,7 @@ class AsyncEngine:
     async def pair_prompts(self, pairs: list[tuple[str, str]]) -> Prompts:
         """Pairs of texts as the prompts that the model wants them in, to be given to `pool`."""
         parts = self._loaded()
-        return await self._off_loop(partial(pair_prompts, parts.model, pairs, parts.framer), _is_long(pairs))
+        return await self._off_loop(partial(pair_prompts, parts.model, pairs, parts.framer), is_long(pairs))
 
     def render(
         self,
@@ -415,9 +402,8 @@ class AsyncEngine:
 
     def _admit_tokens(self, tokens: int) -> None:
         """Refuse what would wait too long. An empty queue takes anything: no size of request is refused for good."""
-        self._admit_state()
         waiting = self.waiting_tokens
-        if waiting and waiting + tokens > self.max_queued_tokens:
+        if tokens and waiting and waiting + tokens > self.max_queued_tokens:
             wait = waiting / max(self.tokens_per_second, 1.0)
             raise Overloaded(
                 f"The queue is full: {waiting} tokens wait and at most {self.max_queued_tokens} may.",
@@ -426,65 +412,46 @@ class AsyncEngine:
 
     async def _run(
         self,
-        prepared: Prepared,
-        params: PoolingParams,
-        tasks: tuple[Task, ...],
-        client: str,
-        priority: int,
+        request: Request,
+        ready: Prepared,
+        found: list[NDArray[Any] | None],
         timeout: float | None,
         on_progress: Callable[[int], object] | None,
-        adapter: int = 0,
     ) -> PoolingResult:
+        """`found` are the rows that need not be run."""
         assert self._scheduler is not None
         assert self._fleet is not None
+        missing = sum(row is None for row in found)
+        if on_progress and missing < len(found):
+            on_progress(len(found) - missing)
         loop = asyncio.get_running_loop()
         now = time.monotonic()
-        token_ids = prepared.token_ids
-        nowhere: list[int | None] = [None] * len(token_ids)
-        starts, unseen = prepared.type_starts or nowhere, prepared.unseen or nowhere
-        request_id = self._next_request_id
+        number = self._next_request_id
         self._next_request_id += 1
-        empty: list[Row | None] = [None] * (len(token_ids) * len(tasks))
-        pending = _Pending(
-            future=loop.create_future(),
-            result=PoolingResult(empty, token_ids, Timings(), list(map(len, token_ids))),  # type: ignore[arg-type]
-            remaining=len(empty),
-            arrival=now,
-            on_progress=on_progress,
-        )
+        tasks = len(request.tasks)
+        cached = [
+            len(ids) if any(row is None for row in found[i * tasks : (i + 1) * tasks]) else 0
+            for i, ids in enumerate(ready.token_ids)
+        ]
+        result = PoolingResult(found, ready.token_ids, Timings(), cached)  # type: ignore[arg-type]  # rows are to come
+        if not missing:
+            return result
+        pending = _Pending(loop.create_future(), result, missing, now, on_progress=on_progress)
         deadline = None
         if timeout is not None:
             deadline = now + timeout
-            pending.timer = loop.call_later(timeout, self._expire, request_id)
-        self._pending[request_id] = pending
+            pending.timer = loop.call_later(timeout, self._expire, number)
+        self._pending[number] = pending
         self._all_answered.clear()
-        known = prepared.prompts or [None] * len(token_ids)
-        prompts = product(zip(token_ids, starts, unseen, known, strict=True), tasks)
-        for index, ((ids, start, end, prompt), task) in enumerate(prompts):
-            self._scheduler.add(
-                Sequence(
-                    request_id,
-                    index,
-                    ids,
-                    params,
-                    task,
-                    now,
-                    deadline,
-                    priority,
-                    client,
-                    type_start=start,
-                    adapter=adapter,
-                    unseen=end,
-                    skip=prepared.skip,
-                    prompt=prompt,
-                )
-            )
+        for seq in request.sequences(number, ready, now, deadline):
+            if found[seq.index] is None:
+                self._scheduler.add(seq)
         self._fleet.dispatch_soon()
         try:
             return await pending.future
         finally:
-            if request_id in self._pending:  # the caller was cancelled
-                self._settle(request_id, None)
+            if number in self._pending:  # the caller was cancelled
+                self._settle(number, None)
 
     # ── what the fleet says ──────────────────────────────────────────────────────────────────────────────
 
@@ -495,26 +462,44 @@ class AsyncEngine:
         """Hand out what came back; what is None or undone is run on by itself."""
         if self.state != "starting":  # the warm-up is nobody's traffic
             self.observer.batch_done(batch.num_tokens, len(batch.sequences), seconds)
+        assert self._scheduler is not None
         for seq, row in zip(batch.sequences, rows, strict=True):
-            pending = self._pending.get(seq.request_id)
-            if pending is None:  # its client left, or another of its sequences failed
-                continue
-            pending.result.timings.forward = max(pending.result.timings.forward, seconds)
             if row is None or isinstance(row, Undone):
+                if pending := self._pending.get(seq.request_id):
+                    pending.result.timings.forward = max(pending.result.timings.forward, seconds)
                 continue
-            if isinstance(row, InferenceFailed):
-                self._settle(seq.request_id, row)
-                continue
-            pending.result.rows[seq.index] = row
-            cached = pending.result.cached
-            prompt = seq.index * len(cached) // len(pending.result.rows)  # each has a row a task
-            cached[prompt] = min(cached[prompt], seq.cached)
-            pending.result.timings.queue = max(0.0, began - pending.arrival)
-            pending.remaining -= 1
-            if pending.on_progress:
-                pending.on_progress(1)
-            if not pending.remaining:
-                self._settle(seq.request_id, None)
+            if seq.key and not isinstance(row, InferenceFailed):
+                self._results.keep(seq.key, row)
+            self._hand_out(seq, row, seq.cached, seconds, began)
+            for twin in self._scheduler.take_twins(seq):
+                self._hand_out(twin, _anew(row), seq.cached, seconds, began)
+
+    def _hand_out(
+        self,
+        seq: Sequence,
+        row: NDArray[Any] | InferenceFailed,
+        cached: int,
+        seconds: float,
+        began: float,
+    ) -> None:
+        """What came of a sequence, `cached` tokens of which had been run before."""
+        pending = self._pending.get(seq.request_id)
+        if pending is None:  # its client left, or another of its sequences failed
+            return
+        result = pending.result
+        result.timings.forward = max(result.timings.forward, seconds)
+        if isinstance(row, InferenceFailed):
+            self._settle(seq.request_id, row)
+            return
+        result.rows[seq.index] = row
+        prompt = seq.index * len(result.cached) // len(result.rows)  # each has a row a task
+        result.cached[prompt] = min(result.cached[prompt], cached)
+        result.timings.queue = max(0.0, began - pending.arrival)
+        pending.remaining -= 1
+        if pending.on_progress:
+            pending.on_progress(1)
+        if not pending.remaining:
+            self._settle(seq.request_id, None)
 
     def expired(self, sequences: list[Sequence]) -> None:
         self.observer.sequences_cancelled(len(sequences))
@@ -540,6 +525,8 @@ class AsyncEngine:
             dropped = self._scheduler.abort(request_id)
             if dropped:
                 self.observer.sequences_cancelled(dropped)
+            if self._fleet is not None and self._scheduler.waiting_sequences:
+                self._fleet.dispatch_soon()  # what rested for its sake waits again
         if not pending.future.done():
             if error is not None:
                 pending.future.set_exception(error)
@@ -562,52 +549,10 @@ class AsyncEngine:
         return await asyncio.get_running_loop().run_in_executor(None, call) if long else call()
 
 
-def _prepared(
-    parts: Built,
-    prompts: Prompts,
-    tokenization: TokenizationParams,
-    longest: int | None,
-    tasks: tuple[Task, ...],
-    adapter: int,
-    salt: str | None,
-) -> Prepared:
-    """The prompts as ids, and what the cache is told of them."""
-    return _known(parts, parts.tokenizer.prepare(prompts, tokenization, longest), tasks, adapter, salt)
-
-
-def _known(
-    parts: Built, prepared: Prepared, tasks: tuple[Task, ...], adapter: int, salt: str | None
-) -> Prepared:
-    """Raises InputTooLong for a prompt that no batch takes whole and the cache cannot hold."""
-    cache, most = parts.cache, parts.model.max_num_batched_tokens
-    for i, ids in enumerate(prepared.token_ids):
-        if len(ids) > most and not (cache and cache.paging.holds(len(ids))):
-            held = f", and the cache of keys and values holds {cache.num_tokens}" if cache else ""
-            where = f"input[{i}]" if len(prepared.token_ids) > 1 else "input"
-            raise InputTooLong(
-                f"This prompt has {len(ids)} tokens. A batch of this server takes {most}{held}.", where
-            )
-    if cache is None or prepared.unseen:
-        return prepared
-    return replace(prepared, prompts=cache.prompts(prepared.token_ids, tasks, adapter, salt))
-
-
-def _slot(model: ModelInfo, adapter: str | None) -> int:
-    """The adapter's number, as sequences have it; 0 is the model as it stands."""
-    name = model.default_adapter if adapter is None else adapter
-    if name is None:
-        return 0
-    if name not in model.adapters:
-        loaded = f"loaded are {', '.join(model.adapters)}" if model.adapters else "none were loaded at start"
-        raise InvalidParameter(f"There is no adapter {name!r}: {loaded}.", "adapter")
-    return model.adapters.index(name) + 1
-
-
-def _is_long(prompts: Prompts) -> bool:
-    if not prompts:
-        return False
-    if isinstance(prompts[0], Framed):
-        return sum(len(part) for prompt in prompts for part in prompt.parts) > _INLINE_CHARS
-    if isinstance(prompts[0], tuple):
-        return sum(len(side) for pair in prompts for side in pair) > _INLINE_CHARS
-    return sum(map(len, prompts)) > (_INLINE_CHARS if isinstance(prompts[0], str) else _INLINE_IDS)
+def _anew(row: NDArray[Any] | InferenceFailed) -> NDArray[Any] | InferenceFailed:
+    """A failure of its own for each request, since raising an error writes to it."""
+    if not isinstance(row, InferenceFailed):
+        return row
+    failure = InferenceFailed(*row.args)
+    failure.__cause__ = row.__cause__
+    return failure

@@ -213,6 +213,9 @@ class EngineConfig:
         None,
         "Memory for keys and values; by default 1 GiB or a quarter of what is free, on a GPU a tenth of it.",
     )
+    cache_size: int = option(
+        0, "Memory for results, given again for prompts that come again; 0 keeps none.", unit="bytes"
+    )
     max_queued_tokens: int | None = option(
         None, "Waiting tokens above which requests get 503; by default 60 s of work."
     )
@@ -242,6 +245,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        if self.cache_size < 0:
+            raise ConfigError(f"--cache-size must be at least 0, got {self.cache_size}.")
         object.__setattr__(self, "lora_modules", LoraModule.parse_all(self.lora_modules))
         if self.quantization not in (None, "int8"):
             raise ConfigError(

@@ -140,7 +140,7 @@ class Fleet:
             return
         pairs = zip(batch.sequences, rows, strict=True)
         failed = {seq for seq, row in pairs if isinstance(row, InferenceFailed)}
-        self._scheduler.landed(batch, gone | failed)
+        self._scheduler.landed(batch, gone, failed)
 
     def _watch(self, worker: Worker) -> None:
         """Give the worker's oldest batch its time from now."""

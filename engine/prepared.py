@@ -20,6 +20,7 @@ class Prepared:
     unseen: list[int | None] | None = None
     skip: int = 0  # tokens at the beginning of each that are not pooled
     prompts: Seq[Prompt | None] | None = None
+    keys: Seq[bytes] = ()  # of the rows asked for, task by task of each prompt in turn; () to share none
 
     @property
     def num_tokens(self) -> int:

@@ -7,6 +7,7 @@
   overtaken for longer than `max_overtaken_s`.
 * Of a prompt that has a cache to help it a batch may run a part only (`cache/paging.py`); then it waits again, before
   the rest of its request. Each is charged for the tokens that are run of it.
+* Of sequences that are twins the first in fair order is dealt, and charged; the others rest meanwhile (`twins.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from carpool.engine.batch import Batch
 from carpool.engine.cache.blocks import Prompt
 from carpool.engine.cache.paging import Boarding, Paging
 from carpool.engine.sequence import Sequence
+from carpool.engine.twins import Twins
 
 _MAX_CANDIDATES = 256  # waiting sequences that one deal looks at (or max_num_seqs): bounds what a deal costs
 _FEW_CLIENTS = 64  # idle clients that are not worth a look at whether they may be forgotten
@@ -105,6 +107,7 @@ class Scheduler:
         self._classes: dict[int, _Flow] = {}
         self._clients: dict[int, dict[str, _Flow]] = {}  # by priority
         self._requests: dict[int, _Flow] = {}
+        self._twins = Twins()
         self._expired: list[Sequence] = []
         self.waiting_tokens = 0
         self.waiting_sequences = 0
@@ -121,7 +124,9 @@ class Scheduler:
         return 0 < seq.num_tokens <= self._max_tokens or in_chunks
 
     def _queue(self, seq: Sequence) -> None:
-        """Behind the rest of its request or, if it has begun, before it."""
+        """Behind the rest of its request or, if it has begun, before it; nowhere if it rests."""
+        if self._twins.rests(seq):
+            return
         request = self._requests.get(seq.request_id) or self._open(seq)
         if seq.table is None:
             request.waiting.append(seq)
@@ -133,19 +138,23 @@ class Scheduler:
         self.waiting_sequences += 1
 
     def abort(self, request_id: int) -> int:
-        """Drop what still waits of a request; returns how many sequences that were."""
+        """Drop what still waits or rests of a request; returns how many sequences that were."""
+        rested = self._twins.forget_resting(request_id)
         request = self._requests.pop(request_id, None)
         if request is None:
-            return 0
+            return rested
         dropped = len(request.waiting)
         self.waiting_tokens -= sum(seq.remaining for seq in request.waiting)
         self.waiting_sequences -= dropped
-        for seq in request.waiting:
-            self._give_up(seq)
+        gone = list(request.waiting)
         request.waiting.clear()
         request.dealt(0, dropped)
+        for seq in gone:
+            self._give_up(seq)
+            self._twins.forget(seq)
+            self._rouse(seq)
         self._forget_idle()
-        return dropped
+        return rested + dropped
 
     def schedule(self, now: float, idle_workers: int = 1) -> Batch | None:
         """Deal the next batch, or None if nothing waits. What has expired never rides: see `take_expired`."""
@@ -170,16 +179,26 @@ class Scheduler:
             request = self._requests.get(seq.request_id)
             if request is not None and not request.num_waiting:
                 del self._requests[seq.request_id]
+        for seq, tokens in chosen.items():
+            for twin in self._twins.leads(seq, lands=tokens == seq.remaining):
+                self._withdraw(twin)
         self._forget_idle()
         return Batch.of(list(chosen), chosen) if chosen else None
 
-    def landed(self, batch: Batch, gone: Container[Sequence] = ()) -> None:
-        """The batch was run. Those with more to do wait again; nothing is kept of the `gone`, whose request ended."""
+    def landed(self, batch: Batch, gone: Container[Sequence] = (), failed: Container[Sequence] = ()) -> None:
+        """The batch was run. Those with more to do wait again; nothing is kept of the `gone`, whose request ended, nor
+        of the `failed`. The twins of those that have a result, if only a failure, go on resting: see `take_twins`.
+        """
         if self._paging is None:
             return
         for seq, tokens in zip(batch.sequences, batch.counts, strict=True):
+            if seq in failed:
+                self._give_up(seq)
+                continue
             if seq in gone:
                 self._give_up(seq)
+                if tokens < seq.remaining:
+                    self._rouse(seq)
                 continue
             self._paging.landed(seq, tokens)
             if seq.remaining:
@@ -188,15 +207,36 @@ class Scheduler:
     def undone(self, batch: Batch, gone: Container[Sequence] = ()) -> None:
         """The batch failed, and one of its sequences may have read what another should have written: none of it counts.
 
-        Each starts again from nothing, in a batch of its own, but for the `gone`.
+        Each starts again from nothing, in a batch of its own, but for the `gone`; so do their twins.
         """
-        for seq in batch.sequences:
-            self._give_up(seq)
-            seq.computed, seq.cached, seq.alone = 0, 0, True
-            if seq.prompt is not None:
-                seq.prompt = Prompt(seq.num_tokens, reuse=False)
-            if seq not in gone:
-                self._queue(seq)
+        for first in batch.sequences:
+            self._give_up(first)
+            for seq in (first, *self._twins.take(first)):
+                seq.computed, seq.cached, seq.alone = 0, 0, True
+                if seq.prompt is not None:
+                    seq.prompt = Prompt(seq.num_tokens, reuse=False)
+                if seq not in gone:
+                    self._queue(seq)
+
+    def take_twins(self, seq: Sequence) -> list[Sequence]:
+        """Those that rested while it was run, each exactly once: its result is theirs."""
+        return self._twins.take(seq)
+
+    def _rouse(self, seq: Sequence) -> None:
+        """It leaves without a result: its twins wait again, each in its own place."""
+        for twin in self._twins.take(seq):
+            self._queue(twin)
+
+    def _withdraw(self, seq: Sequence) -> None:
+        """Take one that rests from now on out of the middle of the queue. Nobody is charged."""
+        request = self._requests[seq.request_id]
+        request.waiting.remove(seq)
+        self._give_up(seq)
+        self.waiting_tokens -= seq.remaining
+        self.waiting_sequences -= 1
+        request.dealt(0, 1)
+        if not request.num_waiting:
+            del self._requests[seq.request_id]
 
     def _give_up(self, seq: Sequence) -> None:
         """Take back what it holds of the cache."""
@@ -223,6 +263,8 @@ class Scheduler:
     def take_expired(self) -> list[Sequence]:
         """The sequences that were dropped because their deadline had passed, each exactly once."""
         expired, self._expired = self._expired, []
+        for seq in expired:
+            self._rouse(seq)
         return expired
 
     def _share(self, idle_workers: int) -> int:
@@ -253,18 +295,22 @@ class Scheduler:
 
         # A prompt of which several results are asked is one list, and is run once.
         aboard = {id(first.token_ids)}
+        keys = {first.key}
         # Stable: those of equal rank stay in fair order.
         others = [] if first.alone else sorted(behind, key=rank)
         for seq in others:
             if len(chosen) == self._max_seqs:
                 break
-            if seq.alone:
+            if seq.alone or (seq.key and seq.key in keys):
                 continue
             if id(seq.token_ids) in aboard and seq.prompt is None:
                 chosen[seq] = seq.num_tokens
             elif tokens := boarding.take(seq):
                 chosen[seq] = tokens
                 aboard.add(id(seq.token_ids))
+            else:
+                continue
+            keys.add(seq.key)
         for seq, tokens in chosen.items():
             if tokens < charged[seq]:
                 self._requests[seq.request_id].dealt(tokens - charged[seq], 0)
@@ -288,6 +334,7 @@ class Scheduler:
                 if seq.deadline is not None and seq.deadline <= now:
                     flow.dealt(0, 1)
                     self._give_up(seq)
+                    self._twins.forget(seq)
                     self._expired.append(seq)
                     if not flow.num_waiting:
                         self._requests.pop(seq.request_id)

@@ -30,6 +30,7 @@ class Sequence:
     unseen: int | None = None  # from here on its tokens look and are not looked at (a query's expansion)
 
     skip: int = 0  # tokens at its beginning that are not pooled: a prompt before the text
+    key: bytes = b""  # sequences of one key have one result, and one of them is run; b"" has no twins
 
     # What the cache is told of it, None to be run whole and by itself; and, written by the scheduler alone, where its
     # keys and values are kept, how many tokens of it need not be run any more, and how many of them others had run.

@@ -15,6 +15,17 @@ class CacheStats:
     used_blocks: int
 
 
+@dataclass(frozen=True, slots=True)
+class ResultStats:
+    """The cache of results, since the start: rows that were looked up and found, and those that were not; and now: the
+    bytes that it takes, and may take."""
+
+    hits: int
+    misses: int
+    num_bytes: int
+    max_bytes: int
+
+
 class Observer(Protocol):
     """Called as things happen, on the engine's event loop; implementations must be quick and must not raise."""
 

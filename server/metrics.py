@@ -66,6 +66,36 @@ class CacheCollector(Collector):
         yield used
 
 
+class ResultCollector(Collector):
+    """What the engine counts of the results that it keeps; no series where it keeps none."""
+
+    def __init__(self, model_name: str, engine: AsyncEngine) -> None:
+        self._model = model_name
+        self._engine = engine
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._engine.result_stats
+        if stats is None:
+            return
+        counts = (
+            ("hits", "Results that were looked up in the result cache and found.", stats.hits),
+            (
+                "misses",
+                "Results that were looked up in the result cache and had to be computed.",
+                stats.misses,
+            ),
+        )
+        for name, help, count in counts:
+            counter = CounterMetricFamily(f"carpool_result_cache_{name}", help, labels=("model_name",))
+            counter.add_metric((self._model,), count)
+            yield counter
+        size = GaugeMetricFamily(
+            "carpool_result_cache_bytes", "Memory that kept results take.", labels=("model_name",)
+        )
+        size.add_metric((self._model,), stats.num_bytes)
+        yield size
+
+
 class Metrics:
     """Implements `engine.stats.Observer`. `endpoint` is always a route's path, never what a client typed."""
 
@@ -106,6 +136,7 @@ class Metrics:
         gauge("carpool_queue_tokens", "Tokens that wait to be run.", lambda: engine.waiting_tokens)
         gauge("carpool_queue_sequences", "Prompts that wait to be run.", lambda: engine.waiting_sequences)
         registry.register(CacheCollector(model_name, engine))
+        registry.register(ResultCollector(model_name, engine))
         Info("carpool_build", "What runs here.", ("model_name",), registry=registry).labels(model_name).info(
             {"version": __version__, "python": platform.python_version()}
         )

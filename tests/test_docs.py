@@ -7,7 +7,7 @@ import re
 import pytest
 
 from carpool.engine import errors as engine_errors
-from carpool.engine.stats import CacheStats
+from carpool.engine.stats import CacheStats, ResultStats
 from carpool.server import errors as server_errors
 from carpool.server.app import ROUTES
 from carpool.server.metrics import Metrics
@@ -33,6 +33,7 @@ def test_every_metric_is_documented() -> None:
     text = (ROOT / "docs/operations.md").read_text()
     engine = FakeEngine()
     engine.cache_stats = CacheStats(0, 0, 1, 0)
+    engine.result_stats = ResultStats(0, 0, 0, 1)
     exposed = Metrics("m", engine).render().decode()  # type: ignore[arg-type]  # the same face
     names = set(re.findall(r"^# TYPE (carpool_\w+)", exposed, re.MULTILINE))
     assert len(names) >= 13

@@ -21,7 +21,7 @@ def block_hashes(token_ids: Seq[int], block_size: int, extra: Extra = ()) -> lis
     """
     if block_size < 1:
         raise ValueError(f"a block holds at least one token, not {block_size}")
-    state = blake2b(_encoded(extra), digest_size=_DIGEST_BYTES)
+    state = blake2b(encoded(extra), digest_size=_DIGEST_BYTES)
     tokens = memoryview(array("i", token_ids)).cast("B")
     step = block_size * _ID_BYTES
     hashes = []
@@ -31,7 +31,7 @@ def block_hashes(token_ids: Seq[int], block_size: int, extra: Extra = ()) -> lis
     return hashes
 
 
-def _encoded(value: int | str | bytes | Extra | None) -> bytes:
+def encoded(value: int | str | bytes | Extra | None) -> bytes:
     """Kind, length, content: no two values give the same bytes, and none is the beginning of another's.
 
     So whatever tokens follow, what is hashed can be read in one way only.
@@ -46,7 +46,7 @@ def _encoded(value: int | str | bytes | Extra | None) -> bytes:
         case bytes():
             kind, content = b"b", value
         case tuple():
-            kind, content = b"t", b"".join(map(_encoded, value))
+            kind, content = b"t", b"".join(map(encoded, value))
         case _:
             raise TypeError(f"prefixes are told apart by int, str, bytes, None and tuples, not {type(value)}")
     return kind + len(content).to_bytes(8, "little") + content

@@ -73,6 +73,7 @@ async def show_info(request: web.Request) -> web.Response:
         prefix_caching=model.prefix_caching,
         chunked_prefill=model.chunked_prefill,
         kv_cache_tokens=model.kv_cache_tokens,
+        result_cache_bytes=config.engine.cache_size,
         quantization=model.quantization,
         surgery=dict(model.surgery),
         notices=list(model.notices),

@@ -52,6 +52,7 @@ class InfoResponse(Struct, kw_only=True, gc=False):
     prefix_caching: bool  # prompts that begin alike are computed from where they differ
     chunked_prefill: bool
     kv_cache_tokens: int  # so many may be kept; 0: there is no cache
+    result_cache_bytes: int  # memory that results may take; 0: none are kept
     quantization: str | None  # "int8", or null
     surgery: dict[str, int]
     notices: list[str]

@@ -22,6 +22,9 @@ from carpool.engine import fleet, staging
 from carpool.engine.async_engine import AsyncEngine
 from carpool.engine.batch import Batch
 from carpool.engine.build import build
+from carpool.engine.cache.blocks import BlockPool
+from carpool.engine.cache.cache import Cache
+from carpool.engine.cache.paging import Paging
 from carpool.engine.chat import ChatTemplate
 from carpool.engine.config import EngineConfig
 from carpool.engine.errors import (
@@ -43,10 +46,12 @@ from carpool.engine.model_info import ModelInfo
 from carpool.engine.outputs import PoolingResult
 from carpool.engine.params import Matryoshka, PoolingParams, Task, TokenizationParams
 from carpool.engine.prepared import Prepared
+from carpool.engine.sequence import Sequence
 from carpool.engine.tokenizer import Tokenizer
 from carpool.engine.worker import Landing, Row
 
-POISON, DEADLY = 91, 92  # token ids: the first fails its sequence, the second kills the worker's thread
+# Token ids: the first fails its sequence, the second kills the worker's thread, the third is nobody else's.
+POISON, DEADLY, BUSY = 91, 92, 93
 TOKENIZATION = TokenizationParams()
 MODEL = ModelInfo(
     root="here/stand-in", architectures=("StandIn",), tasks=frozenset[Task]({"embed"}), max_model_len=64,
@@ -92,7 +97,10 @@ class StandIn:
         self.running.clear()
         if any(DEADLY in row for row in ids):
             raise SystemExit("the thread is gone")
-        return [InferenceFailed("poisoned") if POISON in row else answer(row) for row in ids]
+        return [
+            InferenceFailed("poisoned") if POISON in row else answer(row) if count == seq.remaining else None
+            for row, seq, count in zip(ids, batch.sequences, batch.counts, strict=True)
+        ]
 
 
 def answer(ids: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -105,7 +113,7 @@ class BuiltStandIn:
     model: ModelInfo = MODEL
     chat: ChatTemplate = field(default_factory=lambda: ChatTemplate(None, None))
     framer: None = None
-    cache: None = None
+    cache: Cache | None = None
     tokenizer: Tokenizer = field(
         default_factory=lambda: Tokenizer(tiny.wordpiece(), max_model_len=64, vocab_size=113)
     )
@@ -113,9 +121,10 @@ class BuiltStandIn:
 
 @dataclass
 class Ledger:
-    """An observer that keeps count."""
+    """An observer that keeps count. `shared` are those that were given the result of a twin."""
 
     rode: int = 0
+    shared: int = 0
     tokens: int = 0
     cancelled: int = 0
     batches: int = 0
@@ -155,9 +164,22 @@ class Scene:
         """Shut the gates and give one worker a batch to stand there with."""
         for runner in self.built.runners:
             runner.gate.clear()
-        task = self.ask([1])
+        task = self.ask([BUSY])
         await until(lambda: any(runner.running.is_set() for runner in self.built.runners))
         return task
+
+    def count_twins(self) -> None:
+        """Have the ledger count those that are given another's result."""
+        scheduler = self.engine._scheduler
+        assert scheduler is not None
+        take = scheduler.take_twins
+
+        def counted(seq: Sequence) -> list[Sequence]:
+            twins = take(seq)
+            self.ledger.shared += len(twins)
+            return twins
+
+        scheduler.take_twins = counted  # type: ignore[method-assign]
 
     def open(self) -> None:
         for runner in self.built.runners:
@@ -173,9 +195,13 @@ async def until(true: Callable[[], object]) -> None:
 
 @asynccontextmanager
 async def scene(
-    workers: int = 1, model: ModelInfo = MODEL, config: EngineConfig | None = None, depth: int = 1
+    workers: int = 1,
+    model: ModelInfo = MODEL,
+    config: EngineConfig | None = None,
+    depth: int = 1,
+    cache: Cache | None = None,
 ) -> AsyncIterator[Scene]:
-    built = BuiltStandIn([StandIn(depth) for _ in range(workers)], model)
+    built = BuiltStandIn([StandIn(depth) for _ in range(workers)], model, cache=cache)
     ledger = Ledger()
     engine = AsyncEngine(config or EngineConfig(), ledger, build=lambda _: built)
     await engine.start()
@@ -198,6 +224,10 @@ def assert_nothing_left(engine: AsyncEngine) -> None:
     assert scheduler is not None
     assert not scheduler._requests
     assert not scheduler._clients
+    if engine.state == "ready":  # else batches were left behind
+        twins = scheduler._twins
+        assert (twins._waiting, twins._resting) == ({}, {})
+        assert not [ride for ride in twins._rides.values() if ride.resting]
 
 
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -255,7 +285,7 @@ async def test_what_arrives_while_workers_are_busy_rides_together_next() -> None
 
 async def test_idle_workers_share_what_arrives() -> None:
     async with scene(workers=2, model=replace(MODEL, max_num_batched_tokens=4096, max_num_seqs=256)) as s:
-        await s.ask(*[[5] * 50 for _ in range(20)])
+        await s.ask(*[[i] * 50 for i in range(20)])
         assert [len(runner.batches) for runner in s.built.runners] == [1, 1]
 
 
@@ -344,6 +374,7 @@ def test_each_request_gets_exactly_one_answer(
         async with scene(workers, depth=depth) as s:
             tasks = []
             submitted = 0
+            s.count_twins()
             for lengths, fate, turns in requests:
                 prompts = [[n] * n for n in lengths]
                 if fate == "poisoned":
@@ -373,7 +404,7 @@ def test_each_request_gets_exactly_one_answer(
             hurried = any(
                 fate == "hurried" for _, fate, _ in requests
             )  # these may end before they are queued
-            gone = s.ledger.rode + s.ledger.cancelled
+            gone = s.ledger.rode + s.ledger.cancelled + s.ledger.shared
             assert gone <= submitted if hurried else gone == submitted
 
     asyncio.run(story())
@@ -427,10 +458,203 @@ async def test_a_failing_sequence_fails_its_request_alone() -> None:
 async def test_what_waits_of_a_failed_request_does_not_run() -> None:
     async with scene() as s:
         with pytest.raises(InferenceFailed):
-            await s.ask([POISON], *[[1] * 60] * 50)
+            await s.ask([POISON], *[[i] * 60 for i in range(50)])
         await until(lambda: len(s.fleet.idle) == 1)
         assert len(s.runner.batches) <= 2
         assert s.ledger.rode + s.ledger.cancelled == 51
+
+
+# ── the same work ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_several_ask_at_once_is_run_once() -> None:
+    async with scene() as s:
+        results = await asyncio.gather(*(s.ask([i % 3, 7], [i % 3, 7]) for i in range(12)))
+        assert sorted(ids for batch in s.runner.batches for ids in batch) == [[0, 7], [1, 7], [2, 7]]
+        for i, result in enumerate(results):
+            assert [row.tolist() for row in result.rows] == [answer([i % 3, 7]).tolist()] * 2
+            assert result.prompt_tokens == 4
+            assert result.cached_tokens == 0
+        assert_nothing_left(s.engine)
+
+
+async def test_what_is_asked_while_it_runs_is_not_run_again() -> None:
+    async with scene() as s:
+        first = await s.occupy()
+        told: list[int] = []
+        again = s.ask([BUSY], on_progress=told.append)
+        more = s.ask([BUSY], [5])
+        await until(lambda: s.engine.waiting_sequences == 1)
+        s.open()
+        for result in await asyncio.gather(first, again, more):
+            assert result.rows[0].tolist() == [1, BUSY]
+        assert s.runner.batches == [[[BUSY]], [[5]]]
+        assert told == [1]
+        assert again.result().timings.queue == 0, "it was under way already"
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("leavers", [[0], [1], [2], [0, 1], [1, 0], [0, 2], [2, 1], [0, 1, 2], [2, 1, 0]])
+async def test_those_who_leave_do_not_take_the_work_along(leavers: list[int], running: bool) -> None:
+    async with scene() as s:
+        first = await s.occupy()
+        ids = [BUSY] if running else [5]
+        tasks = [first, s.ask(ids), s.ask(ids)] if running else [s.ask(ids) for _ in range(3)]
+        await until(lambda: len(s.engine._pending) == (3 if running else 4))
+        for i in leavers:
+            tasks[i].cancel()
+            await until(tasks[i].done)
+        s.open()
+        answers = await asyncio.gather(first, *tasks, return_exceptions=True)
+        for i, result in enumerate(answers[1:]):
+            assert isinstance(result, asyncio.CancelledError if i in leavers else PoolingResult)
+        await until(lambda: len(s.fleet.idle) == 1)
+        rode = [row for batch in s.runner.batches for row in batch]
+        assert rode.count(ids) == (1 if running or len(leavers) < 3 else 0)
+        assert_nothing_left(s.engine)
+
+
+async def test_each_has_its_own_deadline() -> None:
+    async with scene() as s:
+        first = await s.occupy()
+        hurried, patient, riding = (
+            s.ask([5], timeout=0.02),
+            s.ask([5], timeout=30),
+            s.ask([BUSY], timeout=0.02),
+        )
+        for late in (hurried, riding):
+            with pytest.raises(DeadlineExceeded):
+                await late
+        assert s.engine.waiting_sequences == 1
+        s.open()
+        await asyncio.gather(first, patient)
+        assert s.runner.batches == [[[BUSY]], [[5]]]
+        assert_nothing_left(s.engine)
+
+
+async def test_a_request_that_fails_for_another_prompt_leaves_its_twins_alone() -> None:
+    async with scene() as s:
+        first = await s.occupy()
+        bad, good = s.ask([POISON], [5]), s.ask([5])
+        await until(lambda: s.engine.waiting_sequences == 3)
+        s.open()
+        with pytest.raises(InferenceFailed):
+            await bad
+        assert (await good).rows[0].tolist() == [1, 5]
+        await first
+
+
+async def test_work_that_fails_fails_for_all_who_asked_for_it_each_with_an_error_of_its_own() -> None:
+    async with scene() as s:
+        tasks = [s.ask([POISON]) for _ in range(3)]
+        failures = await asyncio.gather(*tasks, s.ask([1]), return_exceptions=True)
+        assert isinstance(failures.pop(), PoolingResult)
+        assert [type(failure) for failure in failures] == [InferenceFailed] * 3
+        assert len({id(failure) for failure in failures}) == 3
+        assert [row for batch in s.runner.batches for row in batch].count([POISON]) == 1
+        with pytest.raises(InferenceFailed):
+            await s.ask([POISON])
+        assert [row for batch in s.runner.batches for row in batch].count([POISON]) == 2, (
+            "it was not remembered"
+        )
+        assert_nothing_left(s.engine)
+
+
+async def test_a_twin_of_higher_priority_does_not_wait_behind_one_of_lower() -> None:
+    async with scene() as s:
+        first = await s.occupy()
+        low = s.ask([5] * 60, priority=9)
+        others = [s.ask([10 + i] * 60) for i in range(3)]
+        high = s.ask([5] * 60, priority=-1)
+        await until(lambda: s.engine.waiting_sequences == 5)
+        s.open()
+        await asyncio.gather(first, low, high, *others)
+        assert [batch[0][0] for batch in s.runner.batches] == [BUSY, 5, 10, 11, 12]
+
+
+async def test_those_who_rest_are_run_when_their_lead_expires_between_its_chunks() -> None:
+    """The loop was held up: that they wait again is found out when the lead's turn comes, with every worker idle."""
+    cache = Cache(Paging(BlockPool(40, 4), 16), frozenset[Task]({"embed"}), finds_prefixes=True)
+    async with scene(cache=cache) as s:
+        s.runner.gate.clear()
+        lead = s.ask([5] * 60, timeout=0.05)
+        await until(s.runner.running.is_set)
+        twin = s.ask([5] * 60)
+        await until(lambda: len(s.engine._pending) == 2)
+        assert s.engine.waiting_sequences == 0, "it rests"
+        s.open()
+        time.sleep(0.1)
+        with pytest.raises(DeadlineExceeded):
+            await lead
+        assert (await asyncio.wait_for(twin, 5)).rows[0].tolist() == [60, 300]
+        assert_nothing_left(s.engine)
+
+
+@pytest.mark.parametrize("cache_size", [0, 1 << 20])
+async def test_only_what_has_the_same_result_is_shared(cache_size: int) -> None:
+    """Neither tenants, nor adapters, nor ways of finishing a vector are mixed up, at once or later."""
+    kinds: list[dict[str, Any]] = [
+        {}, {"cache_salt": "a"}, {"cache_salt": "b"}, {"adapter": "x"}, {"adapter": "y"}, {"task": "classify"},
+    ]  # fmt: skip
+    model = replace(MODEL, adapters=("x", "y"), tasks=frozenset[Task]({"embed", "classify"}))
+    async with scene(model=model, config=EngineConfig(cache_size=cache_size)) as s:
+        await asyncio.gather(*(s.ask([5], **kind) for kind in kinds for _ in range(2)))
+        plain = PoolingParams(use_activation=False)
+        await s.engine.pool([[5]], plain, TOKENIZATION)
+        assert sum(map(len, s.runner.batches)) == len(kinds) + 1
+        for kind in kinds:
+            await s.ask([5], **kind)
+        assert sum(map(len, s.runner.batches)) == (1 if cache_size else 2) * len(kinds) + 1
+        assert_nothing_left(s.engine)
+
+
+async def test_what_was_answered_is_answered_again_without_a_batch() -> None:
+    async with scene(config=EngineConfig(cache_size=1 << 20)) as s:
+        cold = await s.ask([1, 2], [3])
+        first = await s.occupy()
+        told: list[int] = []
+        warm = await s.ask([3], [1, 2], on_progress=told.append)
+        assert told == [2]
+        assert [row.tolist() for row in warm.rows] == [row.tolist() for row in reversed(cold.rows)]
+        assert [row.dtype for row in warm.rows] == [row.dtype for row in cold.rows]
+        assert (warm.prompt_tokens, warm.prompt_token_ids) == (3, [[3], [1, 2]])
+        assert warm.cached == [0, 0]
+        mixed = s.ask([3], [9], [1, 2], on_progress=told.append)
+        await until(lambda: s.engine.waiting_sequences)
+        assert (s.engine.waiting_sequences, told) == (1, [2, 2])
+        s.open()
+        assert [row.tolist() for row in (await mixed).rows] == [[1, 3], [1, 9], [2, 3]]
+        assert told == [2, 2, 1]
+        await first
+        assert s.runner.batches == [[[3], [1, 2]], [[BUSY]], [[9]]]
+        stats = s.engine.result_stats
+        assert stats is not None
+        assert (stats.hits, stats.misses) == (4, 4)
+        assert_nothing_left(s.engine)
+
+
+async def test_no_results_are_kept_unless_told_to() -> None:
+    async with scene() as s:
+        for _ in range(2):
+            await s.ask([5])
+        assert len(s.runner.batches) == 2
+        assert s.engine.result_stats is None
+
+
+async def test_a_kept_result_needs_no_place_in_a_full_queue() -> None:
+    async with scene(config=EngineConfig(max_queued_tokens=5, cache_size=1 << 20)) as s:
+        await s.ask([1])
+        first = await s.occupy()
+        waiting = s.ask([2] * 5)
+        await until(lambda: s.engine.waiting_tokens == 5)
+        with pytest.raises(Overloaded):
+            await s.ask([3])
+        assert (await s.ask([1])).rows[0].tolist() == [1, 1]
+        s.engine.drain()
+        with pytest.raises(Draining):
+            await s.ask([1])
+        s.open()
+        await asyncio.gather(first, waiting)
 
 
 # ── death ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -460,7 +684,7 @@ async def test_a_deep_worker_that_is_lost_answers_all_that_landed_and_no_more() 
     async with scene(depth=2) as s:
         first = await s.occupy()
         landed = [s.ask([i]) for i in range(8)]
-        lost = [s.ask([DEADLY]), *(s.ask([i]) for i in range(3 * 8))]
+        lost = [s.ask([DEADLY]), *(s.ask([8 + i]) for i in range(3 * 8))]
         await until(lambda: s.fleet.held.get(s.fleet.workers[0]) == 3)
         s.open()
         answers = await asyncio.gather(first, *landed, *lost, return_exceptions=True)
@@ -490,7 +714,7 @@ async def test_a_slow_worker_is_not_a_hanging_one(monkeypatch: pytest.MonkeyPatc
     async with scene() as s:
         monkeypatch.setattr(fleet, "_HUNG_AFTER_S", 0.5)
         s.runner.slow = 0.02
-        await s.ask(*[[1] * 60] * 40)
+        await s.ask(*[[i] * 60 for i in range(40)])
         assert s.engine.state == "ready"
 
 
@@ -567,7 +791,7 @@ async def test_a_deadline_that_has_passed_already_is_refused(timeout: float) -> 
 async def test_a_full_queue_refuses_and_an_empty_one_takes_anything() -> None:
     async with scene(config=EngineConfig(max_queued_tokens=10)) as s:
         first = await s.occupy()
-        big = s.ask(*[[1] * 60] * 20)  # far more than 10, but nothing waits
+        big = s.ask(*[[i] * 60 for i in range(20)])  # far more than 10, but nothing waits
         await until(lambda: s.engine.waiting_sequences == 20)
         with pytest.raises(Overloaded) as refused:
             await s.ask([1])
@@ -685,7 +909,7 @@ async def test_a_model_that_cannot_run_a_single_batch_is_refused_at_start(how: s
 async def test_draining_finishes_what_was_accepted_and_takes_no_more() -> None:
     async with scene() as s:
         first = await s.occupy()
-        waiting = s.ask(*[[2] * 30] * 5)
+        waiting = s.ask(*[[i] * 30 for i in range(5)])
         await until(lambda: s.engine.waiting_sequences == 5)
         stop = asyncio.ensure_future(s.engine.stop(10))
         await until(lambda: s.engine.state == "draining")

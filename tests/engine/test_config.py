@@ -32,6 +32,12 @@ def test_a_count_below_one_is_refused_by_its_flags_name(name: str, value: int) -
         EngineConfig(**options)
 
 
+def test_a_cache_of_results_has_no_negative_size() -> None:
+    assert EngineConfig().cache_size == 0
+    with pytest.raises(ConfigError, match="--cache-size must be at least 0, got -1"):
+        EngineConfig(cache_size=-1)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

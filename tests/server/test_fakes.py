@@ -29,5 +29,5 @@ def test_each_method_is_called_as_the_real_one(name: str) -> None:
 
 def test_what_the_server_reads_is_there() -> None:
     engine = AsyncEngine(EngineConfig())
-    for name in ("state", "waiting_tokens", "waiting_sequences", "observer", "cache_stats"):
+    for name in ("state", "waiting_tokens", "waiting_sequences", "observer", "cache_stats", "result_stats"):
         assert type(getattr(engine, name)) is type(getattr(FakeEngine(state="starting"), name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from carpool.engine.stats import CacheStats
+from carpool.engine.stats import CacheStats, ResultStats
 from serving import Served
 
 NAMES = {
@@ -24,6 +24,11 @@ NAMES_WITH_A_CACHE = {
     "carpool_prefix_cache_hit_tokens",
     "carpool_kv_cache_used_ratio",
 }
+NAMES_WITH_RESULTS = {
+    "carpool_result_cache_hits",
+    "carpool_result_cache_misses",
+    "carpool_result_cache_bytes",
+}
 
 
 async def scrape(served: Served) -> dict[str, float]:
@@ -37,8 +42,12 @@ async def scrape(served: Served) -> dict[str, float]:
 
 
 async def test_names_are_the_contracts(served: Served) -> None:
-    for stats, names in ((None, NAMES), (CacheStats(0, 0, 1, 0), NAMES | NAMES_WITH_A_CACHE)):
-        served.engine.cache_stats = stats
+    for stats, results, names in (
+        (None, None, NAMES),
+        (CacheStats(0, 0, 1, 0), None, NAMES | NAMES_WITH_A_CACHE),
+        (None, ResultStats(0, 0, 0, 1), NAMES | NAMES_WITH_RESULTS),
+    ):
+        served.engine.cache_stats, served.engine.result_stats = stats, results
         text = (await served.get("/metrics")).body.decode()
         families = [f for f in text_string_to_metric_families(text) if f.name.startswith("carpool_")]
         assert {family.name for family in families} == names
@@ -83,6 +92,14 @@ async def test_the_cache_tells_what_it_was_asked_and_what_it_had(served: Served)
     series = await scrape(served)
     assert series["carpool_prefix_cache_queried_tokens_total[]"] == 150
     assert series["carpool_kv_cache_used_ratio[]"] == 0
+
+
+async def test_the_kept_results_tell_how_often_they_were_asked_for_and_what_they_take(served: Served) -> None:
+    served.engine.result_stats = ResultStats(hits=7, misses=3, num_bytes=4096, max_bytes=8192)
+    series = await scrape(served)
+    assert series["carpool_result_cache_hits_total[]"] == 7
+    assert series["carpool_result_cache_misses_total[]"] == 3
+    assert series["carpool_result_cache_bytes[]"] == 4096
 
 
 async def test_a_model_of_any_name_is_a_route_not_a_label(served: Served) -> None:

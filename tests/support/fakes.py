@@ -23,7 +23,7 @@ from carpool.engine.errors import (
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.outputs import PoolingResult, ScoreResult, Timings
 from carpool.engine.params import Matryoshka, PoolingParams, Task, TaskAdapter, TokenizationParams
-from carpool.engine.stats import CacheStats, Observer, Unobserved
+from carpool.engine.stats import CacheStats, Observer, ResultStats, Unobserved
 
 VOCAB_SIZE = 1000
 WIDTH = 8
@@ -94,6 +94,7 @@ class FakeEngine:
         self.waiting_sequences = 0
         self.observer: Observer = Unobserved()
         self.cache_stats: CacheStats | None = None
+        self.result_stats: ResultStats | None = None
         self.cached = 0  # tokens of each prompt that the cache has
         self.error: BaseException | None = None  # raised by pool()
         self.gate = asyncio.Event()  # pool() answers once it is open

@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 
 from carpool import __version__
+from carpool.engine.config import EngineConfig
 from carpool.server.config import ServerConfig
 from fakes import FAKE_CLASSIFIER, FAKE_MODEL, LABELS, FakeEngine
 from serving import EMBEDDINGS, Served, assert_error, serving
@@ -50,6 +51,12 @@ async def test_the_facts_of_the_cache(served: Served) -> None:
     keeping = replace(FAKE_MODEL, prefix_caching=True, chunked_prefill=True, kv_cache_tokens=4096)
     async with serving(engine=FakeEngine(keeping)) as server:
         assert of_the_cache((await server.get("/info")).json) == (True, True, 4096)
+
+
+async def test_the_memory_that_results_may_take(served: Served) -> None:
+    assert (await served.get("/info")).json["result_cache_bytes"] == 0
+    async with serving(ServerConfig(engine=EngineConfig(cache_size=1 << 20))) as server:
+        assert (await server.get("/info")).json["result_cache_bytes"] == 1 << 20
 
 
 async def test_the_front_page_links_what_is_there() -> None:

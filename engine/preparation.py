@@ -1,0 +1,99 @@
+"""Preparation: from what a caller gave to what can be run, with the parts that an engine is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
+
+from carpool.engine.errors import InputTooLong, InvalidParameter
+from carpool.engine.framed import Framed
+from carpool.engine.late_interaction import RoleText
+from carpool.engine.results import result_keys
+
+if TYPE_CHECKING:
+    from carpool.engine.cache.cache import Cache
+    from carpool.engine.chat import ChatTemplate
+    from carpool.engine.model_info import ModelInfo
+    from carpool.engine.params import TokenizationParams
+    from carpool.engine.prepared import Prepared
+    from carpool.engine.request import Request
+    from carpool.engine.scoring import Framer
+    from carpool.engine.tokenizer import Tokenizer
+    from carpool.engine.worker import Runner
+
+Prompts = list[str] | list[list[int]] | list[tuple[str, str]] | list[Framed] | list[RoleText]
+
+INLINE_CHARS = 4_000  # tokenised on the loop: under half a millisecond, less than a trip to a thread
+_INLINE_IDS = 20_000
+
+
+class Built(Protocol):
+    """The parts an engine is made of: see `engine/build.py`."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def chat(self) -> ChatTemplate: ...
+
+    @property
+    def framer(self) -> Framer | None: ...
+
+    @property
+    def cache(self) -> Cache | None: ...
+
+    @property
+    def runners(self) -> Seq[Runner]: ...
+
+
+def prepared(
+    parts: Built, request: Request, prompts: Prompts, tokenization: TokenizationParams, longest: int | None
+) -> Prepared:
+    """The prompts as ids, none longer than `longest` (-1: than the model takes), and what is told of them."""
+    return told(parts, request, parts.tokenizer.prepare(prompts, tokenization, longest))
+
+
+def told(parts: Built, request: Request, prompts: Prepared) -> Prepared:
+    """With the names of their results, and what the cache of keys and values is told of them.
+
+    Raises InputTooLong for a prompt that no batch takes whole and the cache cannot hold.
+    """
+    cache, most = parts.cache, parts.model.max_num_batched_tokens
+    for i, ids in enumerate(prompts.token_ids):
+        if len(ids) > most and not (cache and cache.paging.holds(len(ids))):
+            held = f", and the cache of keys and values holds {cache.num_tokens}" if cache else ""
+            where = f"input[{i}]" if len(prompts.token_ids) > 1 else "input"
+            raise InputTooLong(
+                f"This prompt has {len(ids)} tokens. A batch of this server takes {most}{held}.", where
+            )
+    keys = result_keys(prompts, request.tasks, request.params, request.adapter, request.salt)
+    if cache is None or prompts.unseen:
+        return replace(prompts, keys=keys)
+    known = cache.prompts(prompts.token_ids, request.tasks, request.adapter, request.salt)
+    return replace(prompts, keys=keys, prompts=known)
+
+
+def slot(model: ModelInfo, adapter: str | None) -> int:
+    """The adapter's number, as sequences have it; 0 is the model as it stands."""
+    name = model.default_adapter if adapter is None else adapter
+    if name is None:
+        return 0
+    if name not in model.adapters:
+        loaded = f"loaded are {', '.join(model.adapters)}" if model.adapters else "none were loaded at start"
+        raise InvalidParameter(f"There is no adapter {name!r}: {loaded}.", "adapter")
+    return model.adapters.index(name) + 1
+
+
+def is_long(prompts: Prompts) -> bool:
+    """Whether preparing them takes so long that it is better done off the loop."""
+    if not prompts:
+        return False
+    if isinstance(prompts[0], Framed):
+        return sum(len(part) for prompt in prompts for part in prompt.parts) > INLINE_CHARS
+    if isinstance(prompts[0], tuple):
+        return sum(len(side) for pair in prompts for side in pair) > INLINE_CHARS
+    return sum(map(len, prompts)) > (INLINE_CHARS if isinstance(prompts[0], str) else _INLINE_IDS)
