@@ -35,14 +35,19 @@ def embed(process: Process, body: object) -> tuple[int, bytes]:
     return answer.status, content
 
 
+def different(count: int) -> list[str]:
+    """Long texts, none of them equal: those would be run once."""
+    return ["word " * 200 + str(i) for i in range(count)]
+
+
 def test_it_fits_in_800_mb(minilm: Process) -> None:
-    assert embed(minilm, {"input": ["word " * 200] * 64})[0] == 200
+    assert embed(minilm, {"input": different(64)})[0] == 200
     assert minilm.resident_mb() < 800
 
 
 def test_a_client_that_leaves_takes_its_waiting_texts_along(minilm: Process) -> None:
     cancelled = metric(minilm, "carpool_cancelled_total")
-    body = json.dumps({"input": ["word " * 200] * 200}).encode()
+    body = json.dumps({"input": different(200)}).encode()
     head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     with socket.create_connection(("127.0.0.1", urlsplit(minilm.url).port or 0)) as client:
         client.sendall(head.encode() + b"\r\n\r\n" + body)
@@ -62,10 +67,12 @@ def test_sigterm_under_load_answers_all_that_was_accepted_and_exits_0(tmp_path: 
     tiny.bert(model)
     with carpool_serve(tmp_path / "log", str(model), "--cpu-workers", "1") as process:
         answers: list[int] = []
-        asked = [
-            threading.Thread(target=lambda: answers.append(embed(process, {"input": ["cat " * 60] * 200})[0]))
-            for _ in range(8)
-        ]
+
+        def ask(number: int) -> None:
+            texts = ["cat " * 60 + f"{number} {i}" for i in range(200)]
+            answers.append(embed(process, {"input": texts})[0])
+
+        asked = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
         for thread in asked:
             thread.start()
         while metric(process, "carpool_queue_sequences") < 100:
