@@ -138,6 +138,11 @@ def row_of(module: torch.nn.Module) -> Layout:
     return under_way()
 
 
+def row_or_none() -> Layout | None:
+    """The layout of this thread's row; None while transformers' own attention runs the model, to compare with."""
+    return _current.get()
+
+
 def under_way() -> Layout:
     """The layout of this thread's row."""
     current = _current.get()

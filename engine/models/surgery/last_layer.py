@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from carpool.engine.models.attention import under_way, witnessed
+from carpool.engine.models.attention import row_or_none, witnessed
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.surgery.agreement import agree
 from carpool.engine.models.surgery.rehearsal import small_batch
@@ -102,17 +102,17 @@ def _take(
     _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]] | None:
     """Of [1, T, ...] each, the rows that are wanted."""
-    wanted = under_way().wanted
-    if wanted is None:
+    row = row_or_none()
+    if row is None or row.wanted is None:
         return None
-    own = {name: x.index_select(1, wanted) for name, x in kwargs.items()}
-    return tuple(x.index_select(1, wanted) for x in args), own
+    own = {name: x.index_select(1, row.wanted) for name, x in kwargs.items()}
+    return tuple(x.index_select(1, row.wanted) for x in args), own
 
 
 def _lay(_module: nn.Module, _args: object, out: Tensor) -> Tensor | None:
     """[1, R, ...] into [1, T, ...] of NaN."""
-    row = under_way()
-    if row.wanted is None:
+    row = row_or_none()
+    if row is None or row.wanted is None:
         return None
     whole = out.new_full((1, len(row.positions), *out.shape[2:]), float("nan"))
     return whole.index_copy_(1, row.wanted, out)
