@@ -38,6 +38,9 @@ _ROPE_WITHOUT_FACTOR = {"su", "longrope", "llama3", "yarn", "deepseek_yarn", "de
 _BEHIND_PAD = {
     "camembert",
     "data2vec-text",
+    "ibert",
+    "longformer",
+    "luke",
     "mpnet",
     "roberta",
     "roberta-prelayernorm",
@@ -101,8 +104,14 @@ class Checkpoint:
     def own_code(self) -> str | None:
         """The class that config.json names in a Python file of the checkpoint's own; None if it names none."""
         named = self.config.get("auto_map") or {}
-        models = [value for key, value in named.items() if str(key).startswith("AutoModel")]
-        return str((models or list(named.values()))[0]) if named else None
+        return self.own_model or (str(next(iter(named.values()))) if named else None)
+
+    @property
+    def own_model(self) -> str | None:
+        """The same of models alone: None where only the configuration or the tokenizer has code of its own."""
+        named = self.config.get("auto_map") or {}
+        models = [str(value) for key, value in named.items() if str(key).startswith("AutoModel")]
+        return str(named.get("AutoModel") or models[0]) if models else None
 
     @classmethod
     def read(cls, path: Path, overrides: Mapping[str, Any], pooler: PoolerConfig) -> Checkpoint:
@@ -237,7 +246,7 @@ def _longest(path: Path, config: Mapping[str, Any]) -> int:
 
 def _hidden_size(config: Mapping[str, Any]) -> int:
     text = _text_config(config)
-    for key in ("hidden_size", "d_model", "n_embd", "dim"):
+    for key in ("hidden_size", "d_model", "n_embd", "emb_dim", "dim"):
         if text.get(key):
             return int(text[key])
     raise ConfigError("config.json names no hidden size, so this does not look like a text model.")

@@ -51,9 +51,12 @@ class Pairing:
         if (
             scorer is None
             and reranker is not None
-            and any(name.endswith("ForCausalLM") for name in checkpoint.architectures)
+            and any(
+                name.endswith(("ForCausalLM", "ForConditionalGeneration"))
+                for name in checkpoint.architectures
+            )
         ):
-            scorer, sigma = Scorer(reranker.words, reranker.method), reranker.sigma
+            scorer, sigma = Scorer(reranker.words, reranker.method, reranker.token_ids), reranker.sigma
         return cls(scorer=scorer, reranker=reranker, files=files, sigma=sigma)
 
     def calibrated(self, config: EngineConfig) -> EngineConfig:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from carpool.engine.errors import InvalidInput
@@ -28,8 +28,8 @@ class Reranker:
 
     `parts`: the prompt, each part tokenised by itself. {document} is the text; {query} is what `query`, or with an
     instruction `instructed`, makes of it. `instruction` is taken where a request brings none. `specials`: the
-    tokenizer's own special tokens go around it. `words` and `method` make a head of a language model's, the logit of
-    which is divided by `sigma`.
+    tokenizer's own special tokens go around it. `words`, or `token_ids` where no word is meant, and `method` make a
+    head of a language model's, the logit of which is divided by `sigma`.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Reranker:
     instruction: str = ""
     specials: bool = False
     words: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()
     method: Method = "from_2_way_softmax"
     sigma: float = 1.0
 
@@ -59,8 +60,9 @@ class Reranker:
         asked = (self.instructed if instruction else self.query).format(query=query, instruction=instruction)
         texts = tuple(part.format(query=asked, document=document) for part in self.parts)
         holds = {name: i for i, part in enumerate(self.parts) for name in _PLACEHOLDER.findall(part)}
+        behind = self.parts[holds["document"]].partition("{document}")[2].format(query=asked)
         return Framed(
-            texts, tuple(dict.fromkeys((holds["document"], holds["query"]))), specials=self.specials
+            texts, tuple(dict.fromkeys((holds["document"], holds["query"]))), behind, specials=self.specials
         )
 
     def _written(self, query: str, document: str) -> Framed | None:
@@ -97,6 +99,15 @@ QWEN3 = Reranker(  # Qwen/Qwen3-Reranker-0.6B, -4B, -8B, tomaarsen/Qwen3-Reranke
     ),
     instructed="<Instruct>: {instruction}\n<Query>: {query}",
     instruction="Given a web search query, retrieve relevant passages that answer the query",
+    words=("no", "yes"),
+)
+QWEN3_VL = Reranker(  # Qwen/Qwen3-VL-Reranker-2B, -8B, of texts
+    name="Qwen3-VL-Reranker",
+    called=re.compile(r"qwen3[-_]vl[-_]reranker", re.IGNORECASE),
+    classes=("Qwen3VLForConditionalGeneration", "Qwen3VLForSequenceClassification"),
+    parts=(QWEN3.parts[0], "{query}\n<Document>:{document}", "<|im_end|>\n<|im_start|>assistant\n"),
+    instructed="<Instruct>: {instruction}<Query>:{query}",
+    instruction="Given a search query, retrieve relevant candidates that answer the query.",
     words=("no", "yes"),
 )
 MXBAI = Reranker(  # mixedbread-ai/mxbai-rerank-base-v2, -large-v2
@@ -152,6 +163,22 @@ ZERANK = Reranker(  # zeroentropy/zerank-2
     method="no_post_processing",
     sigma=5.0,
 )
+ZERANK_1 = replace(  # zeroentropy/zerank-1, -1-small: not taught to heed instructions
+    ZERANK, name="zerank-1", called=re.compile(r"zerank[-_]1", re.IGNORECASE), instructed="{query}"
+)
+CONTEXTUAL = Reranker(  # ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b, -2b, -6b
+    name="ctxl-rerank-v2",
+    called=re.compile(r"ctxl[-_]rerank[-_]v2", re.IGNORECASE),
+    classes=("Qwen3ForCausalLM", "Qwen3ForSequenceClassification", "MistralForCausalLM"),
+    parts=(
+        "Check whether a given document contains information helpful to answer the query.\n"
+        "<Document> {document}\n<Query> {query} ??",
+    ),
+    instructed="{query} {instruction}",
+    specials=True,
+    token_ids=(0,),  # trained to be the score, whatever word it stands for
+    method="no_post_processing",
+)
 NEMOTRON = Reranker(  # nvidia/llama-nemotron-rerank-1b-v2, llama-3.2-nv-rerankqa-1b-v2
     name="Llama Nemotron Rerank",
     called=None,
@@ -162,7 +189,7 @@ NEMOTRON = Reranker(  # nvidia/llama-nemotron-rerank-1b-v2, llama-3.2-nv-rerankq
     instructed="question:{query}",
     specials=True,
 )
-RERANKERS = (QWEN3, MXBAI, BGE_GEMMA, ZERANK, NEMOTRON)
+RERANKERS = (QWEN3, QWEN3_VL, MXBAI, BGE_GEMMA, ZERANK, ZERANK_1, CONTEXTUAL, NEMOTRON)
 
 
 def recognise(
@@ -175,7 +202,7 @@ def recognise(
     """
     classes = set(architectures)
     if config.get("is_original_qwen3_reranker"):
-        return QWEN3
+        return QWEN3_VL if classes & set(QWEN3_VL.classes) else QWEN3
     called = list(names)
     for family in RERANKERS:
         told = (

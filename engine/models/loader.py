@@ -15,14 +15,18 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
@@ -97,6 +101,7 @@ class Loader:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         config = self._config(checkpoint)
+        self._refuse_unread_code(checkpoint)
         match architecture.kind:
             case "embed" | "bge_m3" | "multi_vector":
                 model = self._model(_embedder(config), checkpoint, config, **_without_pooler(config))
@@ -130,7 +135,12 @@ class Loader:
                 return Loaded(self._backbone(model), self._reward_head(checkpoint))
 
     def _language_model(self, checkpoint: Checkpoint, config: PreTrainedConfig) -> PreTrainedModel:
-        full = self._model(AutoModelForCausalLM, checkpoint, config)
+        # One that takes images as well is none to the first.
+        sees = (
+            type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+            and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        )
+        full = self._model(AutoModelForImageTextToText if sees else AutoModelForCausalLM, checkpoint, config)
         if not isinstance(full.get_output_embeddings(), nn.Linear):
             raise ConfigError(f"{type(full).__name__} has no language model head to read words from.")
         return full
@@ -181,6 +191,7 @@ class Loader:
                 config=config,
                 dtype=self.dtype,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which is said below, by name
                 **own,
                 **options,
             )
@@ -195,6 +206,12 @@ class Loader:
             raise ConfigError(
                 f"The model in {checkpoint.path} cannot be loaded: {first_line(error)}{self._without(checkpoint)}"
             ) from error
+        if misfits := sorted((name, *map(tuple, shapes)) for name, *shapes in info["mismatched_keys"]):
+            name, stored_shape, expected = misfits[0]
+            raise ConfigError(
+                f"{len(misfits)} of the checkpoint's weights do not fit {type(model).__name__} as config.json and "
+                f"overrides describe it: {name} is of shape {stored_shape} and would have to be of {expected}."
+            )
         # A head that is replayed does use BERT's pooler.
         heedless = auto in (AutoModel, AutoModelForTextEncoding, AutoModelForTokenClassification)
         missing = sorted(name for name in info["missing_keys"] if not (_MAY_MISS.search(name) and heedless))
@@ -237,12 +254,31 @@ class Loader:
                 config_class = type(
                     AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=self.trust_remote_code)
                 )
-            merged: PreTrainedConfig = config_class.from_dict(dict(checkpoint.config))
+            values = dict(checkpoint.config)
+            if values.get("auto_map") is None:  # as an override has it; transformers looks into it
+                values.pop("auto_map", None)
+            merged: PreTrainedConfig = config_class.from_dict(values)
             return merged
         except Exception as error:
             raise ConfigError(
                 f"The config.json in {checkpoint.path} is not one carpool can serve: {first_line(error)}"
             ) from error
+
+    def _refuse_unread_code(self, checkpoint: Checkpoint) -> None:
+        """Weights may fit the class that `model_type` names and be meant for another computation.
+
+        Code whose class transformers has too is most often what that was made of, and `Model` notices it.
+        """
+        own = checkpoint.own_model
+        if self.trust_remote_code or checkpoint.dialect or own is None:
+            return
+        if own.rpartition(".")[2] not in dir(transformers):
+            raise ConfigError(
+                f"The checkpoint was published with code of its own ({own}), which is not run, and transformers has no "
+                "class of that name: what it computes is not known. If it is what transformers' class for model_type "
+                f"{checkpoint.config.get('model_type')!r} computes, say so with --hf-overrides "
+                """'{"auto_map": null}'."""
+            )
 
     def _without(self, checkpoint: Checkpoint) -> str:
         """How the sentence on what went wrong ends where the checkpoint's own code would be needed; else empty."""

@@ -212,6 +212,9 @@ ROPE = {"rope_theta": 10000.0}
         ({"max_position_embeddings": ...}, 2048),  # nothing is named
         ({"model_max_length": 9000}, 9000),  # this one wins
         ({"model_type": "xlm-roberta", "max_position_embeddings": 514, "pad_token_id": 1}, 512),
+        ({"model_type": "longformer", "max_position_embeddings": 4098, "pad_token_id": 1}, 4096),
+        ({"model_type": "luke", "max_position_embeddings": 514, "pad_token_id": 1}, 512),
+        ({"model_type": "ibert", "max_position_embeddings": 514, "pad_token_id": 1}, 512),
         ({"model_type": "mpnet", "max_position_embeddings": 514}, 512),  # the first two rows are never used
         ({**ROPE, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 1024),
         (  # the length is named as it was before: it has the factor in it

@@ -123,11 +123,43 @@ class Zerank(Card):
         return start[: limit and limit - len(suffix)] + suffix
 
 
+class Contextual(Card):
+    def ids(self, query: str, document: str, instruction: str | None, limit: int | None) -> Ids:
+        asked = f"\n<Query> {query}{f' {instruction}' if instruction else ''} ??"
+        opening = (
+            "Check whether a given document contains information helpful to answer the query.\n<Document> "
+        )
+        whole = self.of(f"{opening}{document}{asked}")
+        if limit is None or len(whole) <= limit:
+            return whole
+        return whole[: limit - len(self.of(asked))] + self.of(asked)
+
+    @property
+    def word_ids(self) -> Ids:
+        return [0]
+
+
+class Qwen3VL(Card):
+    words = ("no", "yes")
+
+    def ids(self, query: str, document: str, instruction: str | None, limit: int | None) -> Ids:
+        asked = instruction or "Given a search query, retrieve relevant candidates that answer the query."
+        start = self.of(
+            "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+            'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+            f"<Instruct>: {asked}<Query>:{query}\n<Document>:{document}"
+        )
+        suffix = self.of("<|im_end|>\n<|im_start|>assistant\n")
+        return start[: limit and limit - len(suffix)] + suffix
+
+
 FAMILIES: dict[str, tuple[type[Card], Callable[[Path], Any]]] = {
     "qwen3": (Qwen3, zoo.qwen3),
     "mxbai": (Mxbai, zoo.mxbai),
     "bge_gemma": (BgeGemma, zoo.bge_gemma),
     "zerank": (Zerank, zoo.zerank),
+    "contextual": (Contextual, zoo.contextual),
+    "qwen3_vl": (Qwen3VL, zoo.qwen3_vl),
 }
 
 
@@ -248,10 +280,13 @@ def test_each_side_can_be_shortened_by_itself(family: str, served: Callable[[str
     (whole,), _ = found(one, [LONG])
     spared = len(one.card.of(QUERY)) + len(one.card.of(LONG)) - 12
     assert abs((len(whole) - len(ids)) - spared) <= 2  # a token at a seam may be split anew
-    assert ids[-8:] == whole[-8:]
+    behind = 2 if family == "contextual" else 8  # tokens behind both texts
+    assert ids[-behind:] == whole[-behind:]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if name != "contextual"]
+)  # its query stands last
 def test_a_pair_in_its_prompt_already_is_not_put_into_it_again(
     family: str, served: Callable[[str], Served]
 ) -> None:
@@ -281,6 +316,12 @@ def test_a_pair_in_its_prompt_already_is_not_put_into_it_again(
         "zerank": (
             f"<|im_start|>system\n{QUERY}<|im_end|>\n",
             f"<|im_start|>user\n{document}<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        "qwen3_vl": (
+            "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+            'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n<Instruct>: '
+            f"Given a search query, retrieve relevant candidates that answer the query.<Query>:{QUERY}\n",
+            f"<Document>:{document}<|im_end|>\n<|im_start|>assistant\n",
         ),
     }[family]
     (answer,) = one.llm.score(query, rest, use_tqdm=False)
@@ -383,11 +424,16 @@ def test_a_calibration_of_the_users_takes_the_place_of_the_familys(served: Calla
         ("zerank-2-reranker", "Qwen3ForSequenceClassification", "zerank-2"),
         ("Qwen3-Embedding-0.6B", "Qwen3ForCausalLM", None),
         ("Qwen3-0.6B", "Qwen3ForCausalLM", None),
-        ("Qwen3-VL-Reranker-2B", "Qwen3VLForConditionalGeneration", None),
+        ("Qwen3-VL-Reranker-2B", "Qwen3VLForConditionalGeneration", "Qwen3-VL-Reranker"),
+        ("Qwen3-VL-Embedding-2B", "Qwen3VLForConditionalGeneration", None),
+        ("Qwen3-VL-Reranker-2B", "Qwen3ForCausalLM", None),
         ("Qwen3-Reranker-0.6B", "LlamaForCausalLM", None),
         ("mxbai-rerank-base-v1", "DebertaV2ForSequenceClassification", None),
         ("bge-reranker-v2-m3", "XLMRobertaForSequenceClassification", None),
-        ("zerank-1", "Qwen3ForCausalLM", None),
+        ("zerank-1", "Qwen3ForCausalLM", "zerank-1"),
+        ("zerank-1-small", "Qwen3ForCausalLM", "zerank-1"),
+        ("ctxl-rerank-v2-instruct-multilingual-1b", "Qwen3ForCausalLM", "ctxl-rerank-v2"),
+        ("ctxl-rerank-v2-instruct-multilingual-6b", "MistralForCausalLM", "ctxl-rerank-v2"),
     ],
 )
 def test_name_and_class_together_tell_a_family(name: str, architecture: str, family: str | None) -> None:
@@ -412,8 +458,9 @@ def test_every_row_has_a_place_for_both_texts_and_for_words() -> None:
         text = "".join(framed.parts)
         assert text.count("QQ") == text.count("DD") == 1
         assert all("QQ" in framed.parts[i] or "DD" in framed.parts[i] for i in framed.yields)
-        assert row.dialect or row.words
-        assert len(row.words) == (2 if row.method == "from_2_way_softmax" else 1) or not row.words
+        answers = row.words or row.token_ids
+        assert row.dialect or answers
+        assert len(answers) == (2 if row.method == "from_2_way_softmax" else 1) or not answers
 
 
 def test_a_folder_of_the_name_is_known_by_it(tmp_path: Path) -> None:

@@ -53,5 +53,5 @@ def test_without_a_pooling_it_is_refused(pooling: str | None, tmp_path: Path) ->
 def test_looking_one_way_would_show(tmp_path: Path) -> None:
     """Planted: the same weights as a plain Llama."""
     make = partial(zoo.bidirectional_llama, pooling="cls")
-    options = {"hf_overrides": {"model_type": "llama", "pooling": "cls"}}
+    options = {"hf_overrides": {"model_type": "llama", "pooling": "cls", "auto_map": None}}
     assert measure(Member("", "", make, ("embed",), options=options), tmp_path).alone > 0.01

@@ -66,10 +66,38 @@ def test_weights_of_another_architecture_under_a_known_name_are_refused(fresh: C
         folder / "config.json",
         auto_map={"AutoModel": "jinaai/xlm-roberta-flash-implementation--modeling.Model"},
     )
-    with pytest.raises(
-        ConfigError, match=r"lacks .* weights that XLMRobertaModel needs .* code of its own .*modeling\.Model"
-    ):
+    with pytest.raises(ConfigError, match=r"code of its own .*modeling\.Model.* no class of that name"):
         load(folder)
+    with pytest.raises(ConfigError, match=r"lacks .* weights that XLMRobertaModel needs"):
+        load(folder, auto_map=None)
+
+
+@pytest.mark.parametrize(
+    ("code", "known"),
+    [
+        ({"AutoModel": "modeling_llama_encoder.BertEncoderModel"}, False),  # as LLM2Vec's: looks both ways
+        (
+            {
+                "AutoModel": "someone/code--modeling.BertForGuardModel",
+                "AutoModelForMaskedLM": "m.BertForMaskedLM",
+            },
+            False,
+        ),
+        ({"AutoModelForSequenceClassification": "modeling.BertScorer"}, False),
+        ({"AutoModel": "modeling_bert.BertModel", "AutoModelForMaskedLM": "modeling_bert.OwnMaskedLM"}, True),
+        ({"AutoConfig": "configuration.OwnConfig"}, True),
+    ],
+)
+def test_code_that_nobody_has_read_is_refused_though_the_weights_fit(
+    code: dict[str, str], known: bool, fresh: Callable[[str], Path]
+) -> None:
+    folder = fresh("bert")
+    tiny.edit_json(folder / "config.json", auto_map=code)
+    if not known:
+        with pytest.raises(ConfigError, match=r"code of its own .*not run.*\"auto_map\": null") as refused:
+            load(folder)
+        assert "\n" not in str(refused.value)
+    load(folder, auto_map=code if known else None)
 
 
 @pytest.mark.parametrize(
@@ -78,8 +106,11 @@ def test_weights_of_another_architecture_under_a_known_name_are_refused(fresh: C
 def test_an_override_that_the_weights_do_not_fit_is_refused(
     overrides: dict[str, Any], checkpoint: Callable[[str], Path]
 ) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(
+        ConfigError, match=r"weights? .*(layer\.2|intermediate\.dense|word_embeddings)"
+    ) as refused:
         load(checkpoint("bert"), **overrides)
+    assert "\n" not in str(refused.value)
 
 
 def test_overrides_reach_the_model(checkpoint: Callable[[str], Path]) -> None:
@@ -131,7 +162,8 @@ def test_an_unknown_family_is_refused_without_a_question_on_stdin(
 
 def test_code_in_the_folder_is_not_run_unasked(fresh: Callable[[str], Path], tmp_path: Path) -> None:
     folder = fresh("bert")
-    tiny.edit_json(folder / "config.json", auto_map={"AutoConfig": "code.Config", "AutoModel": "code.Model"})
+    code = {"AutoConfig": "code.Config", "AutoModel": "code.BertModel"}
+    tiny.edit_json(folder / "config.json", auto_map=code)
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     load(folder)
     assert not (tmp_path / "ran").exists()

@@ -11,14 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+)
 
 import tiny
 from carpool.engine.params import Task
 from zoo.member import Member, Reference
+from zoo.towers import MARK_IDS, MROPE, QWEN3_VISION
 
 EOD = "<|endoftext|>"
 # Chat template of the tokenizer that these are made of: it drops the roles of a pair.
@@ -134,10 +141,16 @@ def cross_encoder_files(
 
 
 class WordReference:
-    """float32 logits of words at the last token, by transformers' CausalLM, and what becomes of them."""
+    """float32 logits of words at the last token, by transformers' class of its head, and what becomes of them."""
 
-    def __init__(self, folder: Path, token_ids: list[int], finish: Callable[[Tensor], Tensor]) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
+    def __init__(
+        self,
+        folder: Path,
+        token_ids: list[int],
+        finish: Callable[[Tensor], Tensor],
+        auto: Any = AutoModelForCausalLM,
+    ) -> None:
+        self.model: Any = auto.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self._token_ids, self._finish = token_ids, finish
@@ -218,6 +231,38 @@ def zerank(folder: Path) -> Reference:
     save(folder, "qwen3", tokenizer)
     named(folder, "zeroentropy/zerank-2")
     return WordReference(folder, ids(tokenizer, "Yes"), lambda logit: torch.sigmoid(logit / 5))
+
+
+def contextual(folder: Path) -> Reference:
+    """Known by its name: the logit of the first token that its tokenizer has, whichever that is."""
+    tokenizer = qwen_words()
+    save(folder, "qwen3", tokenizer)
+    named(folder, "ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b")
+    return WordReference(folder, [0], torch.sigmoid)
+
+
+def qwen3_vl(folder: Path) -> Reference:
+    """A model that takes images too, whose language model has a head."""
+    tokenizer = qwen_words()
+    text = {**_SIZES, "vocab_size": 420, "rope_parameters": MROPE, "tie_word_embeddings": True}
+    config = transformers.Qwen3VLConfig(
+        text_config=text, vision_config=QWEN3_VISION, tie_word_embeddings=True, **MARK_IDS
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen3VLForConditionalGeneration(config)
+    tiny.inflate(model)
+    model.save_pretrained(folder)
+    tiny.save_tokenizer(
+        tokenizer,
+        folder,
+        pad=EOD,
+        tokenizer_class="PreTrainedTokenizerFast",
+        model_max_length=1024,
+        eos_token=EOD,
+        chat_template=CHATML,
+    )
+    named(folder, "Qwen/Qwen3-VL-Reranker-2B")
+    return WordReference(folder, ids(tokenizer, "no", "yes"), second_of_two, AutoModelForImageTextToText)
 
 
 def zerank_with_files(folder: Path) -> Reference:
@@ -327,6 +372,15 @@ MEMBERS: tuple[Member, ...] = (
     _member("BAAI/bge-reranker-v2-gemma", "GemmaForCausalLM", bge_gemma, "its prompt and word by name"),
     _member("zeroentropy/zerank-2", "Qwen3ForCausalLM", zerank_with_files, "sentence-transformers files"),
     _member("zeroentropy/zerank-2, without its files", "Qwen3ForCausalLM", zerank, "its prompt by name"),
+    _member(
+        "ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b",
+        "Qwen3ForCausalLM",
+        contextual,
+        "its prompt by name, no word",
+    ),
+    _member(
+        "Qwen/Qwen3-VL-Reranker-2B", "Qwen3VLForConditionalGeneration", qwen3_vl, "texts; its prompt by name"
+    ),
     _listwise("jinaai/jina-reranker-v3", jina_v3),
     _listwise("jinaai/jina-reranker-v3.5", jina_v3_5),
 )

@@ -96,8 +96,16 @@ _LANGUAGE: dict[str, Any] = {
     "head_dim": 8,
     "max_position_embeddings": 256,
 }
-_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-_MARKS = {
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+QWEN3_VISION: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 4,
+    "out_hidden_size": 32,
+    "deepstack_visual_indexes": [0],
+}
+MARK_IDS = {
     "image_token_id": 410,
     "video_token_id": 411,
     "vision_start_token_id": 412,
@@ -121,11 +129,10 @@ def _with_images(model: str, config: Callable[[], Any]) -> Callable[[Path], Refe
 
 
 def qwen3_vl() -> Any:
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32}
     return transformers.Qwen3VLConfig(
-        text_config={**_LANGUAGE, "rope_parameters": _MROPE},
-        vision_config={**vision, "deepstack_visual_indexes": [0]},
-        **_MARKS,
+        text_config={**_LANGUAGE, "rope_parameters": MROPE},
+        vision_config=QWEN3_VISION,
+        **MARK_IDS,
     )
 
 
