@@ -85,6 +85,10 @@ def items_by_task(rows: Rows, tasks: Sequence[str], layout: tuple[EmbedDType, En
 
 
 def base64_texts(rows: Rows, dtype: EmbedDType, endianness: Endianness) -> list[str]:
+    if dtype == "float32" and endianness in ("native", sys.byteorder):  # straight from the rows as they lie
+        return [
+            b2a_base64(np.ascontiguousarray(row, np.float32).data, newline=False).decode() for row in rows
+        ]
     buffer = memoryview(raw_vectors(rows, dtype, endianness))
     return [b2a_base64(buffer[start:end], newline=False).decode() for start, end in _extents(rows, dtype)]
 

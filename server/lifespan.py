@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import signal
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 BACKLOG = 1024
+ACCEPTS = 32  # new connections that a turn of the event loop takes from each socket
 
 
 async def serve(config: ServerConfig, engine: AsyncEngine) -> bool:
@@ -72,14 +74,19 @@ async def _listening(config: ServerConfig, engine: AsyncEngine) -> AsyncIterator
     """The socket is open while inside; on the way out the last answers are sent."""
     runner = Runner(make_app(config, engine))
     await runner.setup()
+    doors: list[asyncio.AbstractServer] = []
     try:
-        yield await _open_site(config, runner)
+        site = await _open_site(config, runner)
+        doors = await _more_doors(config, runner, site)
+        yield str(site.name)
     finally:
+        for door in doors:
+            door.close()
         await runner.cleanup()
 
 
-async def _open_site(config: ServerConfig, runner: Runner) -> str:
-    """Start to listen; the URL under which."""
+async def _open_site(config: ServerConfig, runner: Runner) -> Any:
+    """Start to listen."""
     tls = _tls(config)
     site: Any
     if config.uds:
@@ -93,7 +100,24 @@ async def _open_site(config: ServerConfig, runner: Runner) -> str:
         number = error.errno or 0  # name resolution has numbers below 0, of its own
         reason = os.strerror(number) if number > 0 else str(error)
         raise ConfigError(f"Cannot listen on {place}: {reason.lower()}.") from error
-    return str(site.name)
+    return site
+
+
+async def _more_doors(config: ServerConfig, runner: Runner, site: Any) -> list[asyncio.AbstractServer]:
+    """Listen on the site's sockets `ACCEPTS` times over.
+
+    uvloop takes one new connection a turn from what it listens on, and when the server is busy a turn is long: those
+    who connect would wait for seconds to be refused, and those who connect for each request be answered last.
+    """
+    loop = asyncio.get_running_loop()
+    listen: Any = loop.create_unix_server if config.uds else loop.create_server
+    tls = _tls(config)
+    doors = []
+    for listening in site._server.sockets:
+        for _ in range(ACCEPTS - 1):
+            again = socket.socket(fileno=os.dup(listening.fileno()))
+            doors.append(await listen(runner.server, sock=again, ssl=tls, backlog=BACKLOG))
+    return doors
 
 
 def _tls(config: ServerConfig) -> ssl.SSLContext | None:
@@ -120,5 +144,6 @@ def _announce(config: ServerConfig, engine: AsyncEngine, url: str, seconds: floa
         dtype=model.dtype,
         device=model.device,
         workers=model.workers,
+        batch_tokens=model.batch_tokens or model.max_num_batched_tokens,
         seconds=round(seconds, 2),
     )

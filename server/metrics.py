@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
@@ -121,6 +122,13 @@ class Metrics:
         self._request_seconds = histogram(
             "carpool_request_seconds", "From a request's headers to its answer.", SECONDS, "endpoint"
         )
+        # Routes and statuses are few, and to find the series of one anew takes longer than to count.
+        self._done = cache(
+            lambda endpoint, status: (
+                self._requests.labels(model_name, endpoint, str(status)),
+                self._request_seconds.labels(model_name, endpoint),
+            )
+        )
         stages = histogram("carpool_stage_seconds", "Seconds of a request in each stage.", SECONDS, "stage")
         self._stages = {stage: stages.labels(model_name, stage) for stage in STAGES}
         self._prompt_tokens = counter("carpool_prompt_tokens_total", "Prompt tokens answered.").labels(
@@ -150,8 +158,9 @@ class Metrics:
             self.running -= 1
 
     def request_done(self, endpoint: str, status: int, seconds: float) -> None:
-        self._requests.labels(self._model, endpoint, str(status)).inc()
-        self._request_seconds.labels(self._model, endpoint).observe(seconds)
+        counter, histogram = self._done(endpoint, status)
+        counter.inc()
+        histogram.observe(seconds)
 
     def answered(self, prompt_tokens: int, timings: Timings, encode: float) -> None:
         """The engine served a request, and its answer is written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 
 import pytest
@@ -114,3 +115,20 @@ async def test_a_strange_expectation_elsewhere_is_answered_in_the_shape(served: 
 async def test_the_server_goes_on_after_all_of_it(served: Served) -> None:
     await served.raw(b"garbage\r\n\r\n")
     assert (await served.post(EMBEDDINGS, {"input": "hi"})).status == 200
+
+
+async def test_pipelined_requests_are_answered_in_order(served: Served) -> None:
+    """The second could be answered at once, and waits for the first."""
+    served.engine.gate.clear()
+    first = HEAD + b"X-Request-Id: first\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY
+    second = b"GET /health/live HTTP/1.1\r\nHost: a\r\nX-Request-Id: second\r\nConnection: close\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+    writer.write(first + second)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(reader.read(1), 0.1)
+    served.engine.gate.set()
+    async with asyncio.timeout(5):
+        answers = await reader.read()
+    writer.close()
+    assert answers.count(b"HTTP/1.1 200 OK") == 2
+    assert 0 < answers.index(b"X-Request-Id: first") < answers.index(b"X-Request-Id: second")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from aiohttp import ClientSession, UnixConnector
 from structlog.testing import capture_logs
 
@@ -205,3 +207,30 @@ async def test_ready_is_one_line_with_the_facts() -> None:
     assert ready["model"] == "all-MiniLM-L6-v2"
     assert (ready["dtype"], ready["workers"]) == ("float32", 1)
     assert ready["seconds"] >= 0
+
+
+def test_many_who_connect_at_once_wait_for_few_turns_of_the_loop(tmp_path: Path) -> None:
+    """On the loop that serves in production, which takes one connection a turn from each thing it listens on."""
+
+    async def turns(config: ServerConfig, family: socket.AddressFamily, address: Any) -> int:
+        engine: Any = FakeEngine()
+        async with lifespan._listening(config, engine):
+            clients = [socket.socket(family) for _ in range(2 * lifespan.ACCEPTS)]
+            for client in clients:
+                client.connect(address)  # the kernel's part: they wait to be accepted
+                client.sendall(b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n")
+                client.setblocking(False)
+            waiting, count = set(clients), 0
+            while waiting and count < 1000:
+                count += 1
+                await asyncio.sleep(0)
+                answered, _, _ = select.select(waiting, [], [], 0)
+                waiting -= set(answered)
+            for client in clients:
+                client.close()
+            return count
+
+    config = local()
+    assert uvloop.run(turns(config, socket.AF_INET, ("127.0.0.1", config.port))) < lifespan.ACCEPTS
+    path = str(tmp_path / "socket")
+    assert uvloop.run(turns(ServerConfig(uds=path), socket.AF_UNIX, path)) < lifespan.ACCEPTS
