@@ -13,12 +13,13 @@ from typing import Protocol
 
 import torch
 
+from carpool.engine import cost
 from carpool.engine.batch import Batch
 from carpool.engine.errors import ConfigError
 from carpool.engine.params import PoolingParams, Task
 from carpool.engine.sequence import Sequence
 
-_CPU_TOKENS = 2048  # the best micro-batch on the CPUs measured: docs/log.md
+_CPU_TOKENS = cost.MOST_TOKENS  # batches are filled up to less where that is as fast: `cost.py`
 # Not measured. What a small model needs to fill a large GPU, and a large model can be given: at a width of 4096 some
 # GB of activations in 16 bits.
 _GPU_TOKENS = 16_384

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -12,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from carpool.engine import budget
+from carpool.engine import budget, cost
 from carpool.engine.architecture import Architecture, labels_of
 from carpool.engine.cache.cache import Cache
 from carpool.engine.cache.choice import Keep, choose_cache
 from carpool.engine.chat import ChatTemplate
 from carpool.engine.checkpoint import Checkpoint
 from carpool.engine.config import EngineConfig
+from carpool.engine.cores import Cores
 from carpool.engine.device import limit_memory, resolve_devices, resolve_dtype
 from carpool.engine.errors import ConfigError
 from carpool.engine.fast_tokenizer import end_notice, load_fast
@@ -157,7 +157,8 @@ def build(config: EngineConfig) -> Parts:
     if config.surgery and any(reads(pool) != "all" for pool in pools.values()):
         narrowed = narrow(model.backbone, vocab_size=plan.checkpoint.vocab_size)
         model = replace(model, surgery={**model.surgery, "last_layer": narrowed})
-    kept = _kept(plan, model, pools)
+    batch_tokens = _batch_tokens(plan, model, pools)
+    kept = _kept(plan, model, pools, batch_tokens)
     notices = (
         plan.notice,
         *model.notices,
@@ -174,6 +175,7 @@ def build(config: EngineConfig) -> Parts:
         roles={role: scribe.skipped for role, scribe in tokenizer.scribes.items()},
         chat_template=chat.present,
         score_template=framer is not None,
+        batch_tokens=batch_tokens,
         notices=tuple(sentence for sentence in notices if sentence),
     )
     first = ModelRunner(model.backbone, Pooler(pools), plan.device, kept.storage)
@@ -193,6 +195,21 @@ def _runners(plan: _Plan, first: ModelRunner, workers: int) -> list[ModelRunner]
         with budget.room_for_weights(device):
             runners.append(first.replica(device))
     return runners
+
+
+def _batch_tokens(plan: _Plan, model: Model, pools: Mapping[Task, Pool]) -> int | None:
+    """Up to how many tokens batches are filled, by what they cost on this CPU; None for as many as they may have."""
+    if plan.device.type != "cpu" or plan.config.max_num_batched_tokens is not None:
+        return None
+    runner = ModelRunner(model.backbone, Pooler(pools), plan.device)
+    found = cost.measured(
+        _runners(plan, runner, _workers(plan.config, plan.devices)),
+        max_model_len=plan.max_model_len,
+        max_num_seqs=plan.config.max_num_seqs,
+        vocab_size=plan.checkpoint.vocab_size,
+        task=_default_task(plan.config, pools),
+    )
+    return cost.MOST_TOKENS if found is None else found.batch_tokens()
 
 
 def _recorded(plan: _Plan, runners: Seq[ModelRunner]) -> dict[str, None]:
@@ -234,7 +251,7 @@ def _pools(plan: _Plan, model: Model, width: int, marks: Marks) -> dict[Task, Po
     return {task: AdaptedPool({slot: own[task] for slot, own in by_slot.items()}) for task in pools}
 
 
-def _kept(plan: _Plan, model: Model, pools: Mapping[Task, Pool]) -> Keep:
+def _kept(plan: _Plan, model: Model, pools: Mapping[Task, Pool], batch_tokens: int | None) -> Keep:
     """Keys and values, where it is of use."""
     return choose_cache(
         plan.config,
@@ -243,6 +260,7 @@ def _kept(plan: _Plan, model: Model, pools: Mapping[Task, Pool]) -> Keep:
         device=plan.device,
         vocab_size=plan.checkpoint.vocab_size,
         max_model_len=plan.max_model_len,
+        batch_tokens=batch_tokens,
         limits=plan.checkpoint.windows,
     )
 
@@ -283,6 +301,7 @@ def _model_info(
         dtype=str(plan.dtype).removeprefix("torch."),
         device=", ".join(map(str, plan.devices)),
         workers=_workers(config, plan.devices),
+        worker_cpus=_worker_cpus(config, plan.devices),
         parameters=model.parameters,
         max_num_batched_tokens=budget.wanted(
             config.max_num_batched_tokens, plan.max_model_len, plan.device, chunks=kept.chunks
@@ -293,6 +312,8 @@ def _model_info(
         prefix_caching=bool(kept.cache and kept.cache.finds_prefixes),
         chunked_prefill=kept.chunks,
         kv_cache_tokens=kept.cache.num_tokens if kept.cache else 0,
+        kv_cache_bytes=kept.storage.num_bytes if kept.storage else 0,
+        chunk_tokens=kept.cache.paging.max_chunk_tokens if kept.cache and kept.chunks else None,
         quantization=config.quantization,
         surgery=model.surgery,
     )
@@ -391,7 +412,14 @@ def _workers(config: EngineConfig, devices: Seq[torch.device]) -> int:
     """One a GPU; on a CPU one a core this process may use, unless told otherwise."""
     if devices[0].type != "cpu":
         return len(devices)
-    return config.cpu_workers or len(os.sched_getaffinity(0))
+    return config.cpu_workers or Cores.here().workers
+
+
+def _worker_cpus(config: EngineConfig, devices: Seq[torch.device]) -> tuple[tuple[int, ...], ...]:
+    """The CPUs that each worker is bound to, () if they float. The thread of a GPU waits most of the time."""
+    if devices[0].type != "cpu" or not config.pin_workers:
+        return ()
+    return Cores.here().each(_workers(config, devices))
 
 
 def _attention_in_words(served: Mapping[Choice, int]) -> str:
@@ -406,6 +434,8 @@ def _attention_notices(device: torch.device, chosen: Iterable[Choice]) -> Iterat
         yield (
             "The native CPU kernels were not built (no C++ compiler at install, or another CPU): torch serves, slower."
         )
+    if device.type == "cpu" and native.setback is not None:
+        yield native.setback
     yield from dict.fromkeys(choice.notice for choice in chosen if choice.notice)
 
 
@@ -414,7 +444,11 @@ def _device_notices(config: EngineConfig, device: torch.device) -> Iterator[str]
     if device.type == "cpu":
         if config.gpu_memory_utilization is not None:
             yield "--gpu-memory-utilization has no meaning on a CPU."
+        if config.pin_workers and not _worker_cpus(config, (device,)):
+            yield "--pin-workers: there are fewer cores than workers, so none is bound to one."
         return
+    if config.pin_workers:
+        yield "--pin-workers has no meaning on a GPU."
     if config.cpu_workers is not None:
         yield "--cpu-workers has no meaning on a GPU: there is one worker a device (--data-parallel-size)."
     if fault := launch.fault():

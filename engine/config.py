@@ -176,7 +176,9 @@ class EngineConfig:
     )
     trust_remote_code: bool = option(False, "Run Python code that a checkpoint brings along.")
     dtype: DType = option(
-        "auto", "Type of weights and activations; auto is the checkpoint's if the device has it."
+        "auto",
+        "Type of weights and activations; auto is bfloat16 on CPUs with AVX-512 BF16 or AMX, elsewhere the "
+        "checkpoint's if the device has it.",
     )
     max_model_len: int | None = option(
         None, "Most tokens a prompt may have; by default what the model was made for."
@@ -184,13 +186,20 @@ class EngineConfig:
     max_num_seqs: int = option(256, "Most prompts in one batch.")
     max_num_batched_tokens: int | None = option(
         None,
-        "Most tokens in one batch; by default 2048, on a GPU 16384, or one prompt's worth; less where memory is short.",
+        "Most tokens in one batch; by default what a CPU is found to run best, up to 2048, or one prompt's worth; on a "
+        "GPU 16384, less where memory is short.",
     )
     device: str = option("auto", "Where the model runs: cpu, cuda, cuda:N; auto is the first GPU, if any.")
     data_parallel_size: int = option(
         1, "GPUs that each run a copy of the model, numbered on from the --device."
     )
-    cpu_workers: int | None = option(None, "Threads that each run batches on a CPU; by default one a core.")
+    cpu_workers: int | None = option(
+        None,
+        "Threads that each run batches on a CPU; by default one a core, as far as a container's quota goes.",
+    )
+    pin_workers: bool = option(
+        False, "Bind each of them to a core of its own, on a machine with nothing else to do."
+    )
     gpu_memory_utilization: float | None = option(
         None, "Most of a GPU's memory to take, as a part of 1; nothing is taken ahead of need."
     )
@@ -206,7 +215,8 @@ class EngineConfig:
         None, "Run long prompts in chunks, beside others; by default where the model is causal."
     )
     long_prefill_token_threshold: int | None = option(
-        None, "Longest chunk, and longest prompt that is run whole; by default 512, on a GPU 2048."
+        None,
+        "Longest chunk, and longest prompt that is run whole; by default a batch's worth, 2048 at the most.",
     )
     block_size: int = option(16, "Tokens in a block of the cache of keys and values.")
     kv_cache_memory_bytes: int | None = option(
@@ -217,7 +227,7 @@ class EngineConfig:
         0, "Memory for results, given again for prompts that come again; 0 keeps none.", unit="bytes"
     )
     max_queued_tokens: int | None = option(
-        None, "Waiting tokens above which requests get 503; by default 60 s of work."
+        None, "Waiting tokens above which requests get 503; by default what would wait 5 s is refused."
     )
     quantization: str | None = option(
         None, "int8: linear layers in 8-bit integers, on a CPU; by default as --dtype says."

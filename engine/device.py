@@ -82,7 +82,8 @@ def resolve_dtype(
 ) -> tuple[torch.dtype, str | None]:
     """The dtype to run in, and a notice where that is not what was stored or will be slow.
 
-    "auto" is the checkpoint's when that is 16-bit and the device computes it natively, else float32.
+    "auto" is bfloat16 on a CPU that has instructions for its products; elsewhere the checkpoint's when that is 16-bit
+    and the device computes it natively, else float32.
     """
     named = {"float": "float32", "half": "float16"}.get(name, name)
     native = {"float32"} | _native_16_bit(device)
@@ -100,10 +101,19 @@ def resolve_dtype(
     if named != "auto":
         slow = f"{named} is emulated on this device and will be slow." if named not in native else None
         return getattr(torch, named), slow
+    if "bfloat16" in fit and _multiplies_bfloat16(device):
+        return torch.bfloat16, None
     if stored in native:
         return getattr(torch, stored), None
     notice = f"The checkpoint is {stored}, which this device does not compute natively: running in float32."
     return torch.float32, notice if stored in ("float16", "bfloat16") else None
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether this is a CPU with AVX-512 BF16 or AMX: bfloat16 takes half the time of float32 there, or less."""
+    return device.type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
 
 
 def _native_16_bit(device: torch.device) -> set[str]:

@@ -48,7 +48,10 @@ class Fleet:
     A worker's results come in the order of its batches, so one watchdog watches over the oldest of them.
     """
 
-    def __init__(self, scheduler: Scheduler, runners: Seq[Runner], owner: Owner) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runners: Seq[Runner], owner: Owner, cpus: Seq[Seq[int]] = ()
+    ) -> None:
+        """`cpus`: those that each worker is bound to, none to let them float."""
         loop = asyncio.get_running_loop()
         self._scheduler = scheduler
         self._owner = owner
@@ -60,6 +63,7 @@ class Fleet:
                 done=partial(_call_on, loop, self._done),
                 died=partial(_call_on, loop, self._died),
                 name=f"carpool-worker-{i}",
+                cpus=cpus[i] if cpus else (),
             )
             for i, runner in enumerate(runners)
         ]

@@ -44,14 +44,18 @@ class ModelInfo:
     dtype: str
     device: str
     workers: int
+    worker_cpus: tuple[tuple[int, ...], ...] = ()  # those that each is bound to; none: they float
     parameters: int
     max_num_batched_tokens: int
+    batch_tokens: int | None = None  # batches are filled up to so many, where that is less
     max_num_seqs: int
     packing: Literal["packed", "padded"] = "packed"  # padded: a model that cannot be packed, slower
     attention: str  # which implementation runs
     prefix_caching: bool = False  # what prompts begin with is not run again for those that begin alike
     chunked_prefill: bool = False  # long prompts are run in parts
     kv_cache_tokens: int = 0  # keys and values of so many are kept
+    kv_cache_bytes: int = 0  # and take so much memory, on a CPU as they come to be used
+    chunk_tokens: int | None = None  # longer prompts are run in chunks of so many
     quantization: str | None = None  # what linear layers compute in, where that is not the dtype
     surgery: Mapping[str, int] = field(
         default_factory=dict

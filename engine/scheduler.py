@@ -25,6 +25,7 @@ from carpool.engine.sequence import Sequence
 from carpool.engine.twins import Twins
 
 _MAX_CANDIDATES = 256  # waiting sequences that one deal looks at (or max_num_seqs): bounds what a deal costs
+_LEAST_PART = 4  # a batch is not cut below this part of a full one for workers that are busy yet
 _FEW_CLIENTS = 64  # idle clients that are not worth a look at whether they may be forgotten
 
 
@@ -79,8 +80,10 @@ class Scheduler:
 
     With `paging`, prompts may be run in chunks and share prefixes; every batch is then to be reported to `landed`.
 
+    Batches are filled up to `batch_tokens` (default: the most); only a prompt that is longer goes beyond, by itself.
     `window_tokens` is how far ahead in fair order a deal looks for sequences of similar length (default: four
-    batches). When several workers are idle a short queue is dealt in equal shares, none below `min_share_tokens`.
+    batches). When several workers are idle a short queue is dealt in equal shares, none below `min_share_tokens`; and a
+    part of it is left for those of the `workers` that are busy yet, so that the last of a backlog keeps all busy.
     """
 
     def __init__(
@@ -88,6 +91,8 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_num_seqs: int,
         *,
+        batch_tokens: int | None = None,
+        workers: int = 1,
         max_overtaken_s: float = 0.25,
         window_tokens: int | None = None,
         min_share_tokens: int = 128,
@@ -96,9 +101,11 @@ class Scheduler:
         self._paging = paging
         self._begun: dict[Sequence, None] = {}  # those that wait for their next chunk
         self._max_tokens = max_num_batched_tokens
+        self._batch_tokens = min(batch_tokens or max_num_batched_tokens, max_num_batched_tokens)
         self._max_seqs = max_num_seqs
+        self._workers = workers
         self._max_overtaken_s = max_overtaken_s
-        self._window_tokens = 4 * max_num_batched_tokens if window_tokens is None else window_tokens
+        self._window_tokens = 4 * self._batch_tokens if window_tokens is None else window_tokens
         self._min_share_tokens = min_share_tokens
         self._max_candidates = max(_MAX_CANDIDATES, max_num_seqs)
         self._many_clients = _FEW_CLIENTS
@@ -258,7 +265,7 @@ class Scheduler:
     @property
     def fills_a_batch(self) -> bool:
         """Whether so much waits that nothing to come could still join the next batch."""
-        return self.waiting_tokens >= self._max_tokens or self.waiting_sequences >= self._max_seqs
+        return self.waiting_tokens >= self._batch_tokens or self.waiting_sequences >= self._max_seqs
 
     def take_expired(self) -> list[Sequence]:
         """The sequences that were dropped because their deadline had passed, each exactly once."""
@@ -268,9 +275,14 @@ class Scheduler:
         return expired
 
     def _share(self, idle_workers: int) -> int:
-        """Tokens one batch may hold so that every idle worker gets its part of a short queue."""
+        """Tokens one batch may hold so that every worker gets its part of a short queue: small ones if it is idle."""
         share = -(-self.waiting_tokens // max(1, idle_workers))
-        return min(self._max_tokens, max(share, self._min_share_tokens))
+        of_all = -(-self.waiting_tokens // self._workers)
+        return min(
+            self._batch_tokens,
+            max(share, self._min_share_tokens),
+            max(of_all, self._batch_tokens // _LEAST_PART),
+        )
 
     def _choose(self, candidates: list[Sequence], budget: int, now: float) -> dict[Sequence, int]:
         """The first in fair order; then, priority by priority, the overdue and those nearest to it in length.
@@ -341,7 +353,7 @@ class Scheduler:
                     continue
                 flow.dealt(seq.remaining, 1)
                 picked.append(seq)
-                total += min(seq.remaining, self._max_tokens)
+                total += min(seq.remaining, self._batch_tokens)
         return picked
 
     def _put_back(self, seq: Sequence) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Protocol
@@ -17,6 +19,8 @@ from carpool.engine.memory import HeapTrimmer
 
 Row = NDArray[Any] | InferenceFailed | None  # None: the rest of its prompt is still to be run
 Landing = Callable[[], list[Row]]  # waits for a batch that was launched: one result a sequence
+
+_log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
@@ -43,6 +47,7 @@ class Worker:
 
     Both are called in the worker's thread: `done` in the order of submission, `died` at most once and last. `seconds`
     is how long the batch had the device to itself. The owner submits no more than `places` batches that are not done.
+    The thread is bound to the `cpus`, if there are any.
     """
 
     def __init__(
@@ -51,10 +56,12 @@ class Worker:
         done: Callable[[Worker, Batch, list[Row], float], object],
         died: Callable[[Worker, BaseException], object],
         name: str,
+        cpus: Collection[int] = (),
     ) -> None:
         self._runner = runner
         self._done = done
         self._died = died
+        self._cpus = cpus
         self._inbox: SimpleQueue[Batch | None] = SimpleQueue()
         # A daemon, since a thread that hangs inside a kernel must not keep the process from exiting.
         self._thread = Thread(target=self._main, name=name, daemon=True)
@@ -84,10 +91,20 @@ class Worker:
 
     def _main(self) -> None:
         try:
+            self._pin()
             self._runner.bind()
             self._serve()
         except BaseException as error:  # whatever it was, someone waits for this thread
             self._died(self, error)
+
+    def _pin(self) -> None:
+        """Onto its own CPUs: the thread, and nothing else of the process."""
+        if not self._cpus:
+            return
+        try:
+            os.sched_setaffinity(0, self._cpus)
+        except OSError as error:  # taken from the process since it was asked what it has
+            _log.warning("%s is not bound to CPUs %s: %s", self._thread.name, list(self._cpus), error)
 
     def _serve(self) -> None:
         """Launch what there is up to the runner's depth; else land the oldest; with nothing under way, wait."""

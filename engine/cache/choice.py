@@ -15,7 +15,7 @@ from carpool.engine.cache.storage import KeptLayer, Storage
 from carpool.engine.config import EngineConfig
 from carpool.engine.errors import ConfigError
 from carpool.engine.models.backbone import Backbone
-from carpool.engine.models.paged import number_layers, paged_attention_chosen, paging_fault
+from carpool.engine.models.paged import CannotPage, pageable_layers, paged_attention_chosen
 from carpool.engine.params import Task
 from carpool.kernels.attention import Choice
 
@@ -23,7 +23,7 @@ _CPU_BYTES = 1 << 30  # taken as it comes to be used
 _CPU_SHARE = 4  # and at most this part of what is free at the start
 _GPU_SHARE = 10  # this part of a GPU's memory
 _MOST_PROMPTS = 64  # of the longest: more of a small model's is kept for nobody
-_CPU_CHUNK, _GPU_CHUNK = 512, 2048  # tokens
+_CHUNK = 2048  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,13 @@ def choose_cache(
     device: torch.device,
     vocab_size: int,
     max_model_len: int,
+    batch_tokens: int | None = None,
     limits: Iterable[int] = (),
 ) -> Keep:
     """`last_only` are the tasks whose results are of a prompt's last token. Raises ConfigError if there is no room.
+
+    Unless told otherwise, a chunk is as large as a batch, whose `batch_tokens` are what the model needs to run at full
+    speed: then chunks cost nothing, and nobody waits longer behind one than behind any other batch.
 
     What the user leaves open is on where it can be: chunks for a model that looks back only, prefixes if it has tasks
     that profit.
@@ -61,22 +65,23 @@ def choose_cache(
         return _not_kept("no task of it is about the last token", config.enable_prefix_caching)
     if config.data_parallel_size > 1:
         return _not_kept("GPUs would need one another's", asked)
-    fault = paging_fault(
-        backbone,
-        vocab_size=vocab_size,
-        max_model_len=max_model_len,
-        block_size=config.block_size,
-        limits=limits,
-    )
-    if fault:
-        return _not_kept(fault, asked)
-    layers = number_layers(backbone)
+    try:
+        layers = pageable_layers(
+            backbone,
+            vocab_size=vocab_size,
+            max_model_len=max_model_len,
+            block_size=config.block_size,
+            limits=limits,
+        )
+    except CannotPage as fault:
+        return _not_kept(str(fault), asked)
     blocks = _num_blocks(config, layers, device, max_model_len)
     if blocks * config.block_size < 2 * config.block_size:
         return _not_kept("there is no memory for it", asked)
-    chunk = config.long_prefill_token_threshold or (_CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK)
+    most = config.max_num_batched_tokens or max_model_len
+    chunk = min(config.long_prefill_token_threshold or batch_tokens or _CHUNK, max_model_len, most)
     # Without chunks, prompts are as long as a batch at most.
-    longest = min(chunk, max_model_len) if chunks else max(max_model_len, config.max_num_batched_tokens or 0)
+    longest = chunk if chunks else max(max_model_len, most)
     cache = Cache(Paging(BlockPool(blocks, config.block_size), longest), frozenset(last_only), prefixes)
     storage = Storage.of(layers, blocks, config.block_size, device)
     attention = tuple(paged_attention_chosen(backbone, storage))

@@ -35,6 +35,11 @@ class Storage:
         self.num_blocks = num_blocks
         self.block_size = block_size
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes once all of it has been used."""
+        return sum(pages.nbytes for layer in self.layers for pages in layer)
+
     @classmethod
     def of(
         cls, layers: Iterable[KeptLayer], num_blocks: int, block_size: int, device: torch.device

@@ -58,29 +58,31 @@ def number_layers(backbone: Backbone) -> list[KeptLayer]:
     return [KeptLayer(call.heads, call.size, call.dtype) for call in calls]
 
 
-def paging_fault(
+def pageable_layers(
     backbone: Backbone, *, vocab_size: int, max_model_len: int, block_size: int, limits: Iterable[int] = ()
-) -> str | None:
-    """Why prompts cannot be run in parts, as the end of a sentence; None if they can, and then all layers are numbered.
+) -> list[KeptLayer]:
+    """The layers as `number_layers` has them, of a model whose prompts can be run in parts; else raises CannotPage.
 
     Prompts of the trial are longer than the `limits`, windows and the like, unless that took minutes.
     """
     try:
         with torch.inference_mode():
-            return _trial(backbone, vocab_size, max_model_len, block_size, limits)
+            return _tried(backbone, vocab_size, max_model_len, block_size, limits)
+    except CannotPage:
+        raise
     except Exception as error:  # whatever its code raises
-        return first_line(error).rstrip(".")
+        raise CannotPage(first_line(error).rstrip(".")) from error
 
 
-def _trial(
+def _tried(
     backbone: Backbone, vocab_size: int, max_model_len: int, block_size: int, limits: Iterable[int]
-) -> str | None:
+) -> list[KeptLayer]:
     layers = number_layers(backbone)
     beyond = [2 * limit for limit in limits if 2 * limit <= _LONGEST]
     length = min(max(3 * block_size + 5, 50, *beyond), max_model_len)
     shared = (length - 1) // block_size
     if not shared:
-        return f"no prompt is longer than a block of {block_size} tokens"
+        raise CannotPage(f"no prompt is longer than a block of {block_size} tokens")
     generator = torch.Generator().manual_seed(13)
     low = min(5, vocab_size - 1)
 
@@ -116,7 +118,9 @@ def _trial(
         if start < end
     ]
     if not (off := _difference(torch.cat(chunks), whole)) <= _TOLERANCE.get(whole.dtype, 1e-3):
-        return f"a prompt comes out otherwise in chunks than as a whole (relative difference {off:.1e})"
+        raise CannotPage(
+            f"a prompt comes out otherwise in chunks than as a whole (relative difference {off:.1e})"
+        )
     empty()
     start = shared * block_size
     _, *behind = run(
@@ -126,8 +130,10 @@ def _trial(
     for tail, part in zip(tails, behind, strict=True):
         (alone,) = run((prompt[:start] + tail, None, 0))
         if not (off := _difference(part, alone[start:])) <= _TOLERANCE.get(whole.dtype, 1e-3):
-            return f"a prompt comes out otherwise behind another's beginning (relative difference {off:.1e})"
-    return None
+            raise CannotPage(
+                f"a prompt comes out otherwise behind another's beginning (relative difference {off:.1e})"
+            )
+    return layers
 
 
 def paged_attention_chosen(backbone: Backbone, storage: Storage) -> Counter[Choice]:

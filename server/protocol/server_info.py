@@ -17,6 +17,8 @@ class ServerLimits(Struct, kw_only=True, gc=False):
     max_model_len: int
     max_embed_len: int | None  # null: texts of any length are embedded, in slices
     max_num_batched_tokens: int
+    batch_tokens: int  # batches are filled up to so many; only a longer prompt goes beyond
+    chunk_tokens: int | None  # longer prompts are run in chunks of so many; null: all are run whole
     max_num_seqs: int
     max_body_size: int
 
@@ -47,11 +49,13 @@ class InfoResponse(Struct, kw_only=True, gc=False):
     dtype: str
     device: str
     workers: int
+    worker_cpus: list[list[int]]  # the CPUs that each is bound to; empty: they float
     packing: str  # "packed", or "padded" for a model that cannot be
     attention: str
     prefix_caching: bool  # prompts that begin alike are computed from where they differ
     chunked_prefill: bool
     kv_cache_tokens: int  # so many may be kept; 0: there is no cache
+    kv_cache_bytes: int  # memory that they may take
     result_cache_bytes: int  # memory that results may take; 0: none are kept
     quantization: str | None  # "int8", or null
     surgery: dict[str, int]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +16,18 @@ from safetensors.torch import load_file, save_file
 import tiny
 import tiny_heads
 from carpool.engine import build as building
+from carpool.engine import cost, staging
 from carpool.engine import runner as running
-from carpool.engine import staging
 from carpool.engine.batch import Batch
 from carpool.engine.build import Parts, build
 from carpool.engine.config import EngineConfig, PoolerConfig
+from carpool.engine.cores import Cores
+from carpool.engine.cost import Cost
 from carpool.engine.errors import ConfigError
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.packing import PackedBatch
 from carpool.engine.params import PoolingParams
+from carpool.engine.runner import ModelRunner
 from carpool.engine.sequence import Sequence
 from carpool.kernels import launch
 from oracle import Oracle
@@ -121,10 +123,44 @@ def test_facts_about_the_model_are_told(checkpoint: Callable[[str], Path]) -> No
     assert model.notices == ()
 
 
+def test_batches_are_filled_to_what_was_measured_unless_told_otherwise(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def measured(runners: list[ModelRunner], **about: Any) -> Cost:
+        asked.append(len(runners))
+        return Cost(1.0, 1 / 16)  # 31 times the fixed part are 496 tokens
+
+    monkeypatch.setattr(cost, "measured", measured)
+    model = made(checkpoint("bert"), cpu_workers=3).model
+    assert (model.batch_tokens, model.max_num_batched_tokens, asked) == (512, 2048, [3])
+    model = made(checkpoint("bert"), max_num_batched_tokens=700).model
+    assert (model.batch_tokens, model.max_num_batched_tokens, asked) == (None, 700, [3])
+
+
+def test_workers_are_bound_to_cores_where_each_has_its_own(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cores, "here", lambda: Cores(((0, 2), (1, 3))))
+    folder = checkpoint("bert")
+    both = made(folder, cpu_workers=None, pin_workers=True).model
+    assert (both.workers, both.worker_cpus, both.notices) == (2, ((0, 2), (1, 3)), ())
+    assert made(folder, cpu_workers=2).model.worker_cpus == (), "unless asked to"
+    assert made(folder, cpu_workers=1, pin_workers=True).model.worker_cpus == ((0, 2),)
+    crowd = made(folder, cpu_workers=3, pin_workers=True).model
+    assert crowd.worker_cpus == ()
+    assert "--pin-workers: there are fewer cores than workers" in crowd.notices[0]
+
+
+def test_batches_of_one_prompt_are_not_measured(checkpoint: Callable[[str], Path]) -> None:
+    assert made(checkpoint("bert"), max_num_seqs=1).model.batch_tokens == 2048
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3, None])
 def test_a_runner_for_each_worker(workers: int | None, checkpoint: Callable[[str], Path]) -> None:
     parts = made(checkpoint("bert"), cpu_workers=workers)
-    assert len(parts.runners) == parts.model.workers == (workers or len(os.sched_getaffinity(0)))
+    assert len(parts.runners) == parts.model.workers == (workers or Cores.here().workers)
     assert len({id(runner._backbone.module) for runner in parts.runners}) == len(parts.runners)
 
 
@@ -162,10 +198,11 @@ def test_a_batch_holds_at_least_one_prompt_of_any_length(fresh: Callable[[str], 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_auto_is_the_checkpoints_dtype(
+def test_auto_is_the_checkpoints_dtype_where_no_instruction_multiplies_bfloat16(
     dtype: str, fresh: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("carpool.engine.device._native_16_bit", lambda _: {"bfloat16"})
+    monkeypatch.setattr("carpool.engine.device._multiplies_bfloat16", lambda _: False)
     folder = fresh("bert")
     tiny.edit_json(folder / "config.json", dtype=dtype)
     parts = made(folder, dtype="auto")
@@ -183,15 +220,15 @@ def test_a_dtype_that_is_emulated_is_noticed(
 
 
 def test_code_that_is_not_run_is_noticed(fresh: Callable[[str], Path]) -> None:
-    """Its weights may fit a class of transformers and still be meant for another computation."""
+    """A class of transformers' name may still be another."""
     folder = fresh("bert")
     tiny.edit_json(
         folder / "config.json",
-        auto_map={"AutoConfig": "code.OwnConfig", "AutoModel": "someone/code--code.OwnModel"},
+        auto_map={"AutoConfig": "code.OwnConfig", "AutoModel": "someone/code--code.BertModel"},
     )
     (notice,) = made(folder).model.notices
-    assert "someone/code--code.OwnModel" in notice
-    assert "BertModel" in notice
+    assert "someone/code--code.BertModel" in notice
+    assert "BertModel computes in its place" in notice
 
 
 # ── GPUs ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -339,6 +376,9 @@ def test_options_for_the_other_kind_of_device_are_noticed(
     notices = list(building._device_notices(EngineConfig(cpu_workers=2, gpu_memory_utilization=0.9), GPUS[0]))
     assert len(notices) == 1
     assert notices[0].startswith("--cpu-workers has no meaning on a GPU")
+    assert list(building._device_notices(EngineConfig(pin_workers=True), GPUS[0])) == [
+        "--pin-workers has no meaning on a GPU."
+    ]
 
 
 def test_what_is_missing_beside_a_gpu_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,9 +168,39 @@ def test_the_dtype_and_whether_the_user_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(device_module, "_native_16_bit", lambda device: native)
+    monkeypatch.setattr(device_module, "_multiplies_bfloat16", lambda device: False)
     dtype, notice = resolve_dtype(name, stored, CPU)
     assert dtype is expected
     assert (notice is not None) is noticed
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "kind", "expected"),
+    [
+        ("auto", "float32", "bert", torch.bfloat16),
+        ("auto", "float16", "bert", torch.bfloat16),
+        ("auto", None, "bert", torch.bfloat16),
+        ("auto", "float32", "deberta", torch.float32),
+        ("float32", "bfloat16", "bert", torch.float32),
+        ("half", "float32", "bert", torch.float16),
+    ],
+)
+def test_a_cpu_that_multiplies_bfloat16_runs_in_it_unless_told_otherwise(
+    name: str, stored: str | None, kind: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_module, "_native_16_bit", lambda device: {"bfloat16", "float16"})
+    monkeypatch.setattr(device_module, "_multiplies_bfloat16", lambda device: True)
+    assert resolve_dtype(name, stored, CPU, kind) == (expected, None)
+
+
+@pytest.mark.parametrize("unit", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
+def test_bfloat16_takes_a_cpu_with_units_for_it(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, each, lambda: False)
+    assert not device_module._multiplies_bfloat16(CPU)
+    monkeypatch.setattr(torch.cpu, unit, lambda: True)
+    assert device_module._multiplies_bfloat16(CPU)
+    assert not device_module._multiplies_bfloat16(torch.device("cuda"))
 
 
 def test_what_this_cpu_computes_natively_is_known_without_running_it() -> None:

@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModel
 
 from carpool.engine.async_engine import AsyncEngine
 from carpool.engine.config import EngineConfig, PoolerConfig
 from carpool.engine.errors import InputTooLong
 from carpool.engine.outputs import PoolingResult
 from carpool.engine.params import PoolingParams, Task, TokenizationParams
+from tiny_adapters import write_lora
 
 Checkpoint = Callable[[str], Path]
 OFF: dict[str, Any] = {"enable_prefix_caching": False, "enable_chunked_prefill": False}
@@ -99,6 +102,50 @@ async def test_a_prompt_of_all_that_the_model_takes_works(checkpoint: Checkpoint
         longest = engine.model.max_model_len
         rows = (await ask(engine, [[9] * longest, [8]])).rows
         assert all(np.isfinite(row).all() for row in rows)
+
+
+async def test_a_prompt_between_a_batch_and_a_chunk_of_the_usual_size_is_run(checkpoint: Checkpoint) -> None:
+    """Longer than a batch and no longer than a chunk would be, if a chunk could be larger than a batch."""
+    async with engine_of(checkpoint("qwen3"), max_num_batched_tokens=32) as engine:
+        assert len((await ask(engine, [[9] * 60], timeout=10)).rows) == 1
+
+
+@pytest.fixture(scope="module")
+def adapters(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate("ab"):
+        model = AutoModel.from_pretrained(checkpoint("qwen3"), dtype=torch.float32)
+        write_lora(root / name, model, seed, r=4 + seed, target_modules=["k_proj", "v_proj", "down_proj"])
+    return {name: str(root / name) for name in "ab"}
+
+
+@pytest.mark.parametrize("task", ["embed", "token_embed"])
+async def test_adapters_answer_in_parts_as_they_do_whole(
+    task: Task, checkpoint: Checkpoint, adapters: dict[str, str]
+) -> None:
+    """Side by side in one batch, with one beginning, in chunks and beside what others keep."""
+    prompts = [BEGINNING[: 8 * i] + [60 + i] * (1 + 5 * i) for i in range(6)]
+    names = [None, "a", "b"]
+    options: dict[str, Any] = {"lora_modules": adapters, "pooler_config": PoolerConfig(pooling_type="LAST")}
+    rows: dict[bool, list[np.ndarray[Any, Any]]] = {}
+    for kept in (False, True):
+        async with engine_of(checkpoint("qwen3"), **(SMALL if kept else OFF), **options) as engine:
+            for _ in range(1 + kept):
+                asked = (ask(engine, prompts, task, adapter=name) for name in names)
+                rows[kept] = [row for result in await asyncio.gather(*asked) for row in result.rows]
+    for one, other in zip(rows[True], rows[False], strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    base, a, b = (np.concatenate([row.ravel() for row in rows[True][6 * i : 6 * i + 6]]) for i in range(3))
+    assert min(np.abs(base - a).max(), np.abs(base - b).max(), np.abs(a - b).max()) > 1e-3
+
+
+async def test_what_one_adapter_keeps_is_not_found_by_another(
+    checkpoint: Checkpoint, adapters: dict[str, str]
+) -> None:
+    async with engine_of(checkpoint("qwen3"), lora_modules=adapters) as engine:
+        for name in (None, "a", "b"):
+            found = [(await ask(engine, [[*BEGINNING, i]], adapter=name)).cached_tokens for i in (1, 2)]
+            assert found == [0, 32], name
 
 
 async def test_who_leaves_takes_nothing_along(checkpoint: Checkpoint) -> None:

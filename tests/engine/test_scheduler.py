@@ -64,10 +64,17 @@ class AnyHistory(RuleBasedStateMachine):
     """Beside the scheduler runs the simplest model of it: the set of what waits."""
 
     MAX_TOKENS, MAX_SEQS, MIN_SHARE = 40, 5, 8
+    BATCH_TOKENS, WORKERS = 30, 1
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(self.MAX_TOKENS, self.MAX_SEQS, min_share_tokens=self.MIN_SHARE)
+        self.scheduler = Scheduler(
+            self.MAX_TOKENS,
+            self.MAX_SEQS,
+            batch_tokens=self.BATCH_TOKENS,
+            workers=self.WORKERS,
+            min_share_tokens=self.MIN_SHARE,
+        )
         self.waiting: dict[Sequence, None] = {}  # in order of arrival
         self.now = 0.0
 
@@ -113,12 +120,13 @@ class AnyHistory(RuleBasedStateMachine):
         if batch is None:
             assert not alive, "work-conserving: whatever waits is dealt at once"
             return
-        self._check_batch(batch, alive, max(self.MIN_SHARE, -(-tokens_before // idle)))
+        of_all = max(self.BATCH_TOKENS // 4, -(-tokens_before // self.WORKERS))
+        self._check_batch(batch, alive, min(of_all, max(self.MIN_SHARE, -(-tokens_before // idle))))
         for seq in batch.sequences:
             del self.waiting[seq]
 
     def _check_batch(self, batch: Batch, alive: list[Sequence], share: int) -> None:
-        budget = min(self.MAX_TOKENS, share)
+        budget = min(self.BATCH_TOKENS, share)
         riders = set(batch.sequences)
         assert len(riders) == len(batch.sequences) <= self.MAX_SEQS
         assert batch.num_tokens <= budget or len(riders) == 1
@@ -146,8 +154,16 @@ class AnyHistory(RuleBasedStateMachine):
         assert_forgotten(self.scheduler)
 
 
+class AnyHistoryOfThree(AnyHistory):
+    """Of three workers, and of batches that are filled up to the most."""
+
+    BATCH_TOKENS, WORKERS = 40, 3
+
+
 TestAnyHistory = AnyHistory.TestCase
-TestAnyHistory.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestAnyHistory.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestAnyHistoryOfThree = AnyHistoryOfThree.TestCase
+TestAnyHistoryOfThree.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 
 
 def assert_forgotten(scheduler: Scheduler) -> None:
@@ -234,6 +250,38 @@ def test_a_short_queue_is_shared_by_idle_workers(idle: int) -> None:
         assert batch is not None
         dealt.append(len(batch.sequences))
     assert dealt == [12 // idle] * idle
+
+
+def test_the_last_of_a_backlog_is_left_in_part_for_those_who_are_busy_yet() -> None:
+    """Else one runs all of it while the others, done a moment later, have nothing to do."""
+    scheduler = Scheduler(2048, 256, workers=2)
+    add(scheduler, *[100] * 33)
+    dealt = [batch.num_tokens for batch in deals(scheduler)]  # whenever one is idle, the other is busy
+    assert dealt == [1600, 800, 500, 400]
+    assert [batch.num_tokens for batch in backlog_of_one(*[100] * 33)] == [2000, 1300]
+
+
+def backlog_of_one(*lengths: int) -> Iterator[Batch]:
+    scheduler = Scheduler(2048, 256)
+    add(scheduler, *lengths)
+    return deals(scheduler)
+
+
+def test_batches_are_filled_to_what_is_best_and_only_a_longer_prompt_goes_beyond() -> None:
+    scheduler = Scheduler(2048, 256, batch_tokens=512)
+    (long,) = add(scheduler, 1500)
+    add(scheduler, *[100] * 12)
+    first, *others = deals(scheduler)
+    assert first.sequences == (long,), "nobody waits for more than he must"
+    assert [batch.num_tokens for batch in others] == [500, 500, 200]
+
+
+def test_a_batch_is_full_at_what_is_best() -> None:
+    scheduler = Scheduler(2048, 256, batch_tokens=512)
+    add(scheduler, *[100] * 5)
+    assert not scheduler.fills_a_batch
+    add(scheduler, 12)
+    assert scheduler.fills_a_batch
 
 
 def test_a_handful_of_tokens_is_not_torn_apart_for_idle_workers() -> None:

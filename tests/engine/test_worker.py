@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -115,6 +116,30 @@ def test_a_result_that_is_not_one_a_sequence_is_its_death() -> None:
     recorder.worker.submit(BATCH)
     what, _, _, error = recorder.told.get(timeout=5)
     assert (what, str(error)) == ("died", "0 results for 1 sequences")
+
+
+def test_it_is_bound_to_its_cpus_and_nobody_else_is() -> None:
+    allowed = os.sched_getaffinity(0)
+    cpu = max(allowed)
+    seen: SimpleQueue[set[int]] = SimpleQueue()
+    recorder = Recorder()
+    recorder.bind = lambda: seen.put(os.sched_getaffinity(0))  # type: ignore[method-assign]
+    for cpus in ((cpu,), ()):
+        worker = Worker(recorder, recorder.done, recorder.died, "under-test", cpus)
+        worker.start()
+        worker.stop()
+        assert seen.get(timeout=5) == ({cpu} if cpus else allowed)
+    assert os.sched_getaffinity(0) == allowed
+
+
+def test_it_floats_and_says_so_where_its_cpus_are_gone(caplog: pytest.LogCaptureFixture) -> None:
+    recorder = Recorder()
+    recorder.worker = Worker(recorder, recorder.done, recorder.died, "under-test", (1000,))
+    recorder.worker.start()
+    recorder.worker.submit(BATCH)
+    assert recorder.told.get(timeout=5)[0] == "done"
+    assert "under-test is not bound to CPUs [1000]" in caplog.text
+    recorder.worker.stop()
 
 
 def test_its_thread_does_not_keep_the_process_alive() -> None:

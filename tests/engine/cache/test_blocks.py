@@ -59,6 +59,7 @@ class Ridden:
     extra: tuple[int | str, ...]
     table: BlockTable
     computed: int
+    committed: int = 0  # blocks that have been told once: a duplicate stays one, even when the other is gone
     riding: bool = False
     found: bool = True  # whether what is computed of it may still be found: until a reset
 
@@ -203,8 +204,9 @@ class AnyHistory(RuleBasedStateMachine):
                 continue
             self.pool.commit(ridden.table, upto)
             ridden.computed = upto
+            told, ridden.committed = ridden.committed, upto // self.SIZE
             if ridden.found:
-                for place in range(upto // self.SIZE):
+                for place in range(told, upto // self.SIZE):
                     self.known.setdefault(ridden.content((place + 1) * self.SIZE), ridden.table.blocks[place])
         for ridden, _, _ in batch.rows:
             if not fails and ridden.computed == len(ridden.tokens):

@@ -11,6 +11,7 @@ import pytest
 from carpool.engine.build import Parts, build
 from carpool.engine.cache import choice
 from carpool.engine.config import EngineConfig, PoolerConfig
+from carpool.engine.cost import Cost
 from carpool.engine.errors import ConfigError
 
 Checkpoint = Callable[[str], Path]
@@ -72,6 +73,7 @@ def test_memory_is_what_was_given(checkpoint: Checkpoint) -> None:
     storage = given.runners[0]._storage
     assert storage is not None
     storage_bytes = sum(pages.nbytes for layer in storage.layers for pages in layer)
+    assert given.model.kv_cache_bytes == storage_bytes
     assert (1 << 20) * 0.9 < storage_bytes <= 1 << 20
     assert given.cache.paging.pool.block_size == 32
     with pytest.raises(ConfigError, match="less than two blocks need"):
@@ -85,6 +87,24 @@ def test_a_machine_without_memory_keeps_nothing(
     assert built(checkpoint("qwen3")).cache is None
     [notice] = built(checkpoint("qwen3"), enable_prefix_caching=True).model.notices
     assert "no memory" in notice
+
+
+@pytest.mark.parametrize(
+    ("options", "chunk"),
+    [
+        ({}, 100),
+        ({"max_num_batched_tokens": 64}, 64),
+        ({"long_prefill_token_threshold": 48}, 48),
+        ({"long_prefill_token_threshold": 48, "max_num_batched_tokens": 64}, 48),
+        ({"long_prefill_token_threshold": 96, "max_num_batched_tokens": 64}, 64),  # no batch takes more
+        ({"enable_chunked_prefill": False}, None),
+    ],
+)
+def test_a_chunk_is_what_was_asked_for_else_a_batch(
+    options: dict[str, Any], chunk: int | None, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cost, "batch_tokens", lambda _: 100)
+    assert built(checkpoint("qwen3"), **options).model.chunk_tokens == chunk
 
 
 def test_batches_may_be_smaller_than_prompts_only_where_these_are_run_in_chunks(

@@ -20,8 +20,8 @@ from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.paged import (
     CannotPage,
     number_layers,
+    pageable_layers,
     paged_attention_chosen,
-    paging_fault,
 )
 from carpool.engine.packing import PackedBatch
 from carpool.kernels import native, ops, varlen
@@ -37,9 +37,14 @@ BEHIND = "comes out otherwise behind another's beginning"
 
 
 def fault(backbone: Backbone, max_model_len: int = 128, block_size: int = 16) -> str | None:
-    return paging_fault(
-        backbone, vocab_size=60, max_model_len=max_model_len, block_size=block_size, limits=[8]
-    )
+    """Why it cannot be, None if it can."""
+    try:
+        pageable_layers(
+            backbone, vocab_size=60, max_model_len=max_model_len, block_size=block_size, limits=[8]
+        )
+    except CannotPage as why:
+        return str(why)
+    return None
 
 
 def copy_of(parts: Callable[[str], Parts], family: str) -> Backbone:
