@@ -15,6 +15,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from carpool.engine.admission import Admission
 from carpool.engine.config import EngineConfig
 from carpool.engine.errors import (
     ConfigError,
@@ -27,7 +28,6 @@ from carpool.engine.errors import (
     InvalidInput,
     InvalidParameter,
     NotReady,
-    Overloaded,
     Undone,
     UnsupportedTask,
 )
@@ -60,7 +60,6 @@ State = Literal["starting", "ready", "draining", "dead", "stopped"]
 T = TypeVar("T")
 
 _WARM_UP_TOKENS = 512  # a worker
-_QUEUE_SECONDS = 60.0  # of measured throughput may wait, by default
 
 
 @dataclass(slots=True, eq=False)
@@ -70,6 +69,7 @@ class _Pending:
     future: asyncio.Future[PoolingResult]
     result: PoolingResult
     remaining: int
+    tokens: int  # that had to be run for it
     arrival: float
     timer: asyncio.TimerHandle | None = None
     on_progress: Callable[[int], object] | None = None
@@ -93,11 +93,10 @@ class AsyncEngine:
         self.config = config
         self.observer: Observer = observer or Unobserved()
         self.state: State = "starting"
-        self.tokens_per_second = 0.0  # measured at warm-up, all workers together
-        self.max_queued_tokens = config.max_queued_tokens or 0  # resolved at warm-up
         self._build = build
         self._parts: Built | None = None
         self._scheduler: Scheduler | None = None
+        self._admission = Admission(config.max_queued_tokens, 1, 1)
         self._fleet: Fleet | None = None
         self._results = Results(config.cache_size)
         self._pending: dict[int, _Pending] = {}
@@ -117,8 +116,20 @@ class AsyncEngine:
         self._parts = parts
         paging = parts.cache.paging if parts.cache else None
         info = parts.model
-        self._scheduler = Scheduler(info.max_num_batched_tokens, info.max_num_seqs, paging=paging)
-        self._fleet = Fleet(self._scheduler, parts.runners, self)
+        self._scheduler = Scheduler(
+            info.max_num_batched_tokens,
+            info.max_num_seqs,
+            batch_tokens=info.batch_tokens,
+            # A device that has batches ahead wants full ones, and is not waited for.
+            workers=sum(runner.depth == 1 for runner in parts.runners) or 1,
+            paging=paging,
+        )
+        self._admission = Admission(
+            self.config.max_queued_tokens,
+            info.batch_tokens or info.max_num_batched_tokens,
+            len(parts.runners),
+        )
+        self._fleet = Fleet(self._scheduler, parts.runners, self, info.worker_cpus)
         self._fleet.start()
         try:
             await self._warm_up(parts, len(parts.runners))
@@ -140,9 +151,7 @@ class AsyncEngine:
             start = time.perf_counter()
             request = Request(PoolingParams(), (parts.model.default_task,))
             await self._run(request, Prepared(prompts), [None] * count, None, None)
-            self.tokens_per_second = count * length / (time.perf_counter() - start)
-        if not self.max_queued_tokens:
-            self.max_queued_tokens = int(_QUEUE_SECONDS * self.tokens_per_second)
+            self._admission.tokens_per_second = count * length / (time.perf_counter() - start)
 
     def drain(self) -> None:
         """Refuse new work with Draining; accepted work goes on."""
@@ -182,6 +191,11 @@ class AsyncEngine:
     @property
     def waiting_tokens(self) -> int:
         return self._scheduler.waiting_tokens if self._scheduler else 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all workers together, measured at warm-up and whenever they were busy."""
+        return self._admission.tokens_per_second
 
     @property
     def waiting_sequences(self) -> int:
@@ -248,6 +262,8 @@ class AsyncEngine:
         """
         start = time.monotonic()
         self._admit_state()
+        if not self.config.cache_size:  # else its answer may be at hand
+            self._admission.check(1, self.waiting_tokens)  # spares the tokenizer what is refused anyway
         parts = self._loaded()
         tasks = task if isinstance(task, tuple) else (task,)
         self._check(prompts, params, tasks)
@@ -271,9 +287,8 @@ class AsyncEngine:
             raise DeadlineExceeded("The request's deadline passed before it could run.")
         self._admit_state()
         found = self._results.find(ready.keys)
-        self._admit_tokens(
-            sum(len(ready.token_ids[i // len(tasks)]) for i, row in enumerate(found) if row is None)
-        )
+        tokens = sum(len(ready.token_ids[i // len(tasks)]) for i, row in enumerate(found) if row is None)
+        self._admission.check(tokens, self.waiting_tokens)
         left = None if timeout is None else timeout - spent
         result = await self._run(request, ready, found, left, on_progress)
         result.timings.tokenize = spent
@@ -400,16 +415,6 @@ class AsyncEngine:
         if self.state != "ready":
             raise Draining("The server is shutting down.", retry_after=10)
 
-    def _admit_tokens(self, tokens: int) -> None:
-        """Refuse what would wait too long. An empty queue takes anything: no size of request is refused for good."""
-        waiting = self.waiting_tokens
-        if tokens and waiting and waiting + tokens > self.max_queued_tokens:
-            wait = waiting / max(self.tokens_per_second, 1.0)
-            raise Overloaded(
-                f"The queue is full: {waiting} tokens wait and at most {self.max_queued_tokens} may.",
-                retry_after=max(1.0, wait / 2),
-            )
-
     async def _run(
         self,
         request: Request,
@@ -429,14 +434,19 @@ class AsyncEngine:
         number = self._next_request_id
         self._next_request_id += 1
         tasks = len(request.tasks)
-        cached = [
-            len(ids) if any(row is None for row in found[i * tasks : (i + 1) * tasks]) else 0
-            for i, ids in enumerate(ready.token_ids)
-        ]
+        if missing == len(found):
+            cached = list(map(len, ready.token_ids))
+        else:
+            cached = [
+                len(ids) if any(row is None for row in found[i * tasks : (i + 1) * tasks]) else 0
+                for i, ids in enumerate(ready.token_ids)
+            ]
         result = PoolingResult(found, ready.token_ids, Timings(), cached)  # type: ignore[arg-type]  # rows are to come
         if not missing:
             return result
-        pending = _Pending(loop.create_future(), result, missing, now, on_progress=on_progress)
+        tokens = sum(cached)
+        pending = _Pending(loop.create_future(), result, missing, tokens, now, on_progress=on_progress)
+        self._admission.enter(tokens)
         deadline = None
         if timeout is not None:
             deadline = now + timeout
@@ -462,6 +472,8 @@ class AsyncEngine:
         """Hand out what came back; what is None or undone is run on by itself."""
         if self.state != "starting":  # the warm-up is nobody's traffic
             self.observer.batch_done(batch.num_tokens, len(batch.sequences), seconds)
+            if self.waiting_tokens:
+                self._admission.measured(batch.num_tokens, seconds)
         assert self._scheduler is not None
         for seq, row in zip(batch.sequences, rows, strict=True):
             if row is None or isinstance(row, Undone):
@@ -519,6 +531,7 @@ class AsyncEngine:
         pending = self._pending.pop(request_id, None)
         if pending is None:
             return
+        self._admission.leave(pending.tokens)
         if pending.timer is not None:
             pending.timer.cancel()
         if pending.remaining and self._scheduler is not None:

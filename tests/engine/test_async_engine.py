@@ -807,10 +807,47 @@ async def test_a_full_queue_refuses_and_an_empty_one_takes_anything() -> None:
         await asyncio.gather(first, *fits)
 
 
-async def test_the_queue_may_hold_a_minute_of_measured_work_by_default() -> None:
+async def test_a_full_queue_refuses_before_it_tokenizes() -> None:
+    async with scene(config=EngineConfig(max_queued_tokens=5)) as s:
+        first = await s.occupy()
+        waiting = s.ask([2] * 5)
+        await until(lambda: s.engine.waiting_tokens == 5)
+        with pytest.raises(Overloaded):
+            await s.ask([MODEL.vocab_size])  # which the tokenizer would refuse
+        s.open()
+        await asyncio.gather(first, waiting)
+
+
+async def test_by_default_the_queue_is_bounded_by_the_throughput_that_is_measured_while_more_waits() -> None:
     async with scene() as s:
-        assert s.engine.tokens_per_second > 0
-        assert s.engine.max_queued_tokens == int(60 * s.engine.tokens_per_second)
+        at_warm_up = s.engine.tokens_per_second
+        assert at_warm_up > 0
+        await s.ask([1])  # nothing waits behind it: it says nothing of what the engine can do
+        assert s.engine.tokens_per_second == at_warm_up
+        s.engine._admission.tokens_per_second = 1.0
+        first = await s.occupy()
+        line = [s.ask([i % 90, i // 90]) for i in range(30)]  # 60 tokens: as many as may wait at this rate
+        await until(lambda: s.engine.waiting_tokens == 60)
+        with pytest.raises(Overloaded):
+            await s.ask([1])
+        s.open()
+        await asyncio.gather(first, *line)
+        assert s.engine.tokens_per_second != 1.0
+        assert_nothing_left(s.engine)
+
+
+async def test_whoever_leaves_makes_room_at_once() -> None:
+    async with scene() as s:
+        s.engine._admission.tokens_per_second = 1.0
+        first = await s.occupy()
+        line = [s.ask([i % 90, i // 90]) for i in range(30)]
+        await until(lambda: s.engine.waiting_tokens == 60)
+        line[0].cancel()
+        await until(lambda: s.engine.waiting_tokens == 58)
+        follower = s.ask([7, 8])
+        await until(lambda: s.engine.waiting_tokens == 60)
+        s.open()
+        await asyncio.gather(first, *line[1:], follower)
 
 
 INVALID: list[tuple[Any, PoolingParams, dict[str, Any], type[InvalidInput], str]] = [
@@ -1088,6 +1125,7 @@ async def test_workers_side_by_side_and_batches_in_a_row_give_one_workers_result
     ]
     config = EngineConfig(
         model=str(checkpoint("bert")), max_model_len=32, max_num_batched_tokens=32, dtype="float32",
+        max_queued_tokens=1_000_000,
         hf_overrides={"num_hidden_layers": 1},
     )  # fmt: skip
     results = []
