@@ -2,6 +2,10 @@
 
     python benchmarks/compare.py
     python benchmarks/compare.py --texts 64 --rounds 1 carpool:bfloat16 sentence-transformers:bfloat16:128
+    python benchmarks/compare.py --lengths short mixed long
+
+Peers live in environments of their own, made by `./dev bench peers`; who has none is looked for in this one, and who is
+not there either is printed as absent.
 
 Every contestant sits in a process of its own and sleeps while another works. All embed the same passages; their
 numbers must agree before anything is timed. A peer that pads in batches is entered with several batch sizes, and its
@@ -27,24 +31,28 @@ sys.path.extend(str(Path(__file__).resolve().parent.parent / room) for room in (
 from agreement import agreed_cosine
 from carpool.engine.hub import locate
 from contestants import Contestant, Entry, Turn, Vectors
+from peers import python_of
 from report import Spread, circumstances, cores, facts, noise_warning, table
-from workload import Workload, mixed_passages
+from workload import LENGTHS, Workload, natural
 
 SUBJECT = "carpool"
 ENTRIES = (
     "carpool:bfloat16",
     "carpool:float32",
+    "carpool:int8",
     "sentence-transformers:bfloat16:32",
-    "sentence-transformers:bfloat16:128",
     "sentence-transformers:float32:32",
-    "sentence-transformers:float32:128",
+    "sentence-transformers-openvino:bfloat16:32",
+    "sentence-transformers-openvino:float32:32",
+    "sentence-transformers-onnx:float32:32",
+    "infinity-emb:float32:32",
 )
 SETTLE_SECONDS = 0.3  # OpenMP threads spin for a while after their last work
 
 
 @dataclass(slots=True)
 class Standing:
-    """A contestant that takes part, and how it did; one turn a round."""
+    """A contestant that takes part, and how it did with texts of one kind; one turn a round."""
 
     contestant: Contestant
     vectors: Vectors
@@ -76,18 +84,22 @@ class Standing:
 def main() -> None:
     options = _options()
     model = locate(options.model)
-    workload = mixed_passages(options.texts, model, options.longest)
     where = circumstances()  # before there is any load of ours
+    records = {}
     with ExitStack() as stack:
-        standings, absent = _enter(options, model, workload, stack)
-        reference = _check(standings)
-        for _ in range(options.rounds):
-            for standing in standings:
-                time.sleep(SETTLE_SECONDS)
-                standing.turns.append(standing.contestant.turn())
-    print(_markdown(where, workload, standings, absent, reference))
+        contestants, absent = _enter(options, model, stack)
+        for lengths in options.lengths:
+            workload = natural(lengths, options.texts, model, options.longest)
+            standings = [Standing(one, one.embed(workload.texts)) for one in contestants]
+            reference = _check(standings)
+            for _ in range(options.rounds):
+                for standing in standings:
+                    time.sleep(SETTLE_SECONDS)
+                    standing.turns.append(standing.contestant.turn())
+            print(_markdown(where, lengths, workload, standings, absent, reference), end="\n\n")
+            records[lengths] = _record(where, workload, standings, absent)
     if options.json:
-        options.json.write_text(json.dumps(_record(where, workload, standings, absent), indent=1))
+        options.json.write_text(json.dumps(records, indent=1))
 
 
 def _options() -> argparse.Namespace:
@@ -96,6 +108,9 @@ def _options() -> argparse.Namespace:
         "entries", nargs="*", type=Entry.parse, metavar="KIND:DTYPE[:BATCH]", help="who takes part"
     )
     parser.add_argument("--model", default="", help="a model folder; by default the bundled MiniLM")
+    parser.add_argument(
+        "--lengths", nargs="+", default=["mixed"], choices=LENGTHS, help="of the texts (default: mixed)"
+    )
     parser.add_argument("--texts", type=int, default=512, help="passages in a turn (default: %(default)s)")
     parser.add_argument("--longest", type=int, default=256, help="most tokens in one (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: %(default)s)")
@@ -109,19 +124,25 @@ def _options() -> argparse.Namespace:
 
 
 def _enter(
-    options: argparse.Namespace, model: Path, workload: Workload, stack: ExitStack
-) -> tuple[list[Standing], dict[Entry, str]]:
-    """Start everyone, one after the other, and let each embed all texts once."""
+    options: argparse.Namespace, model: Path, stack: ExitStack
+) -> tuple[list[Contestant], dict[Entry, str]]:
+    """Start everyone, one after the other."""
     pythons = dict(pair.split("=", 1) for pair in options.python)
-    standings, absent = [], {}
+    contestants, absent = [], {}
     for entry in options.entries:
-        python = pythons.get(entry.kind, sys.executable)
-        contestant = stack.enter_context(closing(Contestant(entry, str(model), cores(), python)))
+        python = pythons.get(entry.kind) or python_of(entry.kind)
+        try:
+            contestant = stack.enter_context(closing(Contestant(entry, str(model), cores(), python)))
+        except RuntimeError as error:
+            if entry.kind == SUBJECT:
+                raise
+            absent[entry] = str(error)
+            continue
         if contestant.absent:
             absent[entry] = contestant.absent
         else:
-            standings.append(Standing(contestant, contestant.embed(workload.texts)))
-    return standings, absent
+            contestants.append(contestant)
+    return contestants, absent
 
 
 def _check(standings: Sequence[Standing]) -> Standing:
@@ -149,6 +170,7 @@ def _best_peers(standings: Iterable[Standing]) -> list[Standing]:
 
 def _markdown(
     where: dict[str, str],
+    lengths: str,
     workload: Workload,
     standings: Sequence[Standing],
     absent: dict[Entry, str],
@@ -166,13 +188,12 @@ def _markdown(
         for standing in standings
     ]
     peers = _best_peers(standings)
+    ours = [standing for standing in standings if standing.entry.kind == SUBJECT]
     ratios = [
-        (str(standing.entry), *(standing.times_as_fast_as(peer).text(2) for peer in peers))
-        for standing in standings
-        if standing.entry.kind == SUBJECT
+        (str(peer.entry), *(standing.times_as_fast_as(peer).text(2) for standing in ours)) for peer in peers
     ]
     blocks = [
-        f"### Offline, {len(standings[0].turns)} rounds of turns",
+        f"### Offline, {lengths} texts, {len(standings[0].turns)} rounds of turns",
         facts({**where, "versions": _versions(standings), "texts": str(workload)}),
         f"Rates, least – median – most; cosines are to {reference.entry}:",
         table(
@@ -182,8 +203,8 @@ def _markdown(
     ]
     if peers:
         blocks += [
-            "Times as fast as each peer at its best batch size, round by round, least – median – most:",
-            table(("contestant", *(str(peer.entry) for peer in peers)), ratios),
+            "How many times as fast as each peer, at its best batch size, round by round, least – median – most:",
+            table(("as fast as", *(str(standing.entry) for standing in ours)), ratios),
         ]
     blocks += noise_warning(max(standing.cores_busy_elsewhere for standing in standings))
     return "\n\n".join(blocks)

@@ -5,7 +5,7 @@ this same file run as a script, by the Python of whichever environment the engin
 standard library, numpy and that engine, nothing else. What they say to each other, in lines of JSON:
 
     child   {"absent": why} and the end, or {"versions": {…}}    when the model is loaded
-    parent  {"texts": […]}                                       once
+    parent  {"texts": […]}                                       the texts from now on
     child   {"vectors": base64 of float32 [B, D], "width": D}    which was the warm-up, too
     parent  {}                                                   as often as it likes: embed the texts again
     child   {"seconds": …, "cpu_seconds": …, "others_cpu_seconds": …}
@@ -29,8 +29,12 @@ from numpy.typing import NDArray
 
 Vectors = NDArray[np.float32]
 Embed = Callable[[list[str]], Any]
+LEAVE_SECONDS = 10.0
 
-_REPORTED = ("carpool", "torch", "transformers", "sentence_transformers")  # modules whose version matters
+_REPORTED = (  # modules whose version matters
+    *("carpool", "torch", "transformers", "sentence_transformers"),
+    *("optimum.intel", "openvino", "onnxruntime", "infinity_emb"),
+)
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM")
 
 
@@ -82,7 +86,7 @@ class Contestant:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**environment, "HF_HUB_OFFLINE": "1"},
+            env={**environment, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"},
         )
         hello = self._hear()
         self.absent: str | None = hello.get("absent")
@@ -101,10 +105,14 @@ class Contestant:
         return Turn(**self._hear())
 
     def close(self) -> None:
-        """End the process: it leaves when its pipe closes."""
+        """End the process: it leaves when its pipe closes, unless a thread of its engine does not let it."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(LEAVE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def _say(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -124,10 +132,15 @@ class Contestant:
 
 
 def _carpool(model: str, dtype: str, batch_size: int | None, threads: int) -> Embed:
-    """It chooses its batches itself, and has a worker a core by default."""
+    """It chooses its batches itself, unless it is told the most tokens in one, and has a worker a core by default."""
     from carpool import LLM
 
-    llm = LLM(model, dtype=dtype, cpu_workers=threads)
+    kind: dict[str, Any] = (
+        {"dtype": "bfloat16", "quantization": "int8"} if dtype == "int8" else {"dtype": dtype}
+    )
+    if batch_size:
+        kind["max_num_batched_tokens"] = batch_size
+    llm = LLM(model, cpu_workers=threads, **kind)
     return lambda texts: [output.outputs.embedding for output in llm.embed(texts, use_tqdm=False)]
 
 
@@ -141,9 +154,54 @@ def _sentence_transformers(model: str, dtype: str, batch_size: int | None, threa
     return lambda texts: encoder.encode(texts, batch_size=batch_size or 32, show_progress_bar=False)
 
 
+def _openvino(model: str, dtype: str, batch_size: int | None, threads: int) -> Embed:
+    """sentence-transformers, with the model exported to OpenVINO when it is loaded."""
+    from sentence_transformers import SentenceTransformer
+
+    precision = {"bfloat16": "bf16", "float32": "f32"}[dtype]
+    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": str(threads)}
+    encoder = SentenceTransformer(
+        model, device="cpu", backend="openvino", model_kwargs={"export": True, "ov_config": settings}
+    )
+    return lambda texts: encoder.encode(texts, batch_size=batch_size or 32, show_progress_bar=False)
+
+
+def _onnx(model: str, dtype: str, batch_size: int | None, threads: int) -> Embed:
+    """sentence-transformers, with the model exported to ONNX when it is loaded: float32."""
+    import onnxruntime
+    from sentence_transformers import SentenceTransformer
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    asked = {"export": True, "provider": "CPUExecutionProvider", "session_options": options}
+    encoder = SentenceTransformer(model, device="cpu", backend="onnx", model_kwargs=asked)
+    return lambda texts: encoder.encode(texts, batch_size=batch_size or 32, show_progress_bar=False)
+
+
+def _infinity(model: str, dtype: str, batch_size: int | None, threads: int) -> Embed:
+    """Its engine without HTTP, by its face for scripts; it sorts and batches by itself."""
+    import torch
+    from infinity_emb import EngineArgs, SyncEngineArray
+
+    torch.set_num_threads(threads)
+    arguments = EngineArgs(
+        model_name_or_path=model,
+        engine="torch",
+        device="cpu",
+        dtype=dtype,
+        batch_size=batch_size or 32,
+        model_warmup=False,  # all texts are embedded once before anything is timed
+    )
+    engines = SyncEngineArray.from_args([arguments])
+    return lambda texts: engines.embed(model=model, sentences=texts).result()[0]
+
+
 LOADERS: Mapping[str, Callable[[str, str, int | None, int], Embed]] = {
     "carpool": _carpool,
     "sentence-transformers": _sentence_transformers,
+    "sentence-transformers-openvino": _openvino,
+    "sentence-transformers-onnx": _onnx,
+    "infinity-emb": _infinity,
 }
 
 
@@ -157,12 +215,15 @@ def _work(job: Mapping[str, Any], orders: TextIO, answers: TextIO) -> None:
         answer({"absent": str(error)})
         return
     loaded = [name for name in _REPORTED if name in sys.modules]
-    answer({"versions": {name: sys.modules[name].__version__ for name in loaded}})
-    texts: list[str] = json.loads(orders.readline())["texts"]
-    vectors = np.asarray(embed(texts), np.float32)
-    answer({"vectors": base64.b64encode(vectors.tobytes()).decode(), "width": vectors.shape[1]})
-    for _ in orders:
-        answer(asdict(_timed(embed, texts)))
+    answer({"versions": {name: getattr(sys.modules[name], "__version__", "?") for name in loaded}})
+    texts: list[str] = []
+    for order in orders:
+        if given := json.loads(order):
+            texts = given["texts"]
+            vectors = np.asarray(embed(texts), np.float32)
+            answer({"vectors": base64.b64encode(vectors.tobytes()).decode(), "width": vectors.shape[1]})
+        else:
+            answer(asdict(_timed(embed, texts)))
 
 
 def _timed(embed: Embed, texts: list[str]) -> Turn:

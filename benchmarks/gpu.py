@@ -32,7 +32,7 @@ from carpool.engine.hub import locate
 from carpool.engine.llm import LLM
 from carpool.kernels import launch, ops, reference
 from report import ROOT, Spread, circumstances, facts, table
-from workload import Workload, mixed_passages
+from workload import Workload, natural
 
 TOKENS, LENGTH, COLUMNS = 16_384, 128, 1_024  # of the rows that kernels are timed on, bfloat16
 HEADS, HEAD_SIZE = 16, 64
@@ -203,7 +203,7 @@ def _timed(device: torch.device, work: Work) -> float:
 
 
 def _engine(device: str, count: int) -> Iterator[tuple[str, ...]]:
-    workload = mixed_passages(count, locate(""), 256)
+    workload = natural("mixed", count, locate(""), 256)
     for dtype in ("float32", "float16", "bfloat16"):
         yield _rate(workload, device, dtype)
 

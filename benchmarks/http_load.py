@@ -5,7 +5,7 @@
 
 A fresh `carpool serve` and an offline `LLM` sit side by side and sleep while the other works. A round is one offline
 pass over the texts and one pass over HTTP for each number of connections: a closed loop, driven by a process of its
-own (`closed_loop.py`), whose CPU seconds are printed, for on few cores they are missing elsewhere. All answers are
+own (`http_client.py`), whose CPU seconds are printed, for on few cores they are missing elsewhere. All answers are
 checked against the offline vectors before anything is timed.
 """
 
@@ -15,7 +15,6 @@ import argparse
 import base64
 import json
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -31,13 +30,12 @@ sys.path.extend(str(Path(__file__).resolve().parent.parent / room) for room in (
 
 from agreement import agreed_cosine
 from carpool.engine.hub import locate
-from closed_loop import Job, Outcome
 from contestants import Contestant, Entry, Turn, Vectors, machine_cpu_seconds
+from http_client import Job, Outcome, drive
 from report import Spread, circumstances, cores, facts, noise_warning, quantile, table
 from server_process import ServerProcess
-from workload import Workload, mixed_passages
+from workload import LENGTHS, Workload, natural
 
-CLIENT = Path(__file__).resolve().with_name("closed_loop.py")
 STAGES = ("tokenize", "queue", "forward", "encode")  # as the server names them in Server-Timing
 SETTLE_SECONDS = 0.3
 
@@ -87,7 +85,7 @@ class Level:
 def main() -> None:
     options = _options()
     model = locate(options.model)
-    workload = mixed_passages(options.texts, model, options.longest)
+    workload = natural(options.lengths, options.texts, model, options.longest)
     where = circumstances()  # before there is any load of ours
     arguments = [*filter(None, [options.model]), "--dtype", options.dtype]
     starts = [_start_and_stop(arguments) for _ in range(options.starts - 1)]
@@ -115,7 +113,7 @@ def main() -> None:
         "resident memory": f"{resident[0] / 1e6:.0f} MB when ready, {resident[1] / 1e6:.0f} MB after the last pass",
         "lowest cosine": f"{cosine:.6f}, HTTP to offline",
     }
-    print(_markdown(about, workload, offline, levels))
+    print(_markdown(about, options.lengths, workload, offline, levels))
     if options.json:
         record = {
             "circumstances": where,
@@ -138,6 +136,9 @@ def _options() -> argparse.Namespace:
         "--encoding", default="base64", choices=("base64", "float"), help="(default: %(default)s)"
     )
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 8, 32, 128], metavar="N")
+    parser.add_argument(
+        "--lengths", default="mixed", choices=LENGTHS, help="of the texts (default: %(default)s)"
+    )
     parser.add_argument("--texts", type=int, default=512, help="requests in a pass (default: %(default)s)")
     parser.add_argument("--longest", type=int, default=256, help="most tokens in one (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="passes of each (default: %(default)s)")
@@ -196,23 +197,22 @@ def _drive(
     server: ServerProcess, encoding: str, workload: Workload, connections: int, keep: bool = False
 ) -> Outcome:
     bodies = [json.dumps({"input": text, "encoding_format": encoding}) for text in workload.texts]
-    job = Job(server.host, server.port, "/v1/embeddings", bodies, connections, keep)
-    command = [sys.executable, "-P", str(CLIENT)]
-    done = subprocess.run(
-        command, input=json.dumps(asdict(job)), stdout=subprocess.PIPE, text=True, check=True
-    )
-    return Outcome(**json.loads(done.stdout))
+    return drive(Job(server.host, server.port, "/v1/embeddings", bodies, connections, keep))
 
 
 def _markdown(
-    about: dict[str, str], workload: Workload, offline: Sequence[Turn], levels: Sequence[Level]
+    about: dict[str, str],
+    lengths: str,
+    workload: Workload,
+    offline: Sequence[Turn],
+    levels: Sequence[Level],
 ) -> str:
     alone = [_quantile(level.beyond("forward"), 0.5) for level in levels if level.connections == 1]
     overhead = "".join(f"{one} ms at one connection, p50 of response time minus forward" for one in alone)
     header = ("connections", "tokens/s", "% of offline", "texts/s", "cores busy", "client CPU s", "elsewhere")
     rates = [_offline_rates(offline, workload), *(_rates(level, offline, workload) for level in levels)]
     blocks = [
-        f"### HTTP, one text a request, {len(offline)} rounds of turns",
+        f"### HTTP, one {lengths} text a request, {len(offline)} rounds of turns",
         facts({**about, "overhead": overhead or "not measured"}),
         "Rates, least – median – most; the rest is of the median pass:",
         table(header, rates),

@@ -9,7 +9,9 @@ from statistics import mean, median
 
 from tokenizers import Tokenizer
 
-from corpus import MIXED, passages
+from corpus import LONG, MIXED, SHORT, Spread, passages
+
+LENGTHS = {"short": SHORT, "mixed": MIXED, "long": LONG}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +33,25 @@ class Workload:
         )
 
 
-def mixed_passages(count: int, model: Path, longest: int) -> Workload:
-    """Passages of natural lengths, none over `longest` tokens, so that nobody has to truncate.
+def natural(lengths: str, count: int, model: Path, longest: int, seed: int = 0) -> Workload:
+    """Passages whose lengths are those of queries (short), passages (mixed) or pages (long)."""
+    return _workload(LENGTHS[lengths], count, model, longest, seed)
+
+
+def equal(tokens: int, count: int, model: Path) -> Workload:
+    """Passages of `tokens` tokens, or a few less where a word would have to be cut."""
+    return _workload(Spread(tokens, 0.0, tokens, tokens), count, model, tokens, 0)
+
+
+def _workload(spread: Spread, count: int, model: Path, longest: int, seed: int) -> Workload:
+    """None over `longest` tokens, so that nobody has to truncate.
 
     Counted with the model's own tokenizer, the one measure for every contestant.
     """
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    texts = [_cut(tokenizer, text, longest) for text in passages(count, MIXED)]
+    texts = [_cut(tokenizer, text, longest) for text in passages(count, spread, seed)]
     return Workload(texts, [len(encoding.ids) for encoding in tokenizer.encode_batch(texts)])
 
 
