@@ -8,6 +8,9 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
+SOURCES = ("amx", "attention", "attention_amx", "linear", "linear8", "linear_amx", "rows")
+HEADERS = ("amx", "attention", "linear", "transpose", "vector")
+
 
 class NativeLibrary(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
@@ -25,8 +28,8 @@ setup(
     ext_modules=[
         Extension(
             "carpool.kernels._native",
-            [f"src/carpool/kernels/cpu/{name}.cpp" for name in ("attention", "linear", "rows")],
-            depends=["src/carpool/kernels/cpu/vector.h"],
+            [f"src/carpool/kernels/cpu/{name}.cpp" for name in SOURCES],
+            depends=[f"src/carpool/kernels/cpu/{name}.h" for name in HEADERS],
             extra_compile_args=[
                 "-O3",
                 "-std=c++17",

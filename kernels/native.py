@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LEVELS = ("none", "AVX2", "AVX-512", "AVX-512 BF16")  # what `carpool_cpu_level` counts
+LEVELS = ("none", "AVX2", "AVX-512", "AVX-512 BF16", "AMX BF16")  # what `carpool_cpu_level` counts
+AVX512, AMX = 2, 4
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}  # as kernels/cpu/vector.h has them
 
 
@@ -121,8 +122,9 @@ def _attention(
     causal: bool,
     window: int | None,
     softcap: float | None,
+    by: int | None = None,
 ) -> Tensor:
-    """query [T, N, D], rows of keys and values [., N_kv, D] → [T, N, D]."""
+    """query [T, N, D], rows of keys and values [., N_kv, D] → [T, N, D]. By the kernel of another level, if named."""
     assert library is not None
     out = torch.empty(query.shape, dtype=query.dtype)
     shape = _Shape(
@@ -137,7 +139,12 @@ def _attention(
     )
     is_float = query.dtype == torch.float32
     kernel = library.carpool_attention_f32 if is_float else library.carpool_attention_bf16
-    kernel(*map(pointer, (query, key, value, out)), ctypes.byref(batch), ctypes.byref(shape), level)
+    kernel(
+        *map(pointer, (query, key, value, out)),
+        ctypes.byref(batch),
+        ctypes.byref(shape),
+        level if by is None else by,
+    )
     return out
 
 
@@ -222,3 +229,43 @@ def kv_write(keys: Tensor, values: Tensor, slots: Tensor, key_cache: Tensor, val
         *(ctypes.c_int64(len(keys)), ctypes.c_int64(token.numel() * element)),
         *(pointer(key_cache), pointer(value_cache), ctypes.c_int64(key_cache.shape[0] * key_cache.shape[1])),
     )
+
+
+# ── AMX, tried first ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tried(found: int) -> int:
+    """The level, or the one below AMX where attention does not come out there as it does on AVX-512.
+
+    Its kernels were proven on tiles in software. Surgery compares each linear layer with torch's; this is for the rest.
+    """
+    if found < AMX:
+        return found
+    # Heads and sequences that end within a tile, and more than one block of keys.
+    lengths, heads, size = (17, 300), 2, 48
+    row = torch.randn(sum(lengths), 4 * heads, size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    query, key, value = row.tensor_split((2 * heads, 3 * heads), dim=1)
+    bounds = _cu_seqlens(tuple((length, 1) for length in lengths))
+    batch = _Batch(ctypes.addressof(bounds), None, None, len(lengths))
+    for causal in (False, True):
+        how = {"scale": size**-0.5, "causal": causal, "window": None, "softcap": None}
+        mine, other = (_attention(query, key, value, batch, **how, by=by).float() for by in (AMX, AMX - 1))
+        if not torch.allclose(mine, other, rtol=2**-6, atol=2**-6):
+            return AMX - 1
+    return found
+
+
+def _setback(found: int) -> str | None:
+    """Why the best that this CPU has is not used, in words; None where it is."""
+    if level < found:
+        return f"{LEVELS[found]} computes something else on this CPU than {LEVELS[level]}, which serves in its place."
+    if library is not None and library.carpool_has_amx() < 0:
+        return (
+            f"The kernel does not lend this process the AMX that its CPU has: {LEVELS[level]} serves, slower."
+        )
+    return None
+
+
+_found = level
+level = tried(_found)
+setback = _setback(_found)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from carpool.kernels import native
 from carpool.kernels.native import ACTIVATIONS, pointer
-from carpool.kernels.panels import Panels
+from carpool.kernels.panels import Panels, columns
 from carpool.kernels.reference import Activation
 from carpool.kernels.twins_cpu import Norm
 
@@ -27,7 +27,7 @@ class _Linear(ctypes.Structure):
     )
 
 
-class _Finish(ctypes.Structure):
+class Finish(ctypes.Structure):
     """As linear.cpp has it."""
 
     _fields_ = (
@@ -44,9 +44,8 @@ def serves(x: Tensor) -> bool:
     """Whether this CPU multiplies rows [T, in] of x's dtype; weights are made sure of by `Panels`."""
     return (
         native.library is not None
-        and native.level >= _BFLOAT16
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and native.level >= _BFLOAT16))
         and x.device.type == "cpu"
-        and x.dtype == torch.bfloat16
         and x.ndim == 2
         and x.stride(1) == 1
     )
@@ -59,26 +58,34 @@ def linear(x: Tensor, layer: Panels, activation: Activation | None = None) -> Te
 
 def linear_norm(x: Tensor, layer: Panels, residual: Tensor | None, norm: Norm | None) -> Tensor:
     """As its twin."""
-    return _linear(x, layer, ACTIVATIONS[None], _finish(len(x), layer.outputs, residual, norm))
+    return _linear(x, layer, ACTIVATIONS[None], finish_of(x, layer.outputs, residual, norm))
 
 
-def _linear(x: Tensor, layer: Panels, activation: int, finish: _Finish | None) -> Tensor:
+def _linear(x: Tensor, layer: Panels, activation: int, finish: Finish | None) -> Tensor:
     assert native.library is not None
     _fits(x, layer)
     out = x.new_empty(len(x), layer.outputs)
-    native.library.carpool_linear_bf16(
+    is_float = x.dtype == torch.float32
+    if is_float:
+        multiply = native.library.carpool_linear_f32
+    else:
+        multiply = native.library.carpool_linear_amx if layer.tiled else native.library.carpool_linear_bf16
+    multiply(
         ctypes.byref(_described(layer)),
         activation,
         None if finish is None else ctypes.byref(finish),
         *(pointer(x), ctypes.c_int64(x.stride(0)), len(x), pointer(out), ctypes.c_int64(out.stride(0))),
+        *((native.level,) if is_float else ()),
     )
     return out
 
 
 def _fits(x: Tensor, layer: Panels) -> None:
-    if not serves(x) or x.shape[1] != layer.inputs:
+    laid_out = native.level >= native.AMX if layer.tiled else layer.weight.shape[2] == columns(x.dtype)
+    if not serves(x) or x.shape[1] != layer.inputs or x.dtype != layer.weight.dtype or not laid_out:
         raise ValueError(
-            f"{x.dtype} {list(x.shape)} is not what a layer of {layer.inputs} inputs multiplies here"
+            f"{x.dtype} {list(x.shape)} is not what a layer of {layer.inputs} inputs, {layer.weight.dtype} in panels "
+            f"{list(layer.weight.shape)}, multiplies here"
         )
 
 
@@ -86,16 +93,18 @@ def _described(layer: Panels) -> _Linear:
     return _Linear(layer.weight.data_ptr(), layer.bias.data_ptr(), layer.inputs, layer.outputs)
 
 
-def _finish(tokens: int, width: int, residual: Tensor | None, norm: Norm | None) -> _Finish:
+def finish_of(x: Tensor, width: int, residual: Tensor | None, norm: Norm | None) -> Finish:
     """Of tensors that outlive the call."""
-    if residual is not None and (residual.shape != (tokens, width) or not serves(residual)):
+    if residual is not None and (
+        residual.shape != (len(x), width) or residual.dtype != x.dtype or not serves(residual)
+    ):
         raise ValueError(
-            f"a residual of {residual.dtype} {list(residual.shape)} for rows [{tokens}, {width}]"
+            f"a residual of {residual.dtype} {list(residual.shape)} for {x.dtype} rows [{len(x)}, {width}]"
         )
     for vector in () if norm is None else (norm.weight, norm.bias):
         if vector is not None and (vector.dtype != torch.float32 or vector.shape != (width,)):
             raise ValueError(f"a norm of {vector.dtype} {list(vector.shape)} for rows of {width}")
-    return _Finish(
+    return Finish(
         None if residual is None else residual.data_ptr(),
         None if norm is None else norm.weight.data_ptr(),
         None if norm is None or norm.bias is None else norm.bias.data_ptr(),

@@ -5,6 +5,7 @@
     x Wᵀ ≈ s (q Vᵀ) wᵀ + m (Σ V) wᵀ, the product of integers exact
 
 A token's scale is its own, so who rides beside it changes nothing. Embeddings, norms, attention and heads stay float.
+Layers run natively where there is a kernel for them, else through oneDNN: on the same integers.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.surgery.activation import ACTIVATIONS, APPROXIMATION, Gelu
 from carpool.engine.models.surgery.agreement import agree
 from carpool.engine.models.surgery.leaves import replace_linears
-from carpool.engine.models.surgery.rehearsal import Rehearsal, small_batch
+from carpool.engine.models.surgery.native_linear8 import NativeLinear8, fits8
+from carpool.engine.models.surgery.rehearsal import Rehearsal, sample, small_batch
+from carpool.kernels.panels8 import quantized
+from carpool.kernels.twins_cpu import Norm, leveled
 
-_LEVELS = 255  # of activations, from smallest to largest
-_STEPS = 127  # of weights, from 0 to the largest
 _ROWS = 256  # at a time: what lies between the passes over them stays in the cache
 # The rest of what oneDNN is told: no bias, which it would scale with the output, and float32.
 _TO_FLOAT32: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
@@ -37,7 +39,10 @@ _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
 
 
 class QuantizedLinear(nn.Module):
-    """x [..., in] → [..., out] in x's dtype, optionally through a GELU. `weight` is opaque: oneDNN's int8 layout."""
+    """x [..., in] → [..., out] in x's dtype, optionally through a GELU. `weight` is opaque: oneDNN's int8 layout.
+
+    For layers that do not run natively: on CPUs without AVX-512 VNNI, of odd shapes.
+    """
 
     def __init__(self, linear: nn.Linear, gelu: Gelu | None = None) -> None:
         super().__init__()
@@ -75,23 +80,6 @@ class QuantizedLinear(nn.Module):
         return out
 
 
-def leveled(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Activations [R, in] → uint8 [R, in]; for each row the height of a level and level 0, both float32 [R, 1]."""
-    wide = rows.float()
-    smallest = wide.amin(1, keepdim=True)
-    step = (wide.amax(1, keepdim=True) - smallest).div_(_LEVELS).clamp_min_(1e-20)
-    # By way of int8, to which torch converts many numbers at a time; turning the highest bit adds 128.
-    signed = (wide - smallest).div_(step).sub_(128).round_().to(torch.int8)
-    return signed.view(torch.uint8).bitwise_xor_(128), step, smallest
-
-
-def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float [out, in] → int8 [out, in] and, for each row, what one step of it stands for: float32 [out, 1]."""
-    wide = weight.float()
-    step = wide.abs().amax(1, keepdim=True).div_(_STEPS).clamp_min_(1e-20)
-    return (wide / step).round_().to(torch.int8), step
-
-
 def quantize(backbone: Backbone, *, vocab_size: int) -> tuple[int, list[str]]:
     """Quantise the linear layers in place; returns how many, and a sentence on each thing that users should know.
 
@@ -112,7 +100,7 @@ def quantize(backbone: Backbone, *, vocab_size: int) -> tuple[int, list[str]]:
         cosine = float(F.cosine_similarity(backbone.forward(batch).float(), said[0], dim=-1).median())
     if not count:
         raise ConfigError(f"--quantization int8: {name} has no linear layer that it knows how to quantise.")
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    layers = [module for module in model.modules() if isinstance(module, (NativeLinear8, QuantizedLinear))]
     covered = sum(layer.in_features * layer.out_features for layer in layers) / weights
     notices = []
     if covered < _MOST:
@@ -124,21 +112,25 @@ def quantize(backbone: Backbone, *, vocab_size: int) -> tuple[int, list[str]]:
     return count, notices
 
 
-def _twin(path: str, linear: nn.Linear, gelu: Gelu | None) -> QuantizedLinear | None:
+def _twin(path: str, linear: nn.Linear, gelu: Gelu | None) -> NativeLinear8 | QuantizedLinear | None:
     """The layer quantised, if it then computes exactly what its integers say."""
     if _ROUTER.search(path):
         return None
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(5, linear.in_features, generator=generator).to(linear.weight)
-    twin = QuantizedLinear(linear, gelu)
+    x = sample(linear)
+    twin = NativeLinear8(linear, gelu) if fits8(linear) else QuantizedLinear(linear, gelu)
     weight, step = quantized(linear.weight)
-    levels, height, smallest = leveled(x)
+    levels, height, smallest = leveled(x[0])
     told = (levels.float() * height + smallest) @ (weight.float() * step).T
     if linear.bias is not None:
         told += linear.bias.float()
+    if isinstance(twin, NativeLinear8) and gelu is None:
+        whole = Norm(torch.ones(len(step)), None, 1e-6, centred=True)
+        normed = F.layer_norm(told, [len(step)], eps=whole.eps).to(x.dtype)
+        if not agree(twin.and_norm(x[0], torch.zeros_like(normed), whole), normed):
+            return None
     if gelu is not None:
         told = ACTIVATIONS[gelu](told)
-    return twin if agree(twin(x), told.to(x.dtype)) else None
+    return twin if agree(twin(x)[0], told.to(x.dtype)) else None
 
 
 def _sane(new: Tensor, old: Tensor) -> bool:

@@ -11,61 +11,24 @@
 //
 // The queries of one head of keys are rows: a token's heads of the group stand together, then the next token's. What
 // sequences in pages have in common with the one before them is still laid out from there, and is not copied again.
-#include "vector.h"
+#include "attention.h"
+#include "transpose.h"
 
 namespace {
 
 constexpr int ROWS = 6;           // queries a block in float32: 6 x 2 accumulators leave registers for operands
 constexpr int BLOCK = 2 * LANES;  // keys a block in float32
 
-struct Shape {
-    int heads, kv_heads, head_size;
-    int64_t q_stride, k_stride, v_stride, o_stride;  // elements from one token to the next
-    float scale, softcap;                            // softcap 0: none
-    int causal, window;                              // window 0: none; a token sees those less than `window` away
-};
-
-// Whose tokens are whose. Queries stand one sequence behind the other; so do keys and values, unless they are in pages:
-// then a sequence has `key_lengths` of them, and its queries are the last of its tokens.
-struct Batch {
-    const int32_t* cu_seqlens;  // [sequences + 1]
-    const int32_t* pages;       // [sequences, most_pages], null for none
-    const int32_t* key_lengths;
-    int sequences, most_pages, page_size;
-
-    int queries(int b) const { return cu_seqlens[b + 1] - cu_seqlens[b]; }
-    int length(int b) const { return pages ? key_lengths[b] : queries(b); }
-    const int32_t* pages_of(int b) const { return pages + int64_t(b) * most_pages; }
-
-    // In which row a token's keys and values are.
-    int64_t row(int b, int token) const {
-        if (!pages) return cu_seqlens[b] + token;
-        return int64_t(pages_of(b)[token / page_size]) * page_size + token % page_size;
-    }
-
-    // How many tokens at its beginning lie where those of the sequence before it do.
-    int shared(int b) const {
-        if (!pages || b == 0 || !queries(b) || !queries(b - 1)) return 0;
-        const int most = std::min(length(b), length(b - 1));
-        const int32_t *own = pages_of(b), *before = pages_of(b - 1);
-        int tokens = 0;
-        for (int i = 0; tokens < most && own[i] == before[i]; i++) tokens += page_size;
-        return std::min(tokens, most);
-    }
-};
-
-struct Range {
-    int begin, end;
-};
-
-// Which keys the query at place i sees.
-inline Range visible(const Shape& s, int i, int length) {
-    int begin = s.window ? std::max(0, i - s.window + 1) : 0;
-    int end = s.causal ? i + 1 : s.window ? std::min(length, i + s.window) : length;
-    return {begin, end};
+template <typename V>
+INLINE V power_of_e(V x) {
+    if constexpr (sizeof(V) == 64)
+        return (V)exp2_finely((__m512)(x * 1.44269504f));
+    else
+        return exp_(x);
 }
 
 // Scores of one query, in place: scaled, capped, masked to what it sees, exponentials; returns 1 / their sum.
+template <int W>
 INLINE float softmax_row(const Shape& s, float* row, Range keys, int begin, int end) {
     if (s.softcap != 0)
         for (int j = keys.begin; j < keys.end; j++) row[j] = s.softcap * std::tanh(row[j] * s.scale / s.softcap);
@@ -73,17 +36,16 @@ INLINE float softmax_row(const Shape& s, float* row, Range keys, int begin, int 
     const float low = -std::numeric_limits<float>::infinity();
     for (int j = begin; j < keys.begin; j++) row[j] = low;
     for (int j = keys.end; j < end; j++) row[j] = low;
-    vec top = splat(low);
-    for (int j = begin; j < end; j += LANES) {
-        vec x = load(row + j);
+    floats<W> top = floats<W>{} + low, total = {};
+    for (int j = begin; j < end; j += W) {
+        const floats<W> x = load<W>(row + j);
         top = x > top ? x : top;
     }
     const float peak = largest(top);
-    vec total = {};
-    for (int j = begin; j < end; j += LANES) {
-        vec e = exp_((load(row + j) - peak) * factor);
+    for (int j = begin; j < end; j += W) {
+        const floats<W> e = power_of_e((load<W>(row + j) - peak) * factor);
         total += e;
-        std::memcpy(row + j, &e, 64);
+        store(row + j, e);
     }
     return 1.0f / sum(total);
 }
@@ -93,25 +55,13 @@ INLINE float softmax_row(const Shape& s, float* row, Range keys, int begin, int 
 // The two loops that take the time are written for registers of W floats, as wide as the level has them: then all of
 // their sums stay in registers, 12 of which AVX2 has 16.
 
-template <int W>
-struct Register {
-    typedef float type __attribute__((vector_size(W * sizeof(float))));
-};
-
-template <int W>
-INLINE auto load_as(const float* p) {
-    typename Register<W>::type r;
-    std::memcpy(&r, p, sizeof r);
-    return r;
-}
-
 // Of N queries and BLOCK keys.
 template <int W, int N>
 INLINE void scores_block(const float* const* q, const float* keys, int head_size, float* const* out) {
     for (int first = 0; first < BLOCK; first += 2 * W) {
-        typename Register<W>::type acc[N][2] = {};
+        floats<W> acc[N][2] = {};
         for (int d = 0; d < head_size; d++) {
-            const auto one = load_as<W>(keys + d * BLOCK + first), other = load_as<W>(keys + d * BLOCK + first + W);
+            const auto one = load<W>(keys + d * BLOCK + first), other = load<W>(keys + d * BLOCK + first + W);
             for (int n = 0; n < N; n++) acc[n][0] += one * q[n][d], acc[n][1] += other * q[n][d];
         }
         for (int n = 0; n < N; n++)
@@ -123,10 +73,10 @@ INLINE void scores_block(const float* const* q, const float* keys, int head_size
 template <int W, int WIDTH, int N>
 INLINE void values_block(float* const* p, const float* values, int head_size, int begin, int end, float (*out)[256],
                          int d) {
-    typename Register<W>::type acc[N][WIDTH] = {};
+    floats<W> acc[N][WIDTH] = {};
     for (int j = begin; j < end; j++) {
-        typename Register<W>::type v[WIDTH];
-        for (int w = 0; w < WIDTH; w++) v[w] = load_as<W>(values + int64_t(j) * head_size + d + w * W);
+        floats<W> v[WIDTH];
+        for (int w = 0; w < WIDTH; w++) v[w] = load<W>(values + int64_t(j) * head_size + d + w * W);
         for (int n = 0; n < N; n++)
             for (int w = 0; w < WIDTH; w++) acc[n][w] += v[w] * p[n][j];
     }
@@ -150,16 +100,18 @@ struct Float32 {
 
     INLINE void lay(const Shape& s, const T* k, const T* v, const int64_t* at, int begin, int length) {
         const int size = s.head_size;
-        for (int j = begin; j < length; j++) {
-            float *key = keys + int64_t(j / BLOCK * BLOCK) * size + j % BLOCK, *value = values + int64_t(j) * size;
-            for (int d = 0; d < size; d++) {
-                key[d * BLOCK] = widen(k[at[j] * s.k_stride + d]);
-                value[d] = widen(v[at[j] * s.v_stride + d]);
+        for (int j = begin; j < length; j++)
+            for (int d = 0; d < size; d += W)
+                store(values + int64_t(j) * size + d, load<W>(v + at[j] * s.v_stride + d));
+        for (int j = begin / W * W; j < round_up(length, BLOCK); j += W)
+            for (int d = 0; d < size; d += W) {
+                ints<W> r[W] = {};
+                for (int i = 0; i < std::min(W, length - j); i++)
+                    r[i] = (ints<W>)load<W>(k + at[j + i] * s.k_stride + d);
+                transpose<W>(r);
+                float* key = keys + int64_t(j / BLOCK * BLOCK) * size + j % BLOCK;
+                for (int i = 0; i < W; i++) store(key + (d + i) * BLOCK, (floats<W>)r[i]);
             }
-        }
-        const int odd = length % BLOCK;
-        float* tail = keys + int64_t(length - odd) * size;
-        for (int d = 0; odd && d < size; d++) std::fill(tail + d * BLOCK + odd, tail + (d + 1) * BLOCK, 0.0f);
     }
 
     INLINE void attend(const Shape& s, const T* q, const T*, T* o, const int64_t*, int queries, int length) {
@@ -173,7 +125,7 @@ struct Float32 {
             for (int n = 0; n < ROWS; n++) {
                 token[n] = (i + std::min(n, count - 1)) / group, head[n] = (i + std::min(n, count - 1)) % group;
                 const T* from = q + token[n] * s.q_stride + head[n] * size;
-                for (int d = 0; d < size; d++) query[n][d] = widen(from[d]);
+                for (int d = 0; d < size; d += W) store(query[n] + d, load<W>(from + d));
                 qs[n] = query[n];
                 row[n] = rows + int64_t(n) * stride;
             }
@@ -186,14 +138,14 @@ struct Float32 {
             }
             float inverse[ROWS];
             for (int n = 0; n < ROWS; n++)
-                inverse[n] = softmax_row(s, row[n], visible(s, past + token[n], length), begin, end);
+                inverse[n] = softmax_row<W>(s, row[n], visible(s, past + token[n], length), begin, end);
             const int last = std::min(end, length);
             int d = 0;
             for (; d + 2 * W <= size; d += 2 * W) values_block<W, 2, ROWS>(row, values, size, begin, last, result, d);
             for (; d < size; d += W) values_block<W, 1, ROWS>(row, values, size, begin, last, result, d);
             for (int n = 0; n < count; n++)
-                for (int e = 0; e < size; e++)
-                    store(o + token[n] * s.o_stride + head[n] * size + e, result[n][e] * inverse[n]);
+                for (int e = 0; e < size; e += W)
+                    store(o + token[n] * s.o_stride + head[n] * size + e, load<W>(result[n] + e) * inverse[n]);
         }
     }
 };
@@ -211,36 +163,6 @@ FOR_BF16 inline __m512bh pair_of(const uint16_t* p) {
     int32_t both;
     std::memcpy(&both, p, 4);
     return (__m512bh)_mm512_set1_epi32(both);
-}
-
-// One round of a transposition of 16 x 16: squares of SIDE are exchanged across the diagonal.
-template <int SIDE>
-INLINE void exchange(ivec* r) {
-    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const ivec odd = (lane & SIDE) != 0;
-    const ivec left = (odd & (lane + LANES - SIDE)) | (~odd & lane);
-    const ivec right = (odd & (lane + LANES)) | (~odd & (lane + SIDE));
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) {
-        if (i & SIDE) continue;
-        const ivec one = r[i], other = r[i + SIDE];
-        r[i] = __builtin_shuffle(one, other, left);
-        r[i + SIDE] = __builtin_shuffle(one, other, right);
-    }
-}
-
-INLINE void transpose(ivec* r) {
-    exchange<1>(r);
-    exchange<2>(r);
-    exchange<4>(r);
-    exchange<8>(r);
-}
-
-// Neighbouring rows' bfloat16 as pairs: 16 of each.
-FOR_BF16 inline __m512i zipped(__m512i one_then_other) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, one_then_other);
 }
 
 // Into [ceil(length / 2)][size][2] from `begin`, even, on: neighbouring tokens' values as pairs, a zero for the one
@@ -477,18 +399,19 @@ FOR_BF16 void in_bf16(const Shape& s, const uint16_t* q, const uint16_t* k, cons
 
 extern "C" {
 
-// The best instruction set this CPU has for the kernels: 0 none that serves, 1 AVX2, 2 AVX-512, 3 AVX-512 BF16.
+int carpool_has_amx();  // amx.cpp
+
+// The best instruction set this CPU has for the kernels: 0 none that serves, 1 AVX2, 2 AVX-512, 3 AVX-512 BF16, 4 that and
+// AMX in bfloat16.
 int carpool_cpu_level() {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
     if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
         return 1;
-    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+    if (!__builtin_cpu_supports("avx512bf16")) return 2;
+    return carpool_has_amx() > 0 ? 4 : 3;
 }
 
-// query [T, heads, head_size], key and value [rows, kv_heads, head_size], out as query; strides in elements, heads and
-// head_size contiguous. head_size is a multiple of 16, at most 256. Keys and values in pages are attended causally.
-// `level` as above.
 void carpool_attention_f32(const float* q, const float* k, const float* v, float* o, const Batch* batch,
                            const Shape* shape, int level) {
     Kernel<float> kernel = level >= AVX512 ? in_f32_avx512<float> : in_f32_avx2<float>;
@@ -497,6 +420,7 @@ void carpool_attention_f32(const float* q, const float* k, const float* v, float
 
 void carpool_attention_bf16(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o, const Batch* batch,
                             const Shape* shape, int level) {
+    if (level >= AMX) return carpool_attention_amx(q, k, v, o, batch, shape);
     Kernel<uint16_t> kernel = level >= AVX512_BF16 ? in_bf16
                               : level == AVX512    ? in_f32_avx512<uint16_t>
                                                    : in_f32_avx2<uint16_t>;

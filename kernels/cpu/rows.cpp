@@ -17,60 +17,60 @@ struct Norm {
 
 // out = norm(x + residual); the sum, rounded as the rows are, goes to `total`, which may be `out`. Without a residual
 // that is null, and `total` is not looked at.
-template <typename T>
+template <int W, typename T>
 INLINE void norm_rows(const Norm& n, const T* x, const T* residual, int64_t rows, int width, T* out, T* total) {
     for (int64_t r = 0; r < rows; r++, x += width, out += width) {
         const T* row = x;
-        vec sums = {}, squares = {};
+        floats<W> sums = {}, squares = {};
         if (residual) {
-            for (int i = 0; i < width; i += LANES) store(total + i, load(x + i) + load(residual + i));
+            for (int i = 0; i < width; i += W) store(total + i, load<W>(x + i) + load<W>(residual + i));
             row = total;
             residual += width;
             total += width;
         }
         if (n.centred)
-            for (int i = 0; i < width; i += LANES) sums += load(row + i);
+            for (int i = 0; i < width; i += W) sums += load<W>(row + i);
         const float mean = sum(sums) / width;
-        for (int i = 0; i < width; i += LANES) {
-            const vec centred = load(row + i) - mean;
+        for (int i = 0; i < width; i += W) {
+            const floats<W> centred = load<W>(row + i) - mean;
             squares += centred * centred;
         }
         const float scale = 1.0f / std::sqrt(sum(squares) / width + n.eps);
-        for (int i = 0; i < width; i += LANES) {
-            vec y = (load(row + i) - mean) * scale * load(n.weight + i);
-            if (n.bias) y += load(n.bias + i);
+        for (int i = 0; i < width; i += W) {
+            floats<W> y = (load<W>(row + i) - mean) * scale * load<W>(n.weight + i);
+            if (n.bias) y += load<W>(n.bias + i);
             store(out + i, y);
         }
     }
 }
 
 // Gate and up [rows, width] beside each other, `stride` elements from one row to the next.
-template <typename T, Activation A>
+template <int W, Activation A, typename T>
 INLINE void gate_rows(const T* gate, const T* up, int64_t stride, int64_t rows, int width, T* out) {
     for (int64_t r = 0; r < rows; r++, gate += stride, up += stride, out += width)
-        for (int i = 0; i < width; i += LANES) store(out + i, activated<A>(load(gate + i)) * load(up + i));
+        for (int i = 0; i < width; i += W) store(out + i, activated<A>(load<W>(gate + i)) * load<W>(up + i));
 }
 
-template <typename T>
+template <int W, typename T>
 INLINE void gate_rows(int activation, const T* gate, const T* up, int64_t stride, int64_t rows, int width, T* out) {
-    if (activation == GELU) gate_rows<T, GELU>(gate, up, stride, rows, width, out);
-    if (activation == GELU_TANH) gate_rows<T, GELU_TANH>(gate, up, stride, rows, width, out);
-    if (activation == SILU) gate_rows<T, SILU>(gate, up, stride, rows, width, out);
+    if (activation == GELU) gate_rows<W, GELU>(gate, up, stride, rows, width, out);
+    if (activation == GELU_TANH) gate_rows<W, GELU_TANH>(gate, up, stride, rows, width, out);
+    if (activation == SILU) gate_rows<W, SILU>(gate, up, stride, rows, width, out);
 }
 
 // x [tokens, heads, size] with `stride` elements from one token to the next, cosines and sines float32 [tokens,
 // turned]; out contiguous. The left half of the first `turned` columns, 16 or a multiple, is turned into the right one.
-template <typename T>
+template <int W, typename T>
 INLINE void turn(const T* x, int64_t stride, int tokens, int heads, int size, int turned, const float* cosines,
                  const float* sines, T* out) {
     const int half = turned / 2;
     for (int t = 0; t < tokens; t++, x += stride, cosines += turned, sines += turned)
         for (int head = 0; head < heads; head++, out += size) {
             const T* from = x + int64_t(head) * size;
-            for (int i = 0; i < half; i += LANES) {
-                const vec left = load(from + i), right = load(from + half + i);
-                store(out + i, left * load(cosines + i) - right * load(sines + i));
-                store(out + half + i, right * load(cosines + half + i) + left * load(sines + half + i));
+            for (int i = 0; i < half; i += W) {
+                const floats<W> left = load<W>(from + i), right = load<W>(from + half + i);
+                store(out + i, left * load<W>(cosines + i) - right * load<W>(sines + i));
+                store(out + half + i, right * load<W>(cosines + half + i) + left * load<W>(sines + half + i));
             }
             std::memcpy(out + turned, from + turned, (size - turned) * sizeof(T));
         }
@@ -80,7 +80,7 @@ enum Pool { CLS, LAST, MEAN };
 
 // Each sequence's first row, last row or mean, its first `widths` components, the others 0, of unit length if so told;
 // zeros for one of no tokens. out float32 [sequences, width].
-template <typename T>
+template <int W, typename T>
 INLINE void pool(const T* hidden, const int32_t* cu_seqlens, const int8_t* modes, const int32_t* widths,
                  const uint8_t* normalize, int sequences, int width, float* out) {
     for (int b = 0; b < sequences; b++, out += width) {
@@ -89,18 +89,18 @@ INLINE void pool(const T* hidden, const int32_t* cu_seqlens, const int8_t* modes
         if (modes[b] == LAST) begin = std::max(begin, end - 1);
         std::memset(out, 0, width * sizeof(float));
         for (int t = begin; t < end; t++)
-            for (int i = 0; i < width; i += LANES)
-                store(out + i, load(out + i) + load(hidden + int64_t(t) * width + i));
+            for (int i = 0; i < width; i += W)
+                store(out + i, load<W>(out + i) + load<W>(hidden + int64_t(t) * width + i));
         const int kept = std::min(widths[b], width);
         std::memset(out + kept, 0, (width - kept) * sizeof(float));
         float factor = 1.0f / std::max(end - begin, 1);
         if (normalize[b]) {
-            vec squares = {};
-            for (int i = 0; i < width; i += LANES) squares += load(out + i) * factor * (load(out + i) * factor);
+            floats<W> squares = {};
+            for (int i = 0; i < width; i += W) squares += load<W>(out + i) * factor * (load<W>(out + i) * factor);
             const float length = std::sqrt(sum(squares));
             factor /= length < 1e-12f ? 1e-12f : length;  // NaN stays
         }
-        for (int i = 0; i < width; i += LANES) store(out + i, load(out + i) * factor);
+        for (int i = 0; i < width; i += W) store(out + i, load<W>(out + i) * factor);
     }
 }
 
@@ -109,11 +109,11 @@ INLINE void pool(const T* hidden, const int32_t* cu_seqlens, const int8_t* modes
 #define AT_BOTH_LEVELS(name, body) \
     template <typename... Args> \
     FOR_AVX512 void name##_avx512(Args... args) { \
-        body(args...); \
+        body<16>(args...); \
     } \
     template <typename... Args> \
     FOR_AVX2 void name##_avx2(Args... args) { \
-        body(args...); \
+        body<8>(args...); \
     } \
     template <typename... Args> \
     void name##_at(int level, Args... args) { \

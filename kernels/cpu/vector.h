@@ -1,5 +1,6 @@
-// What the native kernels share: vectors of 16 floats, bfloat16, and the instruction sets that a function may be
-// compiled for. The same source serves AVX2 and AVX-512: a function marked INLINE takes the set of whoever calls it.
+// What the native kernels share: vectors of floats, bfloat16, and the instruction sets that a function may be compiled
+// for. The same source serves AVX2 and AVX-512: a function marked INLINE takes the set of whoever calls it, and where it
+// is a template of W, the floats of a register, 8 or 16: of vectors wider than its registers the compiler makes scalars.
 #pragma once
 
 #include <immintrin.h>
@@ -18,13 +19,25 @@
 
 namespace {
 
-enum Level { NONE, AVX2, AVX512, AVX512_BF16 };
+enum Level { NONE, AVX2, AVX512, AVX512_BF16, AMX };
 
 constexpr int LANES = 16;  // floats in a 512-bit register
 
-typedef float vec __attribute__((vector_size(64), aligned(4)));  // on AVX2 the compiler makes two registers of each
-typedef int32_t ivec __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t hvec __attribute__((vector_size(32), aligned(2)));  // 16 bfloat16
+template <int W>
+struct Register {
+    typedef float floats __attribute__((vector_size(4 * W), aligned(4)));
+    typedef int32_t ints __attribute__((vector_size(4 * W), aligned(4)));
+    typedef uint16_t halves __attribute__((vector_size(2 * W), aligned(2)));  // W bfloat16
+};
+template <int W>
+using floats = typename Register<W>::floats;
+template <int W>
+using ints = typename Register<W>::ints;
+template <typename V>
+using ints_of = decltype(V{} < V{});
+
+typedef floats<LANES> vec;
+typedef ints<LANES> ivec;
 
 inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
@@ -54,45 +67,54 @@ T* scratch(std::vector<T>& held, size_t count) {
 
 INLINE vec splat(float x) { return vec{} + x; }
 
-INLINE vec load(const float* p) {
-    vec v;
-    std::memcpy(&v, p, 64);
+template <int W = LANES>
+INLINE floats<W> load(const float* p) {
+    floats<W> v;
+    std::memcpy(&v, p, sizeof v);
     return v;
 }
-INLINE vec load(const uint16_t* p) {
-    hvec h;
-    std::memcpy(&h, p, 32);
-    return (vec)(__builtin_convertvector(h, ivec) << 16);
+template <int W = LANES>
+INLINE floats<W> load(const uint16_t* p) {
+    typename Register<W>::halves h;
+    std::memcpy(&h, p, sizeof h);
+    return (floats<W>)(__builtin_convertvector(h, ints<W>) << 16);
 }
 
-INLINE void store(float* to, vec x) { std::memcpy(to, &x, 64); }
-INLINE void store(uint16_t* to, vec x) {  // as `narrow`
-    ivec bits = (ivec)x;
-    ivec rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
-    ivec nan = x != x;
-    hvec h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), hvec);
-    std::memcpy(to, &h, 32);
+template <typename V>
+INLINE void store(float* to, V x) {
+    std::memcpy(to, &x, sizeof x);
+}
+template <typename V>
+INLINE void store(uint16_t* to, V x) {  // as `narrow`
+    typedef ints_of<V> I;
+    typedef typename Register<sizeof(V) / 4>::halves H;
+    const I bits = (I)x, nan = x != x;
+    const I rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
+    const H h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), H);
+    std::memcpy(to, &h, sizeof h);
 }
 
 // e^x for x <= 0, to about 1e-7 relative; below -87 it is 0. Cephes' polynomial after Cody and Waite's
 // reduction.
-INLINE vec exp_(vec x) {
-    ivec tiny = x < splat(-87.0f);
-    vec clamped = (vec)((ivec)x & ~tiny);
-    vec n = clamped * 1.44269504f;
-    vec rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    vec shifted = n + rounder;
-    vec whole = shifted - rounder;
-    vec r = clamped - whole * 0.693359375f + whole * 2.12194440e-4f;
-    vec p = splat(1.9875691500e-4f);
+template <typename V>
+INLINE V exp_(V x) {
+    typedef ints_of<V> I;
+    const I tiny = x < V{} - 87.0f;
+    const V clamped = (V)((I)x & ~tiny);
+    const V n = clamped * 1.44269504f;
+    const V rounder = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const V shifted = n + rounder;
+    const V whole = shifted - rounder;
+    const V r = clamped - whole * 0.693359375f + whole * 2.12194440e-4f;
+    V p = V{} + 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    ivec power = ((ivec)shifted - (ivec)rounder + 127) << 23;
-    return (vec)((ivec)(p * (vec)power) & ~tiny);
+    const I power = ((I)shifted - (I)rounder + 127) << 23;
+    return (V)((I)(p * (V)power) & ~tiny);
 }
 
 // 2^x; below -126 it stays there, and NaN stays NaN. To 3e-6, relative: little beside rounding to bfloat16.
@@ -107,18 +129,48 @@ FOR_BF16 inline __m512 exp2_(__m512 x) {
     return _mm512_scalef_ps(p, x);  // times 2^floor(x)
 }
 
-INLINE vec abs_(vec x) { return (vec)((ivec)x & 0x7fffffff); }
-
-INLINE float sum(vec v) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
+// The same to 2e-7, for what stays float32.
+FOR_AVX512 inline __m512 exp2_finely(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);
+    const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+    __m512 p = _mm512_set1_ps(0.00187757649f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.00898934054f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0558263174f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.240153617f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693153073f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.999999925f));
+    return _mm512_scalef_ps(p, x);
 }
 
-INLINE float largest(vec v) {
-    float top = v[0];
-    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
-    return top;
+template <typename V>
+INLINE V abs_(V x) {
+    return (V)((ints_of<V>)x & 0x7fffffff);
+}
+
+// 0, 1, 2, ...
+template <int W>
+INLINE ints<W> lanes() {
+    if constexpr (W == 16)
+        return ints<W>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    else
+        return ints<W>{0, 1, 2, 3, 4, 5, 6, 7};
+}
+
+template <typename V>
+INLINE float sum(V v) {
+    constexpr int W = sizeof(V) / 4;
+    for (int half = W / 2; half; half /= 2) v += __builtin_shuffle(v, lanes<W>() + half);  // counted modulo W
+    return v[0];
+}
+
+template <typename V>
+INLINE float largest(V v) {
+    constexpr int W = sizeof(V) / 4;
+    for (int half = W / 2; half; half /= 2) {
+        const V other = __builtin_shuffle(v, lanes<W>() + half);
+        v = other > v ? other : v;
+    }
+    return v[0];
 }
 
 // ── activations ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -126,29 +178,35 @@ INLINE float largest(vec v) {
 enum Activation { IDENTITY, GELU, GELU_TANH, SILU };
 
 // 1 / (1 + e^-x), without overflow on either side.
-INLINE vec sigmoid_(vec x) {
-    vec e = exp_(-abs_(x));
-    vec numerator = (vec)(((ivec)e & (x < 0)) | ((ivec)splat(1.0f) & ~(x < 0)));
+template <typename V>
+INLINE V sigmoid_(V x) {
+    typedef ints_of<V> I;
+    const V e = exp_(-abs_(x));
+    const V numerator = (V)(((I)e & (x < 0)) | ((I)(V{} + 1.0f) & ~(x < 0)));
     return numerator / (1.0f + e);
 }
 
 // x times the normal distribution at x. erfc by Abramowitz and Stegun's 7.1.26, to 1.5e-7: in float32 that is as near
 // as 1 + erf comes.
-INLINE vec gelu_(vec x) {
-    vec z = abs_(x) * 0.70710678f;
-    vec t = 1.0f / (1.0f + z * 0.3275911f);
-    vec p = t * 1.061405429f - 1.453152027f;
+template <typename V>
+INLINE V gelu_(V x) {
+    const V z = abs_(x) * 0.70710678f;
+    const V t = 1.0f / (1.0f + z * 0.3275911f);
+    V p = t * 1.061405429f - 1.453152027f;
     p = p * t + 1.421413741f;
     p = p * t - 0.284496736f;
     p = p * t + 0.254829592f;
-    vec tail = p * t * exp_(-z * z) * 0.5f;  // the distribution at -|x|
-    return (x > 0 ? x : vec{}) - abs_(x) * tail;
+    const V tail = p * t * exp_(-z * z) * 0.5f;  // the distribution at -|x|
+    return (x > 0 ? x : V{}) - abs_(x) * tail;
 }
 
-INLINE vec gelu_tanh_(vec x) { return x * sigmoid_(1.59576912f * (x + 0.044715f * x * x * x)); }
+template <typename V>
+INLINE V gelu_tanh_(V x) {
+    return x * sigmoid_(1.59576912f * (x + 0.044715f * x * x * x));
+}
 
-template <Activation A>
-INLINE vec activated(vec x) {
+template <Activation A, typename V>
+INLINE V activated(V x) {
     return A == GELU ? gelu_(x) : A == GELU_TANH ? gelu_tanh_(x) : A == SILU ? x * sigmoid_(x) : x;
 }
 

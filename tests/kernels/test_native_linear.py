@@ -65,7 +65,8 @@ def test_panels_hold_the_layer(outputs: int, inputs: int, bias: bool) -> None:
     [
         lambda: Panels.of(randn(40, 16), None),
         lambda: Panels.of(randn(32, 15), None),
-        lambda: Panels.of(randn(32, 16).float(), None),
+        lambda: Panels.of(randn(32, 16).half(), None),
+        lambda: Panels.of(randn(40, 16).float(), None),
     ],
 )
 def test_weights_that_no_panel_holds_are_refused(make: Callable[[], Panels]) -> None:
@@ -116,6 +117,114 @@ def test_a_layer_with_its_residual_and_norm_equals_its_twin(
     assert_as_good_as_torch(mine, torchs, exact)
 
 
+# ── in float32 ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+needs_native = pytest.mark.skipif(native.library is None, reason="the native kernels are not built")
+WIDE_LEVELS = range(1, min(native.level, 2) + 1)  # beyond AVX-512 there is nothing more for float32
+
+
+def wide(*shape: int, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def assert_as_good_as_torchs_float32(mine: Tensor, torchs: Tensor, exact: Tensor) -> None:
+    """Against float64, on the whole and where it is worst; units of the last place are what order alone may cost."""
+    assert mine.dtype == torch.float32
+    assert mine.shape == exact.shape
+    assert error(mine, exact) <= 2 * error(torchs, exact) + 2**-23
+    bound = 2 * (torchs.double() - exact).abs().max() + 4 * 2**-23 * exact.abs().max()
+    assert (mine.double() - exact).abs().max() <= bound
+
+
+@needs_native
+@pytest.mark.parametrize("level", WIDE_LEVELS)
+@given(
+    rows=tokens,
+    outputs=sizes,
+    inputs=st.sampled_from([1, 38, 384, 3000]),
+    bias=st.booleans(),
+    activation=st.one_of(st.none(), activations),
+)
+@few
+def test_a_layer_in_float32_equals_its_twin(
+    level: int, rows: int, outputs: int, inputs: int, bias: bool, activation: Activation | None
+) -> None:
+    x, weight = wide(rows, inputs + 2)[:, :inputs], wide(outputs, inputs, scale=inputs**-0.5)
+    start = wide(outputs) if bias else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "level", level)
+        panels = Panels.of(weight, start)
+        mine = native_linear.linear(x, panels, activation)
+    again, starts = panels.unpacked()
+    assert torch.equal(again, weight)
+    assert torch.equal(starts, torch.zeros(outputs) if start is None else start)
+    exact = F.linear(x.double(), weight.double(), None if start is None else start.double())
+    torchs = F.linear(x, weight, start)
+    if activation is not None:
+        torchs = twins_cpu.activate(torchs, activation)
+        exact = (
+            F.silu(exact)
+            if activation == "silu"
+            else F.gelu(exact, approximate="none" if activation == "gelu" else "tanh")
+        )
+    assert_as_good_as_torchs_float32(mine, torchs, exact)
+
+
+@needs_native
+@pytest.mark.parametrize("level", WIDE_LEVELS)
+@given(
+    rows=tokens,
+    width=sizes,
+    residual=st.booleans(),
+    norm=st.one_of(st.none(), st.builds(lambda c, b: (c, b), st.booleans(), st.booleans())),
+)
+@few
+def test_a_layer_in_float32_with_its_residual_and_norm_equals_its_twin(
+    level: int, rows: int, width: int, residual: bool, norm: tuple[bool, bool] | None
+) -> None:
+    x, weight = wide(rows, 96), wide(width, 96, scale=0.1)
+    other = wide(rows, width + 8)[:, :width] if residual else None
+    last = None if norm is None else norm_of(width, centred=norm[0], bias=norm[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "level", level)
+        panels = Panels.of(weight, None)
+        mine = native_linear.linear_norm(x, panels, other, last)
+    exact = F.linear(x.double(), weight.double()) + (0 if other is None else other.double())
+    if last is not None:
+        exact = exact - exact.mean(1, keepdim=True) if last.centred else exact
+        exact = exact * torch.rsqrt(exact.square().mean(1, keepdim=True) + last.eps) * last.weight.double()
+        exact = exact if last.bias is None else exact + last.bias.double()
+    assert_as_good_as_torchs_float32(mine, twins_cpu.linear_norm(x, panels, other, last), exact)
+
+
+@needs_native
+@pytest.mark.parametrize("level", WIDE_LEVELS)
+def test_in_float32_a_token_comes_out_the_same_in_any_company(
+    level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "level", level)
+    x, up = wide(300, 384), Panels.of(wide(768, 384, scale=0.05), None)
+    x[7, 3] = float("nan")
+    whole = native_linear.linear(x, up, "gelu")
+    assert torch.isnan(whole[7]).all()
+    for first, last in ((0, 1), (8, 12), (130, 291), (299, 300)):
+        assert torch.equal(native_linear.linear(x[first:last], up, "gelu"), whole[first:last])
+
+
+@needs_native
+@pytest.mark.skipif(native.level < 2, reason="no AVX-512 here")
+def test_panels_made_for_another_level_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, panels = wide(4, 64), Panels.of(wide(64, 64), None)
+    assert native_linear.linear(x, panels).shape == (4, 64)
+    monkeypatch.setattr(native, "level", 1)
+    with pytest.raises(ValueError, match="panels"):
+        native_linear.linear(x, panels)
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 @needs_bfloat16
 def test_a_token_comes_out_the_same_in_any_company() -> None:
     x, up, same = randn(700, 384), layer(1536, 384), layer(384, 384)
@@ -150,6 +259,7 @@ def test_no_tokens_give_none() -> None:
     "call",
     [
         lambda: native_linear.linear(randn(4, 64).float(), layer(32, 64)),
+        lambda: native_linear.linear_norm(randn(4, 64), layer(32, 64), randn(4, 32).float(), None),
         lambda: native_linear.linear(randn(4, 32), layer(32, 64)),
         lambda: native_linear.linear(randn(64, 4).T, layer(32, 64)),
         lambda: native_linear.linear_norm(randn(4, 64), layer(32, 64), randn(4, 64), None),

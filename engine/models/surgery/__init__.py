@@ -21,13 +21,13 @@ from carpool.engine.models.surgery.gated_mlp import GatedMLP, gated
 from carpool.engine.models.surgery.joint_linear import join
 from carpool.engine.models.surgery.leaves import replace_linears
 from carpool.engine.models.surgery.linear_gelu import fuse_gelu
-from carpool.engine.models.surgery.native_linear import native
+from carpool.engine.models.surgery.native_linear import fits, native
+from carpool.engine.models.surgery.native_linear8 import fits8
 from carpool.engine.models.surgery.packed_linear import packed
 from carpool.engine.models.surgery.rehearsal import Rehearsal, small_batch, submodule
 from carpool.engine.models.surgery.residual_norm import ResidualNorm, residual_norm
 from carpool.engine.models.surgery.rms_norm import RMSNorm, fused_norm
 from carpool.engine.models.surgery.rotary import turn
-from carpool.kernels import launch
 
 KINDS = (
     "conv1d",
@@ -98,7 +98,6 @@ def turn_round(model: nn.Module) -> int:
 def swap_modules(model: nn.Module, rehearsal: Rehearsal, *, pack: bool = True) -> Counter[str]:
     """All kinds but the packing of linear layers, which comes last since it hides their weights; `pack`: if it does."""
     swapped: Counter[str] = Counter()
-    on_device = launch.backend.serves(next(model.parameters()).device)
     choirs: dict[str, list[list[str]]] = {}
     for choir in rehearsal.choirs():
         parents = {_parent(path)[0] for path in choir}
@@ -111,8 +110,8 @@ def swap_modules(model: nn.Module, rehearsal: Rehearsal, *, pack: bool = True) -
             continue
         parent, name = _parent(path)
         fused: nn.Module | None = gated(path, module, rehearsal) or fused_norm(module)
-        if fused is None and (on_device or pack):
-            fused = residual_norm(path, module, rehearsal)
+        if fused is None:
+            fused = residual_norm(path, module, rehearsal, fits if pack else fits8)
         if fused is not None and path:
             setattr(model.get_submodule(parent), name, fused)
             swapped[_WHOLE[type(fused)]] += 1

@@ -1,12 +1,14 @@
-"""Native linear layers: in bfloat16, on CPUs that multiply it, by a kernel of our own instead of oneDNN's.
+"""Native linear layers: in float32, and in bfloat16 on CPUs that multiply it, by our own kernels instead of oneDNN's.
 
-It was nowhere slower in a forward pass where it was measured (docs/log.md), it compiles nothing for batches of a length
-not met before, and what follows a product is computed while its sums are in cache and not rounded yet: a GELU, or the
-residual and LayerNorm that BERT's blocks end with. A token's result does not depend on what else is in the row.
+They were nowhere slower in a forward pass where they are taken and were measured (docs/log.md), they compile nothing
+for batches of a length not met before, and what follows a product is computed while its sums are in cache and not
+rounded yet: a GELU, or the residual and LayerNorm that BERT's blocks end with. A token's result does not depend on what
+else is in the row.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from carpool.engine.models.surgery.activation import Gelu
@@ -17,9 +19,13 @@ from carpool.kernels import launch, native_linear
 from carpool.kernels.panels import Panels
 from carpool.kernels.twins_cpu import Norm
 
+# Inputs of a layer in float32: a panel of more takes over half of a second-level cache of a megabyte and is read from
+# behind it for each tile of tokens; long batches are then faster through oneDNN, which reads weights in smaller pieces.
+_MOST_WIDE_INPUTS = 2048
+
 
 class NativeLinear(nn.Module):
-    """x bfloat16 [..., in] → [..., out], optionally through a GELU. `weight` and `bias` lie in panels."""
+    """x float32 or bfloat16 [..., in] → [..., out], optionally through a GELU. `weight` and `bias` lie in panels."""
 
     def __init__(self, linear: nn.Linear, gelu: Gelu | None = None) -> None:
         super().__init__()
@@ -45,13 +51,17 @@ class NativeLinear(nn.Module):
 
 
 def fits(linear: nn.Module) -> bool:
-    """Whether there is a kernel for it here: a plain linear layer of whole shapes, in bfloat16 on such a CPU."""
+    """Whether there is a kernel for it here: a plain linear layer, whole shapes, a dtype that the CPU multiplies."""
     return (
         type(linear) is nn.Linear
         and native_linear.serves(linear.weight)
         and not launch.backend.serves(linear.weight.device)
         and linear.out_features % 16 == 0
-        and linear.in_features % 2 == 0
+        and (
+            linear.in_features <= _MOST_WIDE_INPUTS
+            if linear.weight.dtype == torch.float32
+            else linear.in_features % 2 == 0
+        )
     )
 
 

@@ -1,7 +1,7 @@
 """Packed linear layers: weights kept in the blocked layout that oneDNN multiplies from on a CPU.
 
 It would reorder them on every call otherwise, and a GELU behind the layer is computed while its output is in cache. For
-layers that do not run natively: in float32, on other CPUs, of odd shapes.
+layers that do not run natively: on other CPUs, of odd shapes, in float16.
 """
 
 from __future__ import annotations

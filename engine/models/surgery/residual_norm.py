@@ -7,10 +7,13 @@ writes it once as ours does. On a CPU it is for layers that run natively: both a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from carpool.engine.models.surgery.agreement import agree
 from carpool.engine.models.surgery.native_linear import NativeLinear, fits
+from carpool.engine.models.surgery.native_linear8 import NativeLinear8
 from carpool.engine.models.surgery.rehearsal import Rehearsal
 from carpool.kernels import launch, ops
 from carpool.kernels.twins_cpu import Norm
@@ -29,7 +32,7 @@ class ResidualNorm(nn.Module):
         self.eps = norm.eps
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        if isinstance(self.dense, NativeLinear):
+        if isinstance(self.dense, (NativeLinear, NativeLinear8)):
             return self.dense.and_norm(x, residual, Norm(self.weight, self.bias, self.eps, centred=True))
         out: Tensor = self.dense(x)
         rows, others = (each.reshape(-1, out.shape[-1]) for each in (out, residual))
@@ -39,8 +42,13 @@ class ResidualNorm(nn.Module):
         return normed.view(out.shape)
 
 
-def residual_norm(path: str, module: nn.Module, rehearsal: Rehearsal) -> ResidualNorm | None:
-    """The module as a ResidualNorm, if it is one: it takes two tensors, and has one LayerNorm and one layer beside."""
+def residual_norm(
+    path: str, module: nn.Module, rehearsal: Rehearsal, runs_natively: Callable[[nn.Module], bool] = fits
+) -> ResidualNorm | None:
+    """The module as a ResidualNorm, if it is one: it takes two tensors, and has one LayerNorm and one layer beside.
+
+    On a CPU that layer has to be one that `runs_natively` when surgery is over.
+    """
     given = rehearsal.given.get(path)
     if given is None or given.kwargs or len(given.args) != 2 or module._parameters:
         return None
@@ -49,7 +57,7 @@ def residual_norm(path: str, module: nn.Module, rehearsal: Rehearsal) -> Residua
     layers = [child for child in weighty if type(child) is not nn.LayerNorm]
     if len(norms) != 1 or len(layers) != 1 or len(norms[0].normalized_shape) != 1 or norms[0].bias is None:
         return None
-    if not (launch.backend.serves(norms[0].weight.device) or fits(layers[0])):
+    if not (launch.backend.serves(norms[0].weight.device) or runs_natively(layers[0])):
         return None
     try:
         candidate = ResidualNorm(layers[0], norms[0])

@@ -1,4 +1,7 @@
-"""Quantisation: exact integers, a token's result its own, close to float, and plain words where it cannot be done."""
+"""Quantisation: exact integers, a token's result its own, close to float, and plain words where it cannot be done.
+
+Layers run natively where they can, else through oneDNN; the fixture `onednn` has all of them there.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,16 @@ from carpool.engine.errors import ConfigError
 from carpool.engine.llm import LLM
 from carpool.engine.models import quantize as quantization
 from carpool.engine.models.lora import Delta, LoraLinear, riding
-from carpool.engine.models.quantize import QuantizedLinear, _twin, leveled, quantize, quantized
+from carpool.engine.models.quantize import QuantizedLinear, _twin, quantize
 from carpool.engine.models.surgery.activation import APPROXIMATION, Gelu
 from carpool.engine.models.surgery.leaves import replace_linears
+from carpool.engine.models.surgery.native_linear8 import NativeLinear8
 from carpool.engine.models.surgery.rehearsal import Rehearsal
+from carpool.engine.models.surgery.residual_norm import ResidualNorm
 from carpool.engine.packing import pack_ids
+from carpool.kernels import native_linear8, panels8
+from carpool.kernels.panels8 import quantized
+from carpool.kernels.twins_cpu import leveled
 from head_oracle import answer
 
 try:
@@ -47,6 +55,17 @@ def linear(inner: int = 16, outer: int = 24, *, bias: bool = True) -> nn.Linear:
     return layer.requires_grad_(False)
 
 
+Quantized = QuantizedLinear | NativeLinear8
+needs_native = pytest.mark.skipif(not native_linear8.multiplies, reason="no AVX-512 VNNI here, or not built")
+kinds = pytest.mark.parametrize("kind", [QuantizedLinear, pytest.param(NativeLinear8, marks=needs_native)])
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without AVX-512 VNNI."""
+    monkeypatch.setattr(native_linear8, "multiplies", False)
+
+
 def random(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -57,9 +76,15 @@ def random(*shape: int, seed: int = 1) -> Tensor:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("gelu", [None, "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("inner", "outer"), [(16, 24), (15, 33), (384, 96), (1536, 8)])
+@pytest.mark.parametrize(
+    ("inner", "outer", "kind"),
+    [
+        *((*sides, QuantizedLinear) for sides in [(16, 24), (15, 33), (384, 96), (1536, 8)]),
+        *(pytest.param(*sides, NativeLinear8, marks=needs_native) for sides in [(16, 32), (384, 96)]),
+    ],
+)
 def test_the_products_are_those_of_the_integers(
-    inner: int, outer: int, dtype: torch.dtype, gelu: Gelu | None, bias: bool
+    inner: int, outer: int, kind: type[Quantized], dtype: torch.dtype, gelu: Gelu | None, bias: bool
 ) -> None:
     layer = linear(inner, outer, bias=bias).to(dtype)
     x = random(1, 600, inner).to(dtype)  # more rows than are computed at a time
@@ -69,7 +94,7 @@ def test_the_products_are_those_of_the_integers(
     expected = expected + (layer.bias.double() if layer.bias is not None else 0)
     if gelu:
         expected = F.gelu(expected, approximate=APPROXIMATION[gelu])
-    out = QuantizedLinear(layer, gelu)(x)
+    out = kind(layer, gelu)(x)
     assert (out.shape, out.dtype) == ((1, 600, outer), dtype)
     bound = 1e-6 if dtype == torch.float32 else 5e-3
     assert (out[0] - expected).abs().max() <= bound * expected.abs().max()
@@ -95,15 +120,10 @@ def test_no_level_wraps_around(offset: float) -> None:
     assert ((levels * step + smallest - rows).abs() <= step * 0.501 + rows.abs() * 1e-6).all()
 
 
-def test_a_weights_step_is_a_127th_of_its_rows_largest_of_either_sign() -> None:
-    whole, step = quantized(torch.tensor([[1.0, -254.0, 0.0], [0.5, 0.25, 0.1], [0.0, 0.0, 0.0]]))
-    assert whole.tolist() == [[0, -127, 0], [127, 64, 25], [0, 0, 0]]
-    assert step[:2, 0].tolist() == [2.0, pytest.approx(0.5 / 127)]
-
-
-def test_a_rows_result_is_its_own_to_the_last_bit() -> None:
+@kinds
+def test_a_rows_result_is_its_own_to_the_last_bit(kind: type[Quantized]) -> None:
     """Neither a neighbour's outlier nor the place in the row changes it."""
-    twin = QuantizedLinear(linear(64, 96), "gelu")
+    twin = kind(linear(64, 96), "gelu")
     rows = random(300, 64)
     rows[7] *= 1e4
     rows[11] = 0
@@ -120,11 +140,43 @@ def test_its_input_is_not_written_to() -> None:
     assert torch.equal(x, random(1, 5, 16))
 
 
-def test_a_twin_that_computes_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = QuantizedLinear._some
-    assert _twin("layer", linear(), None) is not None
-    monkeypatch.setattr(QuantizedLinear, "_some", lambda self, rows: honest(self, rows) * 1.001)
-    assert _twin("layer", linear(), None) is None
+@needs_native
+@pytest.mark.parametrize(
+    ("inner", "outer", "kind"),
+    [(64, 96, NativeLinear8), (64, 24, QuantizedLinear), (72, 96, QuantizedLinear)],
+)
+def test_whole_shapes_run_natively_and_others_on_onednn(
+    inner: int, outer: int, kind: type[Quantized]
+) -> None:
+    assert type(_twin("layer", linear(inner, outer), None)) is kind
+
+
+@needs_native
+@pytest.mark.parametrize("gelu", [None, "gelu"])
+def test_both_make_the_same_of_a_layer(gelu: Gelu | None) -> None:
+    layer, x = linear(64, 96), random(7, 64)
+    torch.testing.assert_close(NativeLinear8(layer, gelu)(x), QuantizedLinear(layer, gelu)(x))
+
+
+@kinds
+def test_a_twin_that_computes_something_else_is_not_taken(
+    kind: type[Quantized], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = linear(16, 32 if kind is NativeLinear8 else 24)
+    honest = kind.forward
+    assert type(_twin("layer", layer, None)) is kind
+    monkeypatch.setattr(kind, "forward", lambda self, x: honest(self, x) * 1.001)
+    assert _twin("layer", layer, None) is None
+
+
+@needs_native
+def test_a_norm_behind_a_layer_that_computes_something_else_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    honest = NativeLinear8.and_norm
+    monkeypatch.setattr(NativeLinear8, "and_norm", lambda self, *rest: honest(self, *rest) * 1.001)
+    assert _twin("layer", linear(16, 32), None) is None
+    assert _twin("layer", linear(16, 32), "gelu") is not None
 
 
 @pytest.mark.parametrize(
@@ -143,7 +195,7 @@ def test_adapters_stay_float_over_a_quantised_base() -> None:
     x = random(1, 5, 16)
     rehearsal = Rehearsal.of(model, lambda: model(x))
     assert replace_linears(model, rehearsal, _twin, likeness=quantization._sane) == (1, 0)
-    assert isinstance(adapted_layer.base, QuantizedLinear)
+    assert isinstance(adapted_layer.base, Quantized)
     base = model(x)
     with riding([1], [5]):
         adapted = model(x)
@@ -162,9 +214,13 @@ def hidden(parts: Parts, ids: list[list[int]]) -> Tensor:
         return parts.runners[0]._backbone.forward(pack_ids(ids, CPU)).float()
 
 
-def linears(parts: Parts) -> list[type[nn.Module]]:
-    found = (type(module) for module in parts.runners[0]._backbone.module.modules())
-    return [kind for kind in found if kind in (nn.Linear, QuantizedLinear)]
+def linears(parts: Parts) -> list[nn.Linear | Quantized]:
+    modules = parts.runners[0]._backbone.module.modules()
+    return [module for module in modules if isinstance(module, nn.Linear | Quantized)]
+
+
+def all_quantised(parts: Parts) -> bool:
+    return bool(found := linears(parts)) and all(isinstance(layer, Quantized) for layer in found)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -177,7 +233,7 @@ def test_every_family_stays_close_and_each_text_its_own(
     parts = built(checkpoint(family), dtype=dtype, quantization="int8")
     assert parts.model.quantization == "int8"
     assert plain.model.quantization is None
-    assert set(linears(parts)) == {QuantizedLinear}
+    assert all_quantised(parts)
     assert parts.model.surgery["int8"] == len(linears(parts))
     assert parts.model.parameters == plain.model.parameters
     assert not [notice for notice in parts.model.notices if "int8" in notice]
@@ -187,10 +243,31 @@ def test_every_family_stays_close_and_each_text_its_own(
     assert (together - alone).norm() <= (1e-5 if dtype == "float32" else 1e-2) * alone.norm()
 
 
+@pytest.mark.parametrize("family", ["bert", "qwen3"])
+def test_without_a_kernel_onednn_serves_and_says_the_same(
+    family: str, checkpoint: Callable[[str], Path], onednn: None
+) -> None:
+    parts = built(checkpoint(family), quantization="int8")
+    assert {type(layer) for layer in linears(parts)} == {QuantizedLinear}
+    assert (
+        F.cosine_similarity(hidden(parts, IDS), hidden(built(checkpoint(family)), IDS), dim=-1).min() >= 0.99
+    )
+
+
 def test_a_gelu_is_computed_with_its_layer(checkpoint: Callable[[str], Path]) -> None:
     parts = built(checkpoint("bert"), quantization="int8")
-    layers = [m for m in parts.runners[0]._backbone.module.modules() if isinstance(m, QuantizedLinear)]
+    layers = [layer for layer in linears(parts) if isinstance(layer, Quantized)]
     assert [layer.gelu for layer in layers].count("gelu") == 2
+
+
+@needs_native
+def test_a_residual_and_its_norm_are_computed_with_their_layer(checkpoint: Callable[[str], Path]) -> None:
+    parts = built(checkpoint("bert"), quantization="int8")
+    ends = [m for m in parts.runners[0]._backbone.module.modules() if isinstance(m, ResidualNorm)]
+    assert parts.model.surgery["residual_norm"] == len(ends) == 4
+    assert all(isinstance(end.dense, NativeLinear8) for end in ends)
+    apart = built(checkpoint("bert"), quantization="int8", surgery=False)
+    torch.testing.assert_close(hidden(parts, IDS), hidden(apart, IDS), rtol=1e-3, atol=1e-3)
 
 
 def test_without_surgery_layers_are_quantised_one_by_one(checkpoint: Callable[[str], Path]) -> None:
@@ -204,7 +281,7 @@ def test_without_surgery_layers_are_quantised_one_by_one(checkpoint: Callable[[s
 @pytest.mark.parametrize("family", ["bert_3", "qwen2_3", "xlmr_cross"])
 def test_a_classifiers_head_is_as_exact_as_ever(family: str, checkpoint: Callable[[str], Path]) -> None:
     plain, parts = built(checkpoint(family)), built(checkpoint(family), quantization="int8")
-    assert set(linears(parts)) == {QuantizedLinear}
+    assert all_quantised(parts)
     for ours, theirs in zip(answer(parts, IDS), answer(plain, IDS), strict=True):
         assert (ours - theirs).abs().max() <= 0.1
 
@@ -214,8 +291,7 @@ def test_replicas_share_the_integers_and_run_side_by_side(checkpoint: Callable[[
     backbones = [runner._backbone for runner in parts.runners]
     weights = [[id(weight) for weight in one.module.parameters()] for one in backbones]
     assert weights[0] == weights[1] == weights[2]
-    stored = [m.weight for m in backbones[0].module.modules() if isinstance(m, QuantizedLinear)]
-    assert {weight.dtype for weight in stored} == {torch.int8}
+    assert {layer.weight.dtype for layer in linears(parts)} == {torch.int8}
     expected = hidden(parts, IDS)
 
     def run(place: int) -> Tensor:
@@ -286,8 +362,8 @@ def test_a_torch_without_the_products_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_a_model_that_changes_much_says_so(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Planted: 3 levels instead of 255."""
-    monkeypatch.setattr(quantization, "_LEVELS", 3)
+    """Planted: weights of 1 step instead of 127."""
+    monkeypatch.setattr(panels8, "_STEPS", 1)
     notices = built(checkpoint("qwen3"), quantization="int8").model.notices
     assert [n for n in notices if n.startswith("In int8 the hidden states of Qwen3Model have cosine 0.")]
 

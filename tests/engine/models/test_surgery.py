@@ -52,6 +52,15 @@ SWAPS = {
 }
 
 
+def swaps(family: str, dtype: str = "float32") -> dict[str, int]:
+    """What is to be swapped on a CPU: linear layers run natively where it has the instructions."""
+    found = {**dict.fromkeys(KINDS, 0), **SWAPS[family]}
+    if native.level < (1 if dtype == "float32" else 3):
+        return found
+    ends = {"residual_norm": 4} if family in POST_NORM else {}
+    return {**found, **ends, "native_linear": found["linear"], "linear": 0}
+
+
 def built(path: Path, **config: Any) -> Parts:
     return build(EngineConfig(**{"model": str(path), "dtype": "float32", "cpu_workers": 1, **config}))
 
@@ -74,7 +83,7 @@ def test_a_models_results_survive(family: str, checkpoint: Callable[[str], Path]
     whole, patient = built(checkpoint(family), surgery=False), built(checkpoint(family))
     assert whole.model.surgery == {}
     assert not any(type(module).__module__.startswith(surgery.__name__) for module in modules(whole))
-    assert patient.model.surgery == {**dict.fromkeys(KINDS, 0), **SWAPS[family]}
+    assert patient.model.surgery == swaps(family)
     assert not any(type(module) is nn.Linear for module in modules(patient))
     assert patient.model.parameters == whole.model.parameters
     assert apart(hidden(patient), hidden(whole)) <= 2e-6
@@ -92,9 +101,8 @@ def test_in_bfloat16_it_is_as_exact_as_before(family: str, checkpoint: Callable[
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_in_bfloat16_linear_layers_run_natively(family: str, checkpoint: Callable[[str], Path]) -> None:
     patient = built(checkpoint(family), dtype="bfloat16")
-    ends = {"residual_norm": 4} if family in POST_NORM else {}
-    native_linear = {"native_linear": SWAPS[family]["linear"], "linear": 0}
-    assert patient.model.surgery == {**dict.fromkeys(KINDS, 0), **SWAPS[family], **native_linear, **ends}
+    assert patient.model.surgery == swaps(family, "bfloat16")
+    assert patient.model.surgery["native_linear"]
     assert not any(type(module) in (nn.Linear, PackedLinear) for module in modules(patient))
 
 
@@ -163,6 +171,8 @@ def test_residuals_are_summed_by_a_kernel_only_where_there_is_one(
     """The twin takes more passes than torch's own functions do."""
     assert any(isinstance(module, ResidualNorm) for module in modules(built(checkpoint("bert"))))
     monkeypatch.undo()
+    monkeypatch.setattr(native, "library", None)
+    monkeypatch.setattr(native, "level", 0)
     assert not any(isinstance(module, ResidualNorm) for module in modules(built(checkpoint("bert"))))
 
 
@@ -247,7 +257,7 @@ def test_layers_of_more_than_one_kind_are_where_they_belong(checkpoint: Callable
     patient = built(checkpoint("qwen3"))
     firsts = [module for module in modules(patient) if isinstance(module, FirstLinear)]
     assert firsts
-    assert all(isinstance(first.linear, PackedLinear) for first in firsts)
+    assert all(isinstance(first.linear, (NativeLinear, PackedLinear)) for first in firsts)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -257,8 +267,8 @@ def test_what_is_to_be_quantised_is_not_packed(
 ) -> None:
     backbone = built(checkpoint(family), surgery=False, dtype=dtype).runners[0]._backbone
     counts = operate(backbone, vocab_size=60, pack=False)
-    assert (counts["linear"], counts["native_linear"], counts["residual_norm"], counts[kind]) == (0, 0, 0, 2)
-    packed = (PackedLinear, NativeLinear, ResidualNorm)
+    assert (counts["linear"], counts["native_linear"], counts[kind]) == (0, 0, 2)
+    packed = (PackedLinear, NativeLinear)
     assert not any(isinstance(module, packed) for module in backbone.module.modules())
 
 

@@ -1,0 +1,64 @@
+// What attention is asked for, and of whom: the same for every instruction set.
+#pragma once
+
+#include "vector.h"
+
+struct Shape {
+    int heads, kv_heads, head_size;
+    int64_t q_stride, k_stride, v_stride, o_stride;  // elements from one token to the next
+    float scale, softcap;                            // softcap 0: none
+    int causal, window;                              // window 0: none; a token sees those less than `window` away
+};
+
+// Whose tokens are whose. Queries stand one sequence behind the other; so do keys and values, unless they are in pages:
+// then a sequence has `key_lengths` of them, and its queries are the last of its tokens.
+struct Batch {
+    const int32_t* cu_seqlens;  // [sequences + 1]
+    const int32_t* pages;       // [sequences, most_pages], null for none
+    const int32_t* key_lengths;
+    int sequences, most_pages, page_size;
+
+    int queries(int b) const { return cu_seqlens[b + 1] - cu_seqlens[b]; }
+    int length(int b) const { return pages ? key_lengths[b] : queries(b); }
+    const int32_t* pages_of(int b) const { return pages + int64_t(b) * most_pages; }
+
+    // In which row a token's keys and values are.
+    int64_t row(int b, int token) const {
+        if (!pages) return cu_seqlens[b] + token;
+        return int64_t(pages_of(b)[token / page_size]) * page_size + token % page_size;
+    }
+
+    // How many tokens at its beginning lie where those of the sequence before it do.
+    int shared(int b) const {
+        if (!pages || b == 0 || !queries(b) || !queries(b - 1)) return 0;
+        const int most = std::min(length(b), length(b - 1));
+        const int32_t *own = pages_of(b), *before = pages_of(b - 1);
+        int tokens = 0;
+        for (int i = 0; tokens < most && own[i] == before[i]; i++) tokens += page_size;
+        return std::min(tokens, most);
+    }
+};
+
+struct Range {
+    int begin, end;
+};
+
+// Which keys the query at place i sees.
+inline Range visible(const Shape& s, int i, int length) {
+    int begin = s.window ? std::max(0, i - s.window + 1) : 0;
+    int end = s.causal ? i + 1 : s.window ? std::min(length, i + s.window) : length;
+    return {begin, end};
+}
+
+extern "C" {
+
+// query [T, heads, head_size], key and value [rows, kv_heads, head_size], out as query; strides in elements, heads and
+// head_size contiguous. head_size is a multiple of 16, at most 256. Keys and values in pages are attended causally.
+// `level` as `carpool_cpu_level` has it.
+void carpool_attention_f32(const float* q, const float* k, const float* v, float* o, const Batch* batch,
+                           const Shape* shape, int level);
+void carpool_attention_bf16(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o, const Batch* batch,
+                            const Shape* shape, int level);
+void carpool_attention_amx(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o, const Batch* batch,
+                           const Shape* shape);
+}

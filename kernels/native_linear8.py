@@ -1,0 +1,77 @@
+"""The Python face of kernels/cpu/linear8.cpp; the twins are in `kernels.twins_cpu`."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from carpool.kernels import native
+from carpool.kernels.native import ACTIVATIONS, pointer
+from carpool.kernels.native_linear import Finish, finish_of
+from carpool.kernels.panels8 import Panels8
+from carpool.kernels.reference import Activation
+from carpool.kernels.twins_cpu import Norm
+
+_BFLOAT16 = 3  # the level that rounds to it
+
+
+class _Linear(ctypes.Structure):
+    """As linear8.cpp has it."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("step", ctypes.c_void_p),
+        ("sum", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("inputs", ctypes.c_int),
+        ("outputs", ctypes.c_int),
+    )
+
+
+multiplies = native.library is not None and bool(native.library.carpool_cpu_multiplies_int8())
+
+
+def serves(x: Tensor) -> bool:
+    """Whether this CPU multiplies rows [T, in] of x's dtype by 8-bit weights; those are made sure of by `Panels8`."""
+    return (
+        multiplies
+        and x.device.type == "cpu"
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and native.level >= _BFLOAT16))
+        and x.ndim == 2
+        and x.stride(1) == 1
+    )
+
+
+def linear(x: Tensor, layer: Panels8, activation: Activation | None = None) -> Tensor:
+    """As its twin."""
+    return _linear(x, layer, ACTIVATIONS[activation], None)
+
+
+def linear_norm(x: Tensor, layer: Panels8, residual: Tensor | None, norm: Norm | None) -> Tensor:
+    """As its twin."""
+    return _linear(x, layer, ACTIVATIONS[None], finish_of(x, layer.outputs, residual, norm))
+
+
+def _linear(x: Tensor, layer: Panels8, activation: int, finish: Finish | None) -> Tensor:
+    assert native.library is not None
+    if not serves(x) or x.shape[1] != layer.inputs:
+        raise ValueError(
+            f"{x.dtype} {list(x.shape)} is not what an 8-bit layer of {layer.inputs} inputs multiplies here"
+        )
+    out = x.new_empty(len(x), layer.outputs)
+    is_float = x.dtype == torch.float32
+    multiply = native.library.carpool_linear_int8_f32 if is_float else native.library.carpool_linear_int8_bf16
+    multiply(
+        ctypes.byref(_described(layer)),
+        activation,
+        None if finish is None else ctypes.byref(finish),
+        *(pointer(x), ctypes.c_int64(x.stride(0)), len(x), pointer(out), ctypes.c_int64(out.stride(0))),
+    )
+    return out
+
+
+def _described(layer: Panels8) -> _Linear:
+    parts = layer.weight, layer.step, layer.sum, layer.bias
+    return _Linear(*[part.data_ptr() for part in parts], layer.inputs, layer.outputs)

@@ -1,0 +1,82 @@
+"""The native CPU kernels, built with sanitizers, over the corners of their shapes: python -m emu.sanitized_cpu LIBRARY
+
+With `--fault` one kernel is told of a row more than its tensors have, instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from itertools import product
+
+import torch
+
+from carpool.kernels import native, native_linear, native_rows
+from carpool.kernels.panels import Panels
+from carpool.kernels.twins_cpu import Norm
+
+DTYPES = (torch.float32, torch.bfloat16)
+LENGTHS = ([1], [33, 1, 6], [17, 64, 65])
+
+
+def attend(dtype: torch.dtype) -> None:
+    """Packed and in pages, to the last token of each tensor."""
+    for lengths, size, (heads, kv_heads) in product(LENGTHS, (16, 48, 256), ((1, 1), (6, 2))):
+        row = torch.randn(sum(lengths), heads + 2 * kv_heads, size).to(dtype)
+        query, key, value = row.split([heads, kv_heads, kv_heads], dim=1)  # type: ignore[no-untyped-call]
+        runs = [(length, 1) for length in lengths]
+        for causal, window in ((False, None), (True, None), (False, 5), (True, 40)):
+            native.varlen_attention(
+                query, key, value, runs, scale=0.1, causal=causal, window=window, softcap=3.0
+            )
+        pages = torch.arange(len(lengths) * 5, dtype=torch.int32).view(-1, 5)
+        pages[:, 0] = 0
+        cache = torch.randn(len(lengths) * 5, 13, kv_heads, size).to(dtype)
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        native.paged_attention(
+            query.contiguous(), cache, cache, pages, bounds, torch.tensor(lengths), max(lengths), scale=0.1
+        )
+
+
+def multiply(dtype: torch.dtype) -> None:
+    for tokens, outputs, inputs in product((1, 7, 130), (16, 80), (2, 38, 1536)):
+        x, residual = torch.randn(tokens, inputs).to(dtype), torch.randn(tokens, outputs).to(dtype)
+        panels = Panels.of(torch.randn(outputs, inputs).to(dtype), torch.randn(outputs))
+        norm = Norm(torch.ones(outputs), torch.zeros(outputs), 1e-6, centred=True)
+        native_linear.linear(x, panels)
+        native_linear.linear(x, panels, "gelu")
+        native_linear.linear_norm(x, panels, residual, norm)
+
+
+def work_rows(dtype: torch.dtype) -> None:
+    for tokens, width in product((1, 5), (16, 48, 400)):
+        x, vector = torch.randn(tokens, width).to(dtype), torch.ones(width)
+        native_rows.norm_rows(x, x, vector, vector, 1e-6, centred=True)
+        native_rows.gated(torch.cat((x, x), 1), "gelu")
+    x = torch.randn(5, 3, 64).to(dtype)
+    native_rows.rotary(x, torch.randn(5, 32), torch.randn(5, 32))
+
+
+def main(path: str, fault: bool) -> None:
+    library = native.library = ctypes.CDLL(path)
+    if fault:
+        x = torch.randn(1, 4096)
+        norm = native_rows._Norm(x.data_ptr(), None, 1e-6, 1)
+        row = ctypes.c_void_p(x.data_ptr())
+        library.carpool_norm_rows_f32(ctypes.byref(norm), row, None, ctypes.c_int64(2), 4096, row, None, 1)
+        return
+    calls = 0
+    for level in range(1, native.level + 1):
+        native.level = level
+        for dtype in DTYPES:
+            attend(dtype)
+            work_rows(dtype)
+            calls += 2
+            if dtype == torch.float32 or level >= 3:
+                multiply(dtype)
+                calls += 1
+    print(f"{calls} groups of kernels ran clean")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], "--fault" in sys.argv)
