@@ -26,7 +26,7 @@ from carpool.engine.models.surgery.packed_linear import PackedLinear
 from carpool.engine.models.surgery.residual_norm import ResidualNorm
 from carpool.engine.models.surgery.rms_norm import RMSNorm, fused_norm
 from carpool.engine.packing import pack_ids
-from carpool.kernels import native
+from carpool.kernels import native, native_linear
 from emu.backend import Emulated
 from zoo import stock
 
@@ -226,6 +226,8 @@ def test_no_weight_is_held_twice(
     honest = joint_linear.joined
     monkeypatch.setattr(joint_linear, "joined", joined)
     monkeypatch.setattr(gated_mlp, "joined", joined)
+    # Of layers this narrow, panels are mostly the zeros that fill them up.
+    monkeypatch.setattr(native_linear, "serves", lambda _: False)
     del parts
     operate(backbone, vocab_size=60)
     gc.collect()
