@@ -5,8 +5,8 @@
 
 First the peak is measured: the rate of a closed loop of one-text requests. Then requests arrive in an open loop, at
 random times and at a share of that rate, whether others were answered or not; a request's time runs from when it was
-due. The queue holds `--queue-seconds` of work: what would wait longer is to be refused at once, with 503, and what is
-answered meanwhile is to be no less than at the peak.
+due. What would wait too long (by the server's own bound, or longer than `--queue-seconds`) is to be refused at once,
+with 503, and what is answered meanwhile is to be no less than at the peak.
 """
 
 from __future__ import annotations
@@ -64,13 +64,9 @@ def main() -> None:
     where = circumstances()
     arguments = [*filter(None, [options.model]), "--dtype", options.dtype]
     texts = natural(options.lengths, options.texts, model, options.longest)
-    with ServerProcess(*arguments) as server:
-        _closed(server, texts, options.connections)
-        tokens = texts.total_tokens / _closed(server, texts, options.connections).seconds
-    # At least what the closed loop has under way at once: it is not to be refused.
-    limit = max(round(options.queue_seconds * tokens), options.connections * max(texts.tokens))
+    limit = None if options.queue_seconds is None else _limit(options, arguments, texts)
     levels: list[Level] = []
-    with ServerProcess(*arguments, "--max-queued-tokens", str(limit)) as server:
+    with ServerProcess(*arguments, *_queue(limit)) as server:
         _closed(server, texts, options.connections)
         peaks = []
         for number in range(options.rounds):
@@ -81,7 +77,7 @@ def main() -> None:
                 time.sleep(SETTLE_SECONDS)
                 level.outcomes.append(_open(server, options, model, level.rate, number))
     peak = Spread.of(peaks)
-    print(_markdown(where, options, limit, tokens, peak, levels))
+    print(_markdown(where, options, limit, peak, levels))
     if options.json:
         record = {
             "circumstances": where,
@@ -104,14 +100,27 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--texts", type=int, default=512, help="requests in a closed loop (default: %(default)s)"
     )
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.8, 0.9, 1.0, 1.5, 2.0])
-    parser.add_argument("--seconds", type=float, default=10.0, help="of arrivals (default: %(default)s)")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.8, 0.9, 1.0, 2.0])
+    parser.add_argument("--seconds", type=float, default=20.0, help="of arrivals (default: %(default)s)")
     parser.add_argument(
-        "--queue-seconds", type=float, default=1.0, help="of work that may wait (default: %(default)s)"
+        "--queue-seconds", type=float, help="of work that may wait; by default the server's own bound"
     )
     parser.add_argument("--rounds", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every measurement there")
     return parser.parse_args()
+
+
+def _limit(options: argparse.Namespace, arguments: Sequence[str], texts: Workload) -> int:
+    """Tokens of `--queue-seconds`; at least what the closed loop has under way at once, which is not to be refused."""
+    with ServerProcess(*arguments) as server:
+        _closed(server, texts, options.connections)
+        tokens = texts.total_tokens / _closed(server, texts, options.connections).seconds
+    held: float = options.queue_seconds * tokens
+    return max(round(held), int(options.connections) * max(texts.tokens))
+
+
+def _queue(limit: int | None) -> tuple[str, ...]:
+    return () if limit is None else ("--max-queued-tokens", str(limit))
 
 
 def _bodies(texts: Workload) -> list[str]:
@@ -135,15 +144,14 @@ def _open(server: ServerProcess, options: argparse.Namespace, model: Path, rate:
 def _markdown(
     where: dict[str, str],
     options: argparse.Namespace,
-    limit: int,
-    tokens: float,
+    limit: int | None,
     peak: Spread,
     levels: Sequence[Level],
 ) -> str:
     about = {
         **where,
         "peak": f"{peak.text(1)} requests/s, closed loop of {options.connections} connections",
-        "queue": f"{limit:,} tokens may wait, {limit / tokens:.1f} s of work",
+        "queue": "as by default" if limit is None else f"{limit:,} tokens may wait",
         "arrivals": f"{options.lengths} texts, {options.seconds:g} s, {options.rounds} rounds",
     }
     header = (

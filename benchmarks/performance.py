@@ -44,7 +44,7 @@ PARTS: Mapping[str, tuple[str, str]] = {
         "http_load --rounds 3 --texts 128 --lengths long --starts 1",
         "http_load --rounds 1 --texts 64 --lengths long --starts 1",
     ),
-    "overload": ("overload --rounds 2 --seconds 10", "overload --rounds 1 --seconds 5 --shares 0.5 0.9 2"),
+    "overload": ("overload --rounds 1", "overload --rounds 1 --seconds 10 --shares 0.5 0.9 2"),
     "rerank": ("rerank --rounds 3 --requests 16", "rerank --rounds 1 --requests 8"),
 }
 
