@@ -9,7 +9,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = ("amx", "attention", "attention_amx", "linear", "linear8", "linear_amx", "rows")
-HEADERS = ("amx", "attention", "linear", "transpose", "vector")
+HEADERS = ("amx", "attention", "linear", "linear_blocks", "transpose", "vector")
 
 
 class NativeLibrary(build_ext):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -64,18 +65,31 @@ def linear_norm(x: Tensor, layer: Panels, residual: Tensor | None, norm: Norm | 
 def _linear(x: Tensor, layer: Panels, activation: int, finish: Finish | None) -> Tensor:
     assert native.library is not None
     _fits(x, layer)
-    out = x.new_empty(len(x), layer.outputs)
-    is_float = x.dtype == torch.float32
-    if is_float:
+    described = _Linear(layer.weight.data_ptr(), layer.bias.data_ptr(), layer.inputs, layer.outputs)
+    if x.dtype == torch.float32:
         multiply = native.library.carpool_linear_f32
-    else:
-        multiply = native.library.carpool_linear_amx if layer.tiled else native.library.carpool_linear_bf16
+        return called(multiply, described, x, layer.outputs, activation, finish, native.level)
+    multiply = native.library.carpool_linear_amx if layer.tiled else native.library.carpool_linear_bf16
+    return called(multiply, described, x, layer.outputs, activation, finish)
+
+
+def called(
+    multiply: Callable[..., None],
+    layer: ctypes.Structure,
+    x: Tensor,
+    outputs: int,
+    activation: int,
+    finish: Finish | None,
+    *level: int,
+) -> Tensor:
+    """What a function of linear*.cpp makes of x [T, in]: [T, outputs] in x's dtype."""
+    out = x.new_empty(len(x), outputs)
     multiply(
-        ctypes.byref(_described(layer)),
+        ctypes.byref(layer),
         activation,
         None if finish is None else ctypes.byref(finish),
         *(pointer(x), ctypes.c_int64(x.stride(0)), len(x), pointer(out), ctypes.c_int64(out.stride(0))),
-        *((native.level,) if is_float else ()),
+        *level,
     )
     return out
 
@@ -87,10 +101,6 @@ def _fits(x: Tensor, layer: Panels) -> None:
             f"{x.dtype} {list(x.shape)} is not what a layer of {layer.inputs} inputs, {layer.weight.dtype} in panels "
             f"{list(layer.weight.shape)}, multiplies here"
         )
-
-
-def _described(layer: Panels) -> _Linear:
-    return _Linear(layer.weight.data_ptr(), layer.bias.data_ptr(), layer.inputs, layer.outputs)
 
 
 def finish_of(x: Tensor, width: int, residual: Tensor | None, norm: Norm | None) -> Finish:

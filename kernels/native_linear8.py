@@ -7,14 +7,12 @@ import ctypes
 import torch
 from torch import Tensor
 
-from carpool.kernels import native
-from carpool.kernels.native import ACTIVATIONS, pointer
+from carpool.kernels import native, native_linear
+from carpool.kernels.native import ACTIVATIONS
 from carpool.kernels.native_linear import Finish, finish_of
 from carpool.kernels.panels8 import Panels8
 from carpool.kernels.reference import Activation
 from carpool.kernels.twins_cpu import Norm
-
-_BFLOAT16 = 3  # the level that rounds to it
 
 
 class _Linear(ctypes.Structure):
@@ -35,13 +33,7 @@ multiplies = native.library is not None and bool(native.library.carpool_cpu_mult
 
 def serves(x: Tensor) -> bool:
     """Whether this CPU multiplies rows [T, in] of x's dtype by 8-bit weights; those are made sure of by `Panels8`."""
-    return (
-        multiplies
-        and x.device.type == "cpu"
-        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and native.level >= _BFLOAT16))
-        and x.ndim == 2
-        and x.stride(1) == 1
-    )
+    return multiplies and native_linear.serves(x)
 
 
 def linear(x: Tensor, layer: Panels8, activation: Activation | None = None) -> Tensor:
@@ -60,18 +52,8 @@ def _linear(x: Tensor, layer: Panels8, activation: int, finish: Finish | None) -
         raise ValueError(
             f"{x.dtype} {list(x.shape)} is not what an 8-bit layer of {layer.inputs} inputs multiplies here"
         )
-    out = x.new_empty(len(x), layer.outputs)
+    parts = layer.weight, layer.step, layer.sum, layer.bias
+    described = _Linear(*[part.data_ptr() for part in parts], layer.inputs, layer.outputs)
     is_float = x.dtype == torch.float32
     multiply = native.library.carpool_linear_int8_f32 if is_float else native.library.carpool_linear_int8_bf16
-    multiply(
-        ctypes.byref(_described(layer)),
-        activation,
-        None if finish is None else ctypes.byref(finish),
-        *(pointer(x), ctypes.c_int64(x.stride(0)), len(x), pointer(out), ctypes.c_int64(out.stride(0))),
-    )
-    return out
-
-
-def _described(layer: Panels8) -> _Linear:
-    parts = layer.weight, layer.step, layer.sum, layer.bias
-    return _Linear(*[part.data_ptr() for part in parts], layer.inputs, layer.outputs)
+    return native_linear.called(multiply, described, x, layer.outputs, activation, finish)

@@ -116,7 +116,7 @@ def pool_rows(
     cut = (widths if plain else torch.full_like(widths, width)).int().contiguous()
     unit = (normalize if plain else torch.zeros_like(normalize)).to(torch.uint8).contiguous()
     bounds, kinds = cu_seqlens.int().contiguous(), modes.to(torch.int8).contiguous()
-    _check(len(kinds) == len(cut) == len(unit) == count, hidden)
+    _check(len(kinds) == len(cut) == len(unit) == count and int(bounds[-1]) <= len(hidden), hidden)
     out = hidden.new_empty(count, width, dtype=torch.float32)
     _call(
         "pool_rows",

@@ -10,10 +10,11 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from carpool.kernels import cuda_ops, launch, native, reference, varlen
+from carpool.kernels import cuda_ops, launch, native, native_rows, reference, varlen
 from carpool.kernels.attention import Asked, Choice, Place, choose
 from carpool.kernels.launch import LaunchError
 from carpool.kernels.layout import Layout
+from carpool.kernels.reference import Output
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -123,7 +124,7 @@ def _on_device(kernel: Callable[P, R], twin: Callable[P, R]) -> Callable[P, R]:
     return dispatched
 
 
-pool_rows = _on_device(cuda_ops.pool_rows, reference.pool_rows)
+_pool_rows = _on_device(cuda_ops.pool_rows, reference.pool_rows)
 gather_rows = _on_device(cuda_ops.gather_rows, reference.gather_rows)
 step_rows = _on_device(cuda_ops.step_rows, reference.step_rows)
 activate_rows = _on_device(cuda_ops.activate_rows, reference.activate_rows)
@@ -137,6 +138,21 @@ kv_gather = _on_device(cuda_ops.kv_gather, reference.kv_gather)
 packed_attention = _on_device(cuda_ops.packed_attention, reference.packed_attention)
 _kv_write = _on_device(cuda_ops.kv_write, reference.kv_write)
 _paged_attention = _on_device(cuda_ops.paged_attention, reference.paged_attention)
+
+
+def pool_rows(
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    modes: Tensor,
+    widths: Tensor,
+    normalize: Tensor,
+    output: Output = "float32",
+    longest: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Vectors of sequences: `kernels.reference.pool_rows`."""
+    own = hidden.is_contiguous() and native_rows.serves(hidden)
+    run = native_rows.pool_rows if own and not launch.backend.serves(hidden.device) else _pool_rows
+    return run(hidden, cu_seqlens, modes, widths, normalize, output, longest)
 
 
 def kv_write(keys: Tensor, values: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:

@@ -104,9 +104,4 @@ INLINE void finish_rows(const FinishOf<T>& f, float* sums, int64_t stride, int w
     }
 }
 
-FOR_BF16 inline void finish(const Finish& f, float* sums, int64_t stride, int width, int start, int count,
-                            uint16_t* out, int64_t out_stride) {
-    finish_rows<LANES>(f, sums, stride, width, start, count, out, out_stride);
-}
-
 }  // namespace

@@ -6,10 +6,9 @@
 //     x Wᵀ = height (q Vᵀ) step + low sum    sum = step Σ V of an output; q Vᵀ exact in int32
 //
 // Rows are float32 or bfloat16. A tile of tokens is rounded to integers once, while it is in cache, and multiplied by
-// one panel of weights after another; sums become float32 as they leave the registers and are rounded no further before
-// what follows the product (activation; residual, norm) is done. A token's integers and sums are its own: who rides
-// beside it changes no bit of them.
-#include "linear.h"
+// one panel of weights after another; sums become float32 as they leave the registers. A token's integers and sums are
+// its own: who rides beside it changes no bit of them.
+#include "linear_blocks.h"
 
 // bfloat16 rows need AVX512_BF16 as well. It is allowed everywhere, since no compiler uses it unless told: what is
 // instantiated for float32 runs without it.
@@ -17,15 +16,11 @@
 
 namespace {
 
-constexpr int ROWS = 6;  // tokens a block at most: 6 x 4 accumulators, 4 registers of weights, one of tokens
-constexpr int WIDE = 4;  // registers that a panel is wide
-constexpr int COLUMNS = WIDE * LANES;
-constexpr int GROUP = 4;          // inputs that one lane multiplies at a time
-constexpr int CACHE = 384 << 10;  // bytes a tile may take: panels pass through the same cache
+constexpr int GROUP = 4;  // inputs that one lane multiplies at a time
 
 struct Linear8 {
-    const int8_t* weight;  // packed: [panels][inputs / GROUP][COLUMNS][GROUP], zeros behind the last output
-    const float* step;     // this and the others [panels * COLUMNS], zeros behind the last output
+    const int8_t* weight;  // packed: [panels][inputs / GROUP][64][GROUP], zeros behind the last output
+    const float* step;     // this and the others [panels * 64], zeros behind the last output
     const float* sum;
     const float* bias;
     int inputs, outputs;  // multiples of 16
@@ -37,8 +32,6 @@ struct Levels {
     float* height;  // what one level is worth, [tokens]
     float* low;     // what level 0 is, [tokens]
 };
-
-inline int padded(const Linear8& l) { return round_up(l.outputs, COLUMNS); }
 
 FOR_INT8 inline __m512 wide(const float* p) { return _mm512_loadu_ps(p); }
 FOR_INT8 inline __m512 wide(const uint16_t* p) {
@@ -77,112 +70,66 @@ FOR_INT8 void level(const T* x, int inputs, uint8_t* to, float* height, float* l
     *height = _mm512_movepi32_mask(seen) ? std::numeric_limits<float>::quiet_NaN() : step;
 }
 
-// A block of sums, float32 [R][COLUMNS] at `to`: tokens `t` and on, times a panel's weights.
-template <int R>
-FOR_INT8 void multiply(const Linear8& l, int column, const Levels& levels, int t, float* to, int64_t stride) {
-    const int8_t* weight = l.weight + int64_t(column) * l.inputs;
-    const uint8_t* row = levels.of + int64_t(t) * l.inputs;
-    ivec acc[R][WIDE];  // with __m512i gcc 12 stores every sum it makes
+// Rows of T.
+template <typename T>
+struct Int8 : Wide {
+    typedef T Element;
+    typedef Linear8 Layer;
+    typedef Levels Tokens;
+
+    static int64_t bytes(const Linear8& l) { return l.inputs; }
+
+    static FOR_INT8 Levels take(const Linear8& l, const T* x, int64_t stride, int count) {
+        static thread_local std::vector<uint8_t> held_levels;
+        static thread_local std::vector<float> held_scales;
+        float* scales = scratch(held_scales, size_t(count) * 2);
+        const Levels levels = {scratch(held_levels, size_t(count) * l.inputs), scales, scales + count};
+        for (int t = 0; t < count; t++)
+            level(x + t * stride, l.inputs, levels.of + int64_t(t) * l.inputs, &levels.height[t], &levels.low[t]);
+        return levels;
+    }
+
+    template <int R>
+    static FOR_INT8 APART void multiply(const Linear8& l, int column, const Levels& levels, int t, float* to,
+                                        int64_t stride) {
+        const int8_t* weight = l.weight + int64_t(column) * l.inputs;
+        const uint8_t* row = levels.of + int64_t(t) * l.inputs;
+        ivec acc[R][WIDE];  // with __m512i gcc 12 stores every sum it makes
 #pragma GCC unroll 6
-    for (int r = 0; r < R; r++)
+        for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int w = 0; w < WIDE; w++) acc[r][w] = ivec{};
-    for (int i = 0; i < l.inputs; i += GROUP, weight += GROUP * COLUMNS) {
-        __m512i b[WIDE];
+            for (int w = 0; w < WIDE; w++) acc[r][w] = ivec{};
+        for (int i = 0; i < l.inputs; i += GROUP, weight += GROUP * COLUMNS) {
+            __m512i b[WIDE];
 #pragma GCC unroll 4
-        for (int w = 0; w < WIDE; w++) b[w] = _mm512_loadu_si512(weight + w * GROUP * LANES);
+            for (int w = 0; w < WIDE; w++) b[w] = _mm512_loadu_si512(weight + w * GROUP * LANES);
+#pragma GCC unroll 6
+            for (int r = 0; r < R; r++) {
+                int32_t group;
+                std::memcpy(&group, row + int64_t(r) * l.inputs + i, GROUP);
+                const __m512i a = _mm512_set1_epi32(group);
+#pragma GCC unroll 4
+                for (int w = 0; w < WIDE; w++) acc[r][w] = (ivec)_mm512_dpbusd_epi32((__m512i)acc[r][w], a, b[w]);
+            }
+        }
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
-            int32_t group;
-            std::memcpy(&group, row + int64_t(r) * l.inputs + i, GROUP);
-            const __m512i a = _mm512_set1_epi32(group);
+            const __m512 height = _mm512_set1_ps(levels.height[t + r]), low = _mm512_set1_ps(levels.low[t + r]);
 #pragma GCC unroll 4
-            for (int w = 0; w < WIDE; w++) acc[r][w] = (ivec)_mm512_dpbusd_epi32((__m512i)acc[r][w], a, b[w]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++) {
-        const __m512 height = _mm512_set1_ps(levels.height[t + r]), low = _mm512_set1_ps(levels.low[t + r]);
-#pragma GCC unroll 4
-        for (int w = 0; w < WIDE; w++) {
-            const int c = column + w * LANES;
-            const __m512 start = _mm512_fmadd_ps(low, wide(l.sum + c), wide(l.bias + c));
-            const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)acc[r][w]), height);
-            _mm512_storeu_ps(to + r * stride + w * LANES, _mm512_fmadd_ps(y, wide(l.step + c), start));
-        }
-    }
-}
-
-constexpr decltype(&multiply<1>) MULTIPLY[ROWS + 1] = {
-    nullptr, multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>};
-
-// How many of the tokens that are left go into the next block: no block is much smaller than the others.
-inline int block_of(int left) {
-    const int blocks = (left + ROWS - 1) / ROWS;
-    return (left + blocks - 1) / blocks;
-}
-
-// Into a row of T: as exact as such a row can tell.
-template <Activation A>
-INLINE void put_active(float* to, const float* from) {
-    round_to(to, activated<A>(load(from)));
-}
-template <Activation A>
-FOR_INT8 inline void put_active(uint16_t* to, const float* from) {
-    round_to(to, active<A>(_mm512_loadu_ps(from)));
-}
-
-template <typename T, Activation A>
-FOR_INT8 void apply(const Linear8& l, const Levels& levels, int count, T* out, int64_t stride) {
-    alignas(64) float sums[ROWS * COLUMNS];
-    for (int column = 0; column < l.outputs; column += COLUMNS) {
-        const int width = std::min(COLUMNS, l.outputs - column);
-        for (int t = 0, block; t < count; t += block) {
-            block = block_of(count - t);
-            MULTIPLY[block](l, column, levels, t, sums, COLUMNS);
-            for (int r = 0; r < block; r++)
-                for (int c = 0; c < width; c += LANES)
-                    put_active<A>(out + (t + r) * stride + column + c, sums + r * COLUMNS + c);
-        }
-    }
-}
-
-template <typename T>
-auto apply_of(int activation) {
-    return activation == GELU        ? apply<T, GELU>
-           : activation == GELU_TANH ? apply<T, GELU_TANH>
-           : activation == SILU      ? apply<T, SILU>
-                                     : apply<T, IDENTITY>;
-}
-
-template <typename T>
-FOR_INT8 void linear(const Linear8& l, int activation, const FinishOf<T>* f, const T* x, int64_t x_stride, int tokens,
-                     T* out, int64_t out_stride) {
-    static thread_local std::vector<uint8_t> held_levels;
-    static thread_local std::vector<float> held_scales, held_sums;
-    const int64_t bytes = l.inputs + (f ? padded(l) * 4 : 0);
-    const int tile = std::min<int64_t>(std::max<int64_t>(CACHE / bytes, ROWS) / ROWS * ROWS, tokens);
-    float* scales = scratch(held_scales, size_t(tile) * 2);
-    const Levels levels = {scratch(held_levels, size_t(tile) * l.inputs), scales, scales + tile};
-    for (int t = 0; t < tokens; t += tile) {
-        const int count = std::min(tile, tokens - t);
-        for (int r = 0; r < count; r++) {
-            uint8_t* row = levels.of + int64_t(r) * l.inputs;
-            level(x + (t + r) * x_stride, l.inputs, row, &levels.height[r], &levels.low[r]);
-        }
-        if (!f) {
-            apply_of<T>(activation)(l, levels, count, out + t * out_stride, out_stride);
-            continue;
-        }
-        const int64_t stride = padded(l);
-        float* sums = scratch(held_sums, size_t(tile) * stride);
-        for (int column = 0; column < l.outputs; column += COLUMNS)
-            for (int r = 0, block; r < count; r += block) {
-                block = block_of(count - r);
-                MULTIPLY[block](l, column, levels, r, sums + r * stride + column, stride);
+            for (int w = 0; w < WIDE; w++) {
+                const int c = column + w * LANES;
+                const __m512 start = _mm512_fmadd_ps(low, wide(l.sum + c), wide(l.bias + c));
+                const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)acc[r][w]), height);
+                _mm512_storeu_ps(to + r * stride + w * LANES, _mm512_fmadd_ps(y, wide(l.step + c), start));
             }
-        finish_rows<LANES>(*f, sums, stride, l.outputs, t, count, out, out_stride);
+        }
     }
+};
+
+template <typename T>
+FOR_INT8 void in_int8(const Linear8& l, int activation, const FinishOf<T>* f, const T* x, int64_t x_stride, int tokens,
+                      T* out, int64_t out_stride) {
+    linear<Int8<T>>(l, activation, f, x, x_stride, tokens, out, out_stride);
 }
 
 }  // namespace
@@ -199,10 +146,10 @@ int carpool_cpu_multiplies_int8() {
 // names. Strides in elements. bfloat16 rows only at level AVX512_BF16.
 void carpool_linear_int8_f32(const Linear8* l, int activation, const FinishOf<float>* f, const float* x,
                              int64_t x_stride, int tokens, float* out, int64_t out_stride) {
-    linear(*l, activation, f, x, x_stride, tokens, out, out_stride);
+    in_int8(*l, activation, f, x, x_stride, tokens, out, out_stride);
 }
 void carpool_linear_int8_bf16(const Linear8* l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride,
                               int tokens, uint16_t* out, int64_t out_stride) {
-    linear(*l, activation, f, x, x_stride, tokens, out, out_stride);
+    in_int8(*l, activation, f, x, x_stride, tokens, out, out_stride);
 }
 }

@@ -142,7 +142,7 @@ FOR_AMX void linear(const Linear& l, int activation, const Finish* f, const uint
         if (f) {
             Wait wait;
             add_panels(l, laid, count, sums, outputs, true, wait);
-            finish(*f, sums, outputs, l.outputs, t, count, out, out_stride);
+            finish_rows<LANES>(*f, sums, outputs, l.outputs, t, count, out, out_stride);
         } else {
             apply_of(activation)(l, laid, count, sums, out + t * out_stride, out_stride);
         }

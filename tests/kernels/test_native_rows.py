@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from carpool.kernels import native, native_rows, reference, twins_cpu
+from carpool.kernels import native, native_rows, ops, reference, twins_cpu
 from carpool.kernels.reference import Activation, Output
 
 pytestmark = pytest.mark.skipif(native.library is None, reason="the native kernels are not built")
@@ -171,6 +172,25 @@ def test_pooling_equals_its_twin(
         assert torch.allclose(mine.float(), theirs.float(), rtol=near, atol=near)
 
 
+def test_the_engine_pools_natively_what_is_served_and_by_the_twin_what_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[torch.dtype] = []
+    honest = native_rows.pool_rows
+
+    def watched(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        seen.append(hidden.dtype)
+        return honest(hidden, *rest)
+
+    monkeypatch.setattr(native_rows, "pool_rows", watched)
+    plan = torch.tensor([0, 3, 5]), torch.tensor([2, 0]), torch.tensor([32, 8]), torch.tensor([True, False])
+    spread = randn(5, 64)[:, ::2]
+    for hidden in (randn(5, 32), randn(5, 32, dtype=torch.float16), spread, spread.contiguous()):
+        mine, theirs = ops.pool_rows(hidden, *plan)[0], reference.pool_rows(hidden, *plan)[0]
+        torch.testing.assert_close(mine, theirs)
+    assert seen == [torch.float32, torch.float32]
+
+
 def test_a_number_that_is_none_stays_one() -> None:
     hidden = randn(3, 32)
     hidden[1, 7] = float("nan")
@@ -187,6 +207,9 @@ def test_a_number_that_is_none_stays_one() -> None:
 @pytest.mark.parametrize(
     "call",
     [
+        lambda x: native_rows.pool_rows(
+            x[:, :32].contiguous(), torch.tensor([0, 5]), *torch.tensor([[2], [32], [1]])
+        ),
         lambda x: native_rows.norm_rows(x, None, torch.ones(40), None, 1e-6, centred=True),
         lambda x: native_rows.norm_rows(
             x[:, :32].contiguous(), x[:, :32], torch.ones(32), None, 0.0, centred=True

@@ -11,11 +11,13 @@ from itertools import product
 
 import torch
 
-from carpool.kernels import native, native_linear, native_rows
+from carpool.kernels import native, native_linear, native_linear8, native_rows
 from carpool.kernels.panels import Panels
+from carpool.kernels.panels8 import Panels8
 from carpool.kernels.twins_cpu import Norm
 
 DTYPES = (torch.float32, torch.bfloat16)
+BFLOAT16 = 3  # the level that multiplies it
 LENGTHS = ([1], [33, 1, 6], [17, 64, 65])
 
 
@@ -38,6 +40,14 @@ def attend(dtype: torch.dtype) -> None:
         )
 
 
+def write_pages(dtype: torch.dtype) -> None:
+    """The last slot among them, and one that is nowhere."""
+    for heads, size in ((1, 16), (3, 80)):
+        keys = torch.randn(3, 2 * heads, size).to(dtype)[:, :heads]
+        caches = [torch.zeros(4, 5, heads, size, dtype=dtype) for _ in range(2)]
+        native.kv_write(keys, keys, torch.tensor([19, -1, 0]), *caches)
+
+
 def multiply(dtype: torch.dtype) -> None:
     for tokens, outputs, inputs in product((1, 7, 130), (16, 80), (2, 38, 1536)):
         x, residual = torch.randn(tokens, inputs).to(dtype), torch.randn(tokens, outputs).to(dtype)
@@ -48,6 +58,16 @@ def multiply(dtype: torch.dtype) -> None:
         native_linear.linear_norm(x, panels, residual, norm)
 
 
+def multiply_integers(dtype: torch.dtype) -> None:
+    for tokens, outputs, inputs in product((1, 7, 130), (16, 80), (16, 48, 1536)):
+        x, residual = torch.randn(tokens, inputs).to(dtype), torch.randn(tokens, outputs).to(dtype)
+        panels = Panels8.of(torch.randn(outputs, inputs), torch.randn(outputs))
+        norm = Norm(torch.ones(outputs), torch.zeros(outputs), 1e-6, centred=True)
+        native_linear8.linear(x, panels)
+        native_linear8.linear(x, panels, "gelu")
+        native_linear8.linear_norm(x, panels, residual, norm)
+
+
 def work_rows(dtype: torch.dtype) -> None:
     for tokens, width in product((1, 5), (16, 48, 400)):
         x, vector = torch.randn(tokens, width).to(dtype), torch.ones(width)
@@ -55,6 +75,10 @@ def work_rows(dtype: torch.dtype) -> None:
         native_rows.gated(torch.cat((x, x), 1), "gelu")
     x = torch.randn(5, 3, 64).to(dtype)
     native_rows.rotary(x, torch.randn(5, 32), torch.randn(5, 32))
+    for width in (16, 400):
+        bounds, modes = torch.tensor([0, 1, 1, 4, 9]), torch.tensor([2, 2, 0, 1])
+        widths, unit = torch.tensor([width, width, 3, width]), torch.tensor([True, True, True, False])
+        native_rows.pool_rows(torch.randn(9, width).to(dtype), bounds, modes, widths, unit)
 
 
 def main(path: str, fault: bool) -> None:
@@ -71,10 +95,15 @@ def main(path: str, fault: bool) -> None:
         for dtype in DTYPES:
             attend(dtype)
             work_rows(dtype)
-            calls += 2
-            if dtype == torch.float32 or level >= 3:
+            write_pages(dtype)
+            calls += 3
+            if dtype == torch.float32 or level >= BFLOAT16:
                 multiply(dtype)
                 calls += 1
+    for dtype in DTYPES if native_linear8.multiplies else ():
+        if native_linear8.serves(torch.empty(1, 16, dtype=dtype)):
+            multiply_integers(dtype)
+            calls += 1
     print(f"{calls} groups of kernels ran clean")
 
 
