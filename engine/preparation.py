@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from carpool.engine.errors import InputTooLong, InvalidParameter
@@ -58,7 +57,7 @@ def prepared(
 
 
 def told(parts: Built, request: Request, prompts: Prepared) -> Prepared:
-    """With the names of their results, and what the cache of keys and values is told of them.
+    """The same, with the names of their results and what the cache of keys and values is told of them.
 
     Raises InputTooLong for a prompt that no batch takes whole and the cache cannot hold.
     """
@@ -70,11 +69,10 @@ def told(parts: Built, request: Request, prompts: Prepared) -> Prepared:
             raise InputTooLong(
                 f"This prompt has {len(ids)} tokens. A batch of this server takes {most}{held}.", where
             )
-    keys = result_keys(prompts, request.tasks, request.params, request.adapter, request.salt)
-    if cache is None or prompts.unseen:
-        return replace(prompts, keys=keys)
-    known = cache.prompts(prompts.token_ids, request.tasks, request.adapter, request.salt)
-    return replace(prompts, keys=keys, prompts=known)
+    prompts.keys = result_keys(prompts, request.tasks, request.params, request.adapter, request.salt)
+    if cache is not None and not prompts.unseen:
+        prompts.prompts = cache.prompts(prompts.token_ids, request.tasks, request.adapter, request.salt)
+    return prompts
 
 
 def slot(model: ModelInfo, adapter: str | None) -> int:

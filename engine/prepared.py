@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from carpool.engine.cache.blocks import Prompt
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prepared:
     """`prompts[i]` is what the cache of keys and values is told of prompt i; None if nothing.
 

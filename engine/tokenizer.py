@@ -120,6 +120,8 @@ class Tokenizer:
         if self._lowercase:
             texts = [text.lower() for text in texts]
         try:
+            if len(texts) == 1:  # here and now: a batch goes to the library's threads, and is waited for
+                return [self._backend.encode(texts[0], add_special_tokens=add_special_tokens).ids]
             encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError):
             _check_text(texts)

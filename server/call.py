@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
@@ -105,8 +104,11 @@ class Call:
         """`field` is where the prompts stood in the body; `prompt` is what was put before each text."""
         if prompt:
             tokenization = replace(tokenization, prompt=prompt)
-        with _blaming({"input": field}):
+        try:
             result = await self._engine.pool(prompts, params, tokenization, task=task, **self._terms)
+        except InvalidInput as error:
+            _rename(error, {"input": field})
+            raise
         self._note(result)
         return result
 
@@ -120,10 +122,13 @@ class Call:
         fields: tuple[str, str] = ("queries", "documents"),
     ) -> ScoreResult:
         """`fields` are where the two sides stood in the body."""
-        with _blaming({"queries": fields[0], "documents": fields[1]}):
+        try:
             result = await self._engine.score(
                 queries, documents, params, tokenization, template_kwargs=template_kwargs, **self._terms
             )
+        except InvalidInput as error:
+            _rename(error, {"queries": fields[0], "documents": fields[1]})
+            raise
         self._note(result)
         return result
 
@@ -159,26 +164,22 @@ class Call:
         return response
 
 
-@contextmanager
-def _blaming(fields: Mapping[str, str]) -> Iterator[None]:
+def _rename(error: InvalidInput, fields: Mapping[str, str]) -> None:
     """The engine has its own names for what it was given; the client is to read those of its request."""
-    try:
-        yield
-    except InvalidInput as error:
-        name, bracket, rest = (error.param or "").partition("[")
-        if name in fields:
-            error.param = fields[name] + bracket + rest
-        raise
+    name, bracket, rest = (error.param or "").partition("[")
+    if name in fields:
+        error.param = fields[name] + bracket + rest
 
 
 def served_name(app: web.Application, asked: str | None) -> str:
     """The name answers carry: an adapter's own, or the model's first, whichever of its names the request used."""
-    names = app[CONFIG].model_names
-    if asked in {module.name for module in app[CONFIG].engine.lora_modules}:
-        return str(asked)
-    if asked and asked not in names:
-        raise UnknownModel(f"The model `{asked}` does not exist.", "model")
-    return names[0]
+    config = app[CONFIG]
+    names = config.model_names
+    if not asked or asked in names:
+        return names[0]
+    if any(asked == module.name for module in config.engine.lora_modules):
+        return asked
+    raise UnknownModel(f"The model `{asked}` does not exist.", "model")
 
 
 def prefixed(prompt: str, prompts: Prompts, field: str) -> Prompts:

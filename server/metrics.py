@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
 from functools import cache
+from itertools import accumulate
+from math import inf
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
@@ -13,15 +15,15 @@ from prometheus_client import (
     Counter,
     Gauge,
     GCCollector,
-    Histogram,
     Info,
     PlatformCollector,
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from carpool import __version__
 from carpool.engine.outputs import Timings
@@ -37,6 +39,46 @@ STAGES = ("tokenize", "queue", "forward", "encode")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 TOKENS = tuple(float(1 << power) for power in range(4, 19))
 SEQUENCES = tuple(float(1 << power) for power in range(11))
+
+
+class Tally:
+    """One series of a histogram: how many observations fell in each bucket, and their sum.
+
+    Only the event loop writes it, so it needs no lock, and costs a tenth of what the library's own does.
+    """
+
+    __slots__ = ("_bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self._bounds, value)] += 1
+        self.sum += value
+
+
+class Tallies(Collector):
+    """A histogram with its series by label values, each made when it is first asked for."""
+
+    def __init__(self, name: str, help: str, bounds: tuple[float, ...], labels: tuple[str, ...]) -> None:
+        self._name = name
+        self._help = help
+        self._bounds = bounds
+        self._labels = labels
+        self._series: dict[tuple[str, ...], Tally] = {}
+
+    def labels(self, *values: str) -> Tally:
+        return self._series.setdefault(values, Tally(self._bounds))
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, self._help, labels=self._labels)
+        edges = [floatToGoString(bound) for bound in (*self._bounds, inf)]  # type: ignore[no-untyped-call]
+        for values, tally in self._series.items():
+            below = accumulate(map(float, tally.counts))
+            family.add_metric(values, list(zip(edges, below, strict=True)), tally.sum)
+        yield family
 
 
 class CacheCollector(Collector):
@@ -112,8 +154,10 @@ class Metrics:
         def counter(name: str, help: str, *labels: str) -> Counter:
             return Counter(name, help, ("model_name", *labels), registry=registry)
 
-        def histogram(name: str, help: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(name, help, ("model_name", *labels), registry=registry, buckets=buckets)
+        def histogram(name: str, help: str, bounds: tuple[float, ...], *labels: str) -> Tallies:
+            tallies = Tallies(name, help, bounds, ("model_name", *labels))
+            registry.register(tallies)
+            return tallies
 
         def gauge(name: str, help: str, read: Callable[[], float]) -> None:
             Gauge(name, help, ("model_name",), registry=registry).labels(model_name).set_function(read)
@@ -130,7 +174,9 @@ class Metrics:
             )
         )
         stages = histogram("carpool_stage_seconds", "Seconds of a request in each stage.", SECONDS, "stage")
-        self._stages = {stage: stages.labels(model_name, stage) for stage in STAGES}
+        self._tokenize, self._queue, self._forward, self._encode = (
+            stages.labels(model_name, stage) for stage in STAGES
+        )
         self._prompt_tokens = counter("carpool_prompt_tokens_total", "Prompt tokens answered.").labels(
             model_name
         )
@@ -149,14 +195,6 @@ class Metrics:
             {"version": __version__, "python": platform.python_version()}
         )
 
-    @contextmanager
-    def one_more_running(self) -> Iterator[None]:
-        self.running += 1
-        try:
-            yield
-        finally:
-            self.running -= 1
-
     def request_done(self, endpoint: str, status: int, seconds: float) -> None:
         counter, histogram = self._done(endpoint, status)
         counter.inc()
@@ -165,10 +203,10 @@ class Metrics:
     def answered(self, prompt_tokens: int, timings: Timings, encode: float) -> None:
         """The engine served a request, and its answer is written."""
         self._prompt_tokens.inc(prompt_tokens)
-        for stage, seconds in zip(
-            STAGES, (timings.tokenize, timings.queue, timings.forward, encode), strict=True
-        ):
-            self._stages[stage].observe(seconds)
+        self._tokenize.observe(timings.tokenize)
+        self._queue.observe(timings.queue)
+        self._forward.observe(timings.forward)
+        self._encode.observe(encode)
 
     def batch_done(self, tokens: int, sequences: int, forward_seconds: float) -> None:
         """A batch's seconds reach the series through the requests that rode in it."""

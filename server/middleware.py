@@ -60,8 +60,12 @@ async def _admit(request: web.Request, handler: Handler, route: Route | None) ->
         if app[ENGINE].state == "draining":
             raise Draining("The server is shutting down; try another instance.")
     if route and route.runs_model:
-        with app[METRICS].one_more_running():
+        metrics = app[METRICS]
+        metrics.running += 1
+        try:
             return await handler(request)
+        finally:
+            metrics.running -= 1
     return await handler(request)
 
 

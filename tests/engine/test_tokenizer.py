@@ -332,6 +332,15 @@ def test_the_pad_id_is_read_from_its_files(checkpoint: Callable[[str], Path]) ->
     assert tokenizer.prepare([[0]], TokenizationParams(padding="max_length")).token_ids == [[0, 1, 1, 1]]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("specials", [True, False])
+@given(st.lists(st.text(max_size=20), min_size=2, max_size=4))
+def test_a_text_alone_has_the_ids_it_has_in_company(kind: str, specials: bool, texts: list[str]) -> None:
+    tokenizer = make(kind)
+    alone = [tokenizer.encode([text], specials) for text in texts]
+    assert alone == [[ids] for ids in tokenizer.encode(texts, specials)]
+
+
 def test_text_is_lowered_if_the_model_wants_it() -> None:
     kept, lowered = (make("xlmr", max_model_len=64, lowercase=lower) for lower in (False, True))
     assert lowered.encode(["The CAT"]) == kept.encode(["the cat"]) != kept.encode(["The CAT"])

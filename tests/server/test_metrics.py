@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from carpool.engine.stats import CacheStats, ResultStats
+from carpool.server.metrics import SECONDS, Tallies
 from serving import Served
 
 NAMES = {
@@ -105,3 +109,17 @@ async def test_the_kept_results_tell_how_often_they_were_asked_for_and_what_they
 async def test_a_model_of_any_name_is_a_route_not_a_label(served: Served) -> None:
     await served.get("/v1/models/whatever-a-user-types")
     assert (await scrape(served))["carpool_requests_total['/v1/models/{model}', '404']"] == 1
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from([*SECONDS, 0.0, 61.0]) | st.floats(0.0, 99.0)))
+)
+def test_our_histograms_are_written_as_the_librarys_own(observations: list[tuple[str, float]]) -> None:
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    tallies = Tallies("seconds", "How long.", SECONDS, ("stage",))
+    ours.register(tallies)
+    histogram = Histogram("seconds", "How long.", ("stage",), registry=theirs, buckets=SECONDS)
+    for stage, seconds in observations:
+        tallies.labels(stage).observe(seconds)
+        histogram.labels(stage).observe(seconds)
+    assert generate_latest(ours) == generate_latest(theirs)
