@@ -238,7 +238,7 @@ FOR_BF16 inline void softmax_lanes(const Shape& s, float* scores, const int32_t*
                                    __m512* inverse) {
     const __m512 low = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     const Range all_see = {visible(s, places[WIDE * LANES - 1], length).begin, visible(s, places[0], length).end};
-    __m512 top[WIDE], total[WIDE], scaled[WIDE];
+    __m512 top[WIDE], total[WIDE];
     for (int w = 0; w < WIDE; w++) top[w] = low, total[w] = _mm512_setzero_ps();
     for (int j = begin; j < end; j++) {
         const bool masked = j < all_see.begin || j >= all_see.end;
@@ -259,13 +259,14 @@ FOR_BF16 inline void softmax_lanes(const Shape& s, float* scores, const int32_t*
         }
     }
     const __m512 factor = _mm512_set1_ps((s.softcap != 0 ? 1.0f : s.scale) * 1.44269504f);  // to powers of two
-    for (int w = 0; w < WIDE; w++) scaled[w] = _mm512_mul_ps(top[w], factor);
     for (int j = begin; j < end; j += 2)
 #pragma GCC unroll 2
         for (int w = 0; w < WIDE; w++) {
             float* at = scores + int64_t(j) * QUERIES + w * LANES;
-            const __m512 one = exp2_(_mm512_fmsub_ps(_mm512_loadu_ps(at), factor, scaled[w]));
-            const __m512 other = exp2_(_mm512_fmsub_ps(_mm512_loadu_ps(at + QUERIES), factor, scaled[w]));
+            // Not in one step, which rounds the largest score's own product: of scores beyond 2^31 that overflows.
+            const __m512 below = _mm512_sub_ps(_mm512_loadu_ps(at), top[w]);
+            const __m512 next_below = _mm512_sub_ps(_mm512_loadu_ps(at + QUERIES), top[w]);
+            const __m512 one = exp2_(_mm512_mul_ps(below, factor)), other = exp2_(_mm512_mul_ps(next_below, factor));
             total[w] = _mm512_add_ps(total[w], _mm512_add_ps(one, other));
             _mm512_storeu_si512(at, zipped((__m512i)_mm512_cvtne2ps_pbh(other, one)));
         }

@@ -92,11 +92,14 @@ def test_what_it_knows_nothing_of_goes_to_the_twin(asks: dict[str, Any]) -> None
 
 
 @needs_native
-def test_extreme_scores_stay_finite() -> None:
-    query, key, value = make([33], 2, 2, 32, torch.float32)
-
-    out = native.varlen_attention(1e4 * query, 1e4 * key, value, [(33, 1)], scale=1.0)
-    assert torch.isfinite(out).all()
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_scores_stay_finite(level: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "level", level)
+    query, key, value = make([33], 2, 2, 32, dtype)
+    for size in (1e4, 1e7):  # scores of 10^9 and, beyond what an int32 holds, 10^15
+        out = native.varlen_attention(size * query, size * key, value, [(33, 1)], scale=1.0)
+        assert torch.isfinite(out).all()
 
 
 @needs_native
