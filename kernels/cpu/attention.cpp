@@ -18,6 +18,9 @@ namespace {
 
 constexpr int ROWS = 6;           // queries a block in float32: 6 x 2 accumulators leave registers for operands
 constexpr int BLOCK = 2 * LANES;  // keys a block in float32
+// Queries of a windowed sequence that every head is through with before the next ones begin: their rows, and those of
+// the keys they see, stay in a cache. A multiple of every block of queries: so those are the same as without.
+constexpr int PIECE = 384;
 
 template <typename V>
 INLINE V power_of_e(V x) {
@@ -114,8 +117,8 @@ struct Float32 {
             }
     }
 
-    INLINE void attend(const Shape& s, const T* q, const T*, T* o, const int64_t*, int queries, int length) {
-        const int size = s.head_size, group = s.heads / s.kv_heads, past = length - queries;
+    INLINE void attend(const Shape& s, const T* q, T* o, int past, int queries, int length) {
+        const int size = s.head_size, group = s.heads / s.kv_heads;
         for (int i = 0; i < queries * group; i += ROWS) {
             float query[ROWS][256], result[ROWS][256];
             const float* qs[ROWS];
@@ -153,11 +156,13 @@ struct Float32 {
 // ── bfloat16 products (AVX-512 BF16): a pair of products and their float32 sum in each lane ─────────────────────────
 //
 // The lanes are queries, 16 or 32 of them; keys and values come in as broadcasts. So a softmax runs down its lane and
-// nothing is ever summed across one, keys need no copy, and no key is multiplied in vain. Queries and results are
-// transposed on the way, which costs a few percent.
+// nothing is ever summed across one, and no key is multiplied in vain. Keys are read as they are; those of a long
+// sequence from a copy, for a head's are thousands of bytes apart: a page each, and soon in no cache. Queries and
+// results are transposed on the way, which costs a few percent.
 
 constexpr int KEYS = 8;              // keys of a block of scores, columns of a block of results
-constexpr int QUERIES = 2 * LANES;   // floats from one key's scores to the next key's
+constexpr int QUERIES = 2 * LANES;   // of a block; floats from one key's scores to the next key's
+constexpr int NEAR = 512;            // tokens of a sequence whose keys are read where they lie
 
 FOR_BF16 inline __m512bh pair_of(const uint16_t* p) {
     int32_t both;
@@ -275,9 +280,8 @@ FOR_BF16 inline void softmax_lanes(const Shape& s, float* scores, const int32_t*
 
 // Up to 16 * WIDE queries of one head of keys, from row `first` on, against all that they see.
 template <int WIDE>
-FOR_BF16 void attend_lanes(const Shape& s, const uint16_t* q, const uint16_t* k, const int64_t* at,
-                           const uint16_t* values, uint16_t* o, int past, int first, int count, int length,
-                           float* scores) {
+FOR_BF16 void attend_lanes(const Shape& s, const uint16_t* q, const uint16_t* const* keys, const uint16_t* values,
+                           uint16_t* o, int past, int first, int count, int length, float* scores) {
     alignas(64) int32_t queries[128 * QUERIES], places[QUERIES];
     alignas(64) float result[256 * QUERIES];
     int64_t from[QUERIES], to[QUERIES];
@@ -292,7 +296,7 @@ FOR_BF16 void attend_lanes(const Shape& s, const uint16_t* q, const uint16_t* k,
     const int last = visible(s, places[count - 1], length).end, end = round_up(last, 2);
     for (int j = begin; j < last; j += KEYS) {
         const uint16_t* rows[KEYS];
-        for (int n = 0; n < KEYS; n++) rows[n] = k + at[std::min(j + n, last - 1)] * s.k_stride;
+        for (int n = 0; n < KEYS; n++) rows[n] = keys[std::min(j + n, last - 1)];
         products<WIDE>(rows, 2, queries, QUERIES, size / 2, scores + int64_t(j) * QUERIES);
     }
     __m512 inverse[WIDE];
@@ -316,27 +320,41 @@ FOR_BF16 void attend_lanes(const Shape& s, const uint16_t* q, const uint16_t* k,
 }
 
 struct Bfloat16 {
-    uint16_t* values;  // [tokens / 2][head_size][2]
-    float* scores;     // [tokens][QUERIES]
+    const uint16_t** keys;  // [tokens]: where each one's is
+    uint16_t* copies;       // [tokens][head_size] of keys
+    uint16_t* values;       // [tokens / 2][head_size][2]
+    float* scores;          // [tokens][QUERIES]
 
     FOR_BF16 Bfloat16(int size, int longest) {
-        static thread_local std::vector<uint16_t> values_held;
+        static thread_local std::vector<const uint16_t*> keys_held;
+        static thread_local std::vector<uint16_t> copies_held, values_held;
         static thread_local std::vector<float> scores_held;
+        keys = scratch(keys_held, longest);
+        copies = scratch(copies_held, size_t(size) * longest);
         values = scratch(values_held, size_t(size) * round_up(longest, 2));
         scores = scratch(scores_held, size_t(QUERIES) * (longest + KEYS));
     }
 
-    FOR_BF16 void lay(const Shape& s, const uint16_t*, const uint16_t* v, const int64_t* at, int begin, int length) {
+    FOR_BF16 void lay(const Shape& s, const uint16_t* k, const uint16_t* v, const int64_t* at, int begin, int length) {
+        const bool copied = length > NEAR;
+        for (int j = begin; j < length; j++) {
+            keys[j] = k + at[j] * s.k_stride;
+            if (!copied) continue;
+            uint16_t* copy = copies + int64_t(j) * s.head_size;
+            for (int d = 0; d < s.head_size; d += LANES)
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(copy + d),
+                                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys[j] + d)));
+            keys[j] = copy;
+        }
         pair_rows(v, at, s.v_stride, begin, length, s.head_size, values);
     }
 
-    FOR_BF16 void attend(const Shape& s, const uint16_t* q, const uint16_t* k, uint16_t* o, const int64_t* at,
-                         int queries, int length) {
-        const int rows = queries * (s.heads / s.kv_heads);
-        for (int first = 0; first < rows; first += QUERIES) {
-            const int count = std::min(QUERIES, rows - first);
+    FOR_BF16 void attend(const Shape& s, const uint16_t* q, uint16_t* o, int past, int queries, int length) {
+        const int rows = queries * (s.heads / s.kv_heads), most = s.window ? LANES : QUERIES;  // fewer: narrower in all
+        for (int first = 0; first < rows; first += most) {
+            const int count = std::min(most, rows - first);
             const auto tile = count > LANES ? attend_lanes<2> : attend_lanes<1>;
-            tile(s, q, k, at, values, o, length - queries, first, count, length, scores);
+            tile(s, q, keys, values, o, past, first, count, length, scores);
         }
     }
 };
@@ -344,24 +362,28 @@ struct Bfloat16 {
 // ── whole batches ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 // Sequences from `first` to before `end`, of which each begins where the one before it does: head by head of the keys,
-// and only what differs is laid out anew. `at`: room for the row of each token of one.
+// and only what differs is laid out anew. Of one that has a run of its own, queries `from` to `to`. `at`: room for the
+// row of each token of one.
 template <typename Path, typename T>
 INLINE void attend_run(const Shape& s, Path& path, const T* q, const T* k, const T* v, T* o, const Batch& batch,
-                       int first, int end, int64_t* at) {
+                       int first, int end, int from, int to, int64_t* at) {
     const int group = s.heads / s.kv_heads, size = s.head_size;
     for (int kv = 0; kv < s.kv_heads; kv++) {
         int laid = 0;  // from this token on
         for (int b = first; b < end; b++) {
-            const int64_t start = batch.cu_seqlens[b];
-            const int queries = batch.queries(b), length = batch.length(b);
-            const int begin = visible(s, length - queries, length).begin / BLOCK * BLOCK;
-            int from = b == first ? 0 : batch.shared(b) & ~1;  // bfloat16 lays pairs
-            if (from <= begin || begin < laid) from = laid = begin;
+            const int64_t start = batch.cu_seqlens[b] + from;
+            const int queries = std::min(batch.queries(b), to) - from;
+            const int past = batch.length(b) - batch.queries(b) + from;
+            const int begin = visible(s, past, batch.length(b)).begin / BLOCK * BLOCK;
+            const int seen = visible(s, past + queries - 1, batch.length(b)).end;
+            const int length = std::min(round_up(seen, BLOCK), batch.length(b));  // for those who are here
+            int fresh = b == first ? 0 : batch.shared(b) & ~1;  // bfloat16 lays pairs
+            if (fresh <= begin || begin < laid) fresh = laid = begin;
             if (kv == 0 || end - first > 1)
-                for (int j = from; j < length; j++) at[j] = batch.row(b, j);
-            path.lay(s, k + kv * size, v + kv * size, at, from, length);
-            path.attend(s, q + start * s.q_stride + kv * group * size, k + kv * size,
-                        o + start * s.o_stride + kv * group * size, at, queries, length);
+                for (int j = fresh; j < length; j++) at[j] = batch.row(b, j);
+            path.lay(s, k + kv * size, v + kv * size, at, fresh, length);
+            path.attend(s, q + start * s.q_stride + kv * group * size, o + start * s.o_stride + kv * group * size, past,
+                        queries, length);
         }
     }
 }
@@ -376,7 +398,9 @@ INLINE void attend_batch(const Shape& s, const T* q, const T* k, const T* v, T* 
     for (int first = 0, end; first < batch.sequences; first = end) {
         for (end = first + 1; end < batch.sequences && batch.shared(end); end++) {
         }
-        if (batch.queries(first)) attend_run(s, path, q, k, v, o, batch, first, end, at);
+        const int queries = batch.queries(first), piece = s.window && end == first + 1 ? PIECE : longest;
+        for (int from = 0; from < queries; from += piece)
+            attend_run(s, path, q, k, v, o, batch, first, end, from, from + piece, at);
     }
 }
 

@@ -70,6 +70,57 @@ def test_attention_equals_its_twin(
 
 
 @needs_native
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 2, 65, 500])
+def test_long_texts_equal_their_twin_alone_and_in_company(
+    level: int, dtype: torch.dtype, causal: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long enough that keys are copied and windowed queries go piece by piece: 384 are one, 385 one and a bit."""
+    monkeypatch.setattr(native, "level", level)
+    lengths = [5, 385, 1001, 384, 770]
+    query, key, value = make(lengths, 4, 2, 32, dtype)
+    runs = [(length, 1) for length in lengths]
+    how: dict[str, Any] = {"scale": 32**-0.5, "causal": causal, "window": window}
+    exact = reference.varlen_attention(query.float(), key.float(), value.float(), runs, **how)
+    mine = native.varlen_attention(query, key, value, runs, **how)
+
+    bound = 1e-5 if dtype == torch.float32 else 2 * 2**-8
+    assert (mine.float() - exact).abs().max() <= bound * exact.abs().max()
+    for start, end in pairwise(accumulate([0, *lengths])):
+        own = [x[start:end] for x in (query, key, value)]
+        alone = native.varlen_attention(own[0], own[1], own[2], [(end - start, 1)], **how)
+        assert torch.equal(alone, mine[start:end])
+
+
+@needs_native
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 65])
+def test_pages_of_long_prompts_are_the_same_alone_and_behind_another(
+    level: int, dtype: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, windowed queries go piece by piece, and all keys are copied; behind a short prompt they do not."""
+    monkeypatch.setattr(native, "level", level)
+    given = paged([(3, 5, 50), (3, 900, 800), (3, 600, 40)], 48, (4, 2), 32, dtype)
+    how: dict[str, Any] = {"scale": 0.2, "window": window}
+    together = native.paged_attention(*given.taken, **how)
+    for b, (start, end) in enumerate(pairwise(given.cu_seqlens.tolist())):
+        alone = native.paged_attention(
+            given.query[start:end],
+            given.key_cache,
+            given.value_cache,
+            given.pages[b : b + 1],
+            torch.tensor([0, end - start], dtype=torch.int32),
+            given.key_lengths[b : b + 1],
+            end - start,
+            **how,
+        )
+        assert torch.equal(together[start:end], alone)
+
+
+@needs_native
 def test_what_it_cannot_take_goes_to_the_twin() -> None:
     query, key, value = make([5, 9], 2, 2, 24, torch.float32)
 
