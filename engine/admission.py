@@ -8,12 +8,24 @@ longer than one that fills a batch, and counts as one of those.
 
 from __future__ import annotations
 
-from carpool.engine.errors import Overloaded
+from carpool.engine.errors import Draining, EngineDead, NotReady, Overloaded
+from carpool.engine.stats import State
 
 TURN_SECONDS = 5.0  # until a newcomer's turn has come: half of what impatient clients wait
 FEW_REQUESTS = 128  # may wait longer: so many connections, each with one request, are no overload
 QUEUE_SECONDS = 60.0  # of work in all
 _MEMORY_S = 10.0  # a worker's seconds by which what was measured before has lost most of its weight
+
+
+def admit(state: State) -> None:
+    """Raise unless an engine in this state takes requests."""
+    if state == "ready":
+        return
+    if state == "starting":
+        raise NotReady("The model is still loading.", retry_after=5)
+    if state == "dead":
+        raise EngineDead("The engine has failed and is about to restart.", retry_after=10)
+    raise Draining("The server is shutting down.", retry_after=10)
 
 
 class Admission:

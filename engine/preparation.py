@@ -27,8 +27,8 @@ INLINE_CHARS = 4_000  # tokenised on the loop: under half a millisecond, less th
 _INLINE_IDS = 20_000
 
 
-class Built(Protocol):
-    """The parts an engine is made of: see `engine/build.py`."""
+class Known(Protocol):
+    """What is known of a model by those who prepare its prompts."""
 
     @property
     def model(self) -> ModelInfo: ...
@@ -45,18 +45,22 @@ class Built(Protocol):
     @property
     def cache(self) -> Cache | None: ...
 
+
+class Built(Known, Protocol):
+    """The parts an engine is made of: see `engine/build.py`."""
+
     @property
     def runners(self) -> Seq[Runner]: ...
 
 
 def prepared(
-    parts: Built, request: Request, prompts: Prompts, tokenization: TokenizationParams, longest: int | None
+    parts: Known, request: Request, prompts: Prompts, tokenization: TokenizationParams, longest: int | None
 ) -> Prepared:
     """The prompts as ids, none longer than `longest` (-1: than the model takes), and what is told of them."""
     return told(parts, request, parts.tokenizer.prepare(prompts, tokenization, longest))
 
 
-def told(parts: Built, request: Request, prompts: Prepared) -> Prepared:
+def told(parts: Known, request: Request, prompts: Prepared) -> Prepared:
     """The same, with the names of their results and what the cache of keys and values is told of them.
 
     Raises InputTooLong for a prompt that no batch takes whole and the cache cannot hold.

@@ -1,7 +1,9 @@
 """What the engine tells the world about itself while it runs."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
+
+State = Literal["starting", "ready", "draining", "dead", "stopped"]
 
 
 @dataclass(frozen=True, slots=True)

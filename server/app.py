@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiohttp import web
@@ -225,11 +225,15 @@ ROUTES = (
 )
 
 
-def make_app(config: ServerConfig, engine: AsyncEngine) -> web.Application:
+def make_app(
+    config: ServerConfig, engine: AsyncEngine, ask: Callable[[str], Awaitable[bytes]] | None = None
+) -> web.Application:
+    """`ask` is for what only the engine's process knows, where this is another."""
     app = web.Application(middlewares=[front_door])
     app[CONFIG] = config
     app[ENGINE] = engine
-    app[METRICS] = engine.observer = Metrics(config.model_names[0], engine)
+    metrics = app[METRICS] = Metrics(config.model_names[0], engine, ask)
+    engine.observer = metrics
     app[OPENAPI] = describe(ROUTES, bool(config.api_key), config.root_path, config.error_format)
     app[KEY_DIGESTS] = tuple(digest(key) for key in config.api_key)
     app[STARTED_AT] = int(time.time())

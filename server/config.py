@@ -6,6 +6,7 @@ Each field carries its help text; flags, environment variables and YAML keys are
 from __future__ import annotations
 
 import re
+import socket
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,6 +47,11 @@ class ServerConfig:
     error_format: ErrorFormat = option("flat", "Shape of error bodies: flat, or nested as OpenAI has them.")
     max_body_size: int = option(64 << 20, "Largest request body, decompressed.", unit="bytes", shown="64MiB")
     shutdown_timeout: float = option(30.0, "Seconds that accepted requests get to finish after SIGTERM.")
+    api_workers: int = option(
+        1,
+        "Processes for HTTP and tokenizing. With more than 1 they are apart from the engine's, for where one core's "
+        "worth of Python cannot feed the model.",
+    )
     log_level: LogLevel = option("info", "Least severe messages to log.")
     log_format: LogFormat = option("auto", "How log lines look; auto is console on a terminal, else json.")
     allowed_origins: tuple[str, ...] = option(
@@ -56,6 +62,10 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be between 0 and 65535, got {self.port}.")
+        if self.api_workers < 1:
+            raise ConfigError(f"--api-workers must be at least 1, got {self.api_workers}.")
+        if self.api_workers > 1 and not hasattr(socket, "AF_UNIX"):
+            raise ConfigError("--api-workers above 1 needs Unix sockets, which this platform does not have.")
         if self.max_body_size < 1:
             raise ConfigError(f"--max-body-size must be at least 1 byte, got {self.max_body_size}.")
         if not 0 <= self.shutdown_timeout < float("inf"):

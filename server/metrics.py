@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import cache
 from itertools import accumulate
 from math import inf
@@ -27,6 +27,7 @@ from prometheus_client.utils import floatToGoString
 
 from carpool import __version__
 from carpool.engine.outputs import Timings
+from carpool.server.counts import Counts, Whole
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -144,8 +145,12 @@ class Metrics:
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
-    def __init__(self, model_name: str, engine: AsyncEngine) -> None:
+    def __init__(
+        self, model_name: str, engine: AsyncEngine, ask: Callable[[str], Awaitable[bytes]] | None = None
+    ) -> None:
+        """`ask` the engine's process, if this is another: it has the counts of all."""
         self.running = 0  # requests to the model that are under way; /load tells
+        self._ask = ask
         self._model = model_name
         self._registry = registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
@@ -216,5 +221,18 @@ class Metrics:
     def sequences_cancelled(self, count: int) -> None:
         self._cancelled.inc(count)
 
-    def render(self) -> bytes:
-        return generate_latest(self._registry)
+    async def render(self) -> bytes:
+        """What /metrics answers: all processes' counts in one."""
+        return await self._ask("metrics") if self._ask else self.text(())
+
+    async def load(self) -> int:
+        """What /load answers: the requests to the model that are under way, in all processes."""
+        return int(await self._ask("load")) if self._ask else self.running
+
+    def text(self, others: Iterable[Counts]) -> bytes:
+        """All series as Prometheus reads them, with what other processes counted added to them."""
+        return generate_latest(Whole(self._registry, others))
+
+    def counts(self) -> Counts:
+        """What this process has counted."""
+        return Counts.of(self.running, self._registry.collect())

@@ -15,10 +15,13 @@ ENGINE_FRONT = {
     "async_engine",
     "config",
     "errors",
+    "gate",
     "model_info",
     "outputs",
     "params",
+    "parcel",
     "reference_options",
+    "remote",
     "stats",
 }
 

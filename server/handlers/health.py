@@ -38,4 +38,4 @@ async def check_ready(request: web.Request) -> web.Response:
 
 async def show_metrics(request: web.Request) -> web.Response:
     metrics = request.app[METRICS]
-    return web.Response(body=metrics.render(), headers={"Content-Type": metrics.content_type})
+    return web.Response(body=await metrics.render(), headers={"Content-Type": metrics.content_type})

@@ -39,7 +39,7 @@ async def show_version(request: web.Request) -> web.Response:
 
 
 async def show_load(request: web.Request) -> web.Response:
-    return json_answer(LoadResponse(request.app[METRICS].running))
+    return json_answer(LoadResponse(await request.app[METRICS].load()))
 
 
 async def show_info(request: web.Request) -> web.Response:

@@ -27,6 +27,7 @@ from carpool.engine.cache.cache import Cache
 from carpool.engine.cache.paging import Paging
 from carpool.engine.chat import ChatTemplate
 from carpool.engine.config import EngineConfig
+from carpool.engine.core import Core
 from carpool.engine.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -154,8 +155,9 @@ class Scene:
 
     @property
     def fleet(self) -> fleet.Fleet:
-        assert self.engine._fleet is not None
-        return self.engine._fleet
+        fleet = core(self.engine)._fleet
+        assert fleet is not None
+        return fleet
 
     def ask(self, *ids: list[int], **options: Any) -> asyncio.Task[PoolingResult]:
         return asyncio.ensure_future(self.engine.pool(list(ids), PoolingParams(), TOKENIZATION, **options))
@@ -170,7 +172,7 @@ class Scene:
 
     def count_twins(self) -> None:
         """Have the ledger count those that are given another's result."""
-        scheduler = self.engine._scheduler
+        scheduler = core(self.engine)._scheduler
         assert scheduler is not None
         take = scheduler.take_twins
 
@@ -216,11 +218,16 @@ async def scene(
         await engine.stop(5)
 
 
+def core(engine: AsyncEngine) -> Core:
+    assert isinstance(engine.core, Core)
+    return engine.core
+
+
 def assert_nothing_left(engine: AsyncEngine) -> None:
     assert (engine.waiting_tokens, engine.waiting_sequences) == (0, 0)
-    assert not engine._pending
-    assert engine._all_answered.is_set()
-    scheduler = engine._scheduler
+    assert not core(engine)._pending
+    assert core(engine)._all_answered.is_set()
+    scheduler = core(engine)._scheduler
     assert scheduler is not None
     assert not scheduler._requests
     assert not scheduler._clients
@@ -500,7 +507,7 @@ async def test_those_who_leave_do_not_take_the_work_along(leavers: list[int], ru
         first = await s.occupy()
         ids = [BUSY] if running else [5]
         tasks = [first, s.ask(ids), s.ask(ids)] if running else [s.ask(ids) for _ in range(3)]
-        await until(lambda: len(s.engine._pending) == (3 if running else 4))
+        await until(lambda: len(core(s.engine)._pending) == (3 if running else 4))
         for i in leavers:
             tasks[i].cancel()
             await until(tasks[i].done)
@@ -580,7 +587,7 @@ async def test_those_who_rest_are_run_when_their_lead_expires_between_its_chunks
         lead = s.ask([5] * 60, timeout=0.05)
         await until(s.runner.running.is_set)
         twin = s.ask([5] * 60)
-        await until(lambda: len(s.engine._pending) == 2)
+        await until(lambda: len(core(s.engine)._pending) == 2)
         assert s.engine.waiting_sequences == 0, "it rests"
         s.open()
         time.sleep(0.1)
@@ -824,7 +831,7 @@ async def test_by_default_the_queue_is_bounded_by_the_throughput_that_is_measure
         assert at_warm_up > 0
         await s.ask([1])  # nothing waits behind it: it says nothing of what the engine can do
         assert s.engine.tokens_per_second == at_warm_up
-        s.engine._admission.tokens_per_second = 1.0
+        core(s.engine)._admission.tokens_per_second = 1.0
         first = await s.occupy()
         line = [s.ask([i % 90, i // 90]) for i in range(30)]  # 60 tokens: as many as may wait at this rate
         await until(lambda: s.engine.waiting_tokens == 60)
@@ -838,7 +845,7 @@ async def test_by_default_the_queue_is_bounded_by_the_throughput_that_is_measure
 
 async def test_whoever_leaves_makes_room_at_once() -> None:
     async with scene() as s:
-        s.engine._admission.tokens_per_second = 1.0
+        core(s.engine)._admission.tokens_per_second = 1.0
         first = await s.occupy()
         line = [s.ask([i % 90, i // 90]) for i in range(30)]
         await until(lambda: s.engine.waiting_tokens == 60)
@@ -988,7 +995,7 @@ async def test_what_hangs_after_a_stop_is_left_behind_in_peace(monkeypatch: pyte
         s.open()  # the first lands, and the one behind it is given its time
         await until(lambda: s.fleet.held.get(s.fleet.workers[0]) == 1)
         assert s.engine.state == "stopped"
-        assert not s.engine._dead.is_set()
+        assert not core(s.engine)._dead.is_set()
 
 
 async def test_work_still_in_the_tokenizer_when_draining_starts_is_refused(
@@ -1027,7 +1034,7 @@ async def test_stopping_while_it_loads_leaves_no_threads() -> None:
     loading.set()
     await asyncio.wait_for(start, 5)
     assert engine.state == "stopped"
-    assert engine._fleet is None
+    assert core(engine)._fleet is None
 
 
 @pytest.mark.parametrize("timeout", [0.0, 5.0])
@@ -1068,8 +1075,9 @@ def test_a_worker_that_outlives_its_loop_ends_in_silence(monkeypatch: pytest.Mon
 
     engine = asyncio.run(story())
     built.runners[0].gate.set()
-    assert engine._fleet is not None
-    for worker in engine._fleet.workers:
+    fleet = core(engine)._fleet
+    assert fleet is not None
+    for worker in fleet.workers:
         worker._thread.join(5)
         assert not worker.is_alive()
     assert screams == []

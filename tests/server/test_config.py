@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import FrozenInstanceError
 from typing import Any
 
@@ -53,3 +54,13 @@ def test_an_adapter_needs_a_name_of_its_own() -> None:
     with pytest.raises(ConfigError, match=r"--lora-modules names 'm', which is the model's own name\."):
         ServerConfig(engine=engine)
     assert ServerConfig(engine=engine, served_model_name=("other",)).model_names == ("other",)
+
+
+def test_several_front_ends_need_a_number_and_sockets_to_reach_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"--api-workers must be at least 1, got 0\."):
+        ServerConfig(api_workers=0)
+    assert ServerConfig(api_workers=2).api_workers == 2
+    monkeypatch.delattr(socket, "AF_UNIX")
+    with pytest.raises(ConfigError, match="--api-workers above 1 needs Unix sockets"):
+        ServerConfig(api_workers=2)
+    assert ServerConfig().api_workers == 1

@@ -21,7 +21,7 @@ from aiohttp import ClientSession, UnixConnector
 from structlog.testing import capture_logs
 
 from carpool.engine.errors import ConfigError
-from carpool.server import lifespan
+from carpool.server import doors, lifespan
 from carpool.server.config import ServerConfig
 from fakes import FakeEngine
 from serving import EMBEDDINGS, Served, assert_error
@@ -214,8 +214,8 @@ def test_many_who_connect_at_once_wait_for_few_turns_of_the_loop(tmp_path: Path)
 
     async def turns(config: ServerConfig, family: socket.AddressFamily, address: Any) -> int:
         engine: Any = FakeEngine()
-        async with lifespan._listening(config, engine):
-            clients = [socket.socket(family) for _ in range(2 * lifespan.ACCEPTS)]
+        async with lifespan._front(config, engine):
+            clients = [socket.socket(family) for _ in range(2 * doors.ACCEPTS)]
             for client in clients:
                 client.connect(address)  # the kernel's part: they wait to be accepted
                 client.sendall(b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -231,6 +231,6 @@ def test_many_who_connect_at_once_wait_for_few_turns_of_the_loop(tmp_path: Path)
             return count
 
     config = local()
-    assert uvloop.run(turns(config, socket.AF_INET, ("127.0.0.1", config.port))) < lifespan.ACCEPTS
+    assert uvloop.run(turns(config, socket.AF_INET, ("127.0.0.1", config.port))) < doors.ACCEPTS
     path = str(tmp_path / "socket")
-    assert uvloop.run(turns(ServerConfig(uds=path), socket.AF_UNIX, path)) < lifespan.ACCEPTS
+    assert uvloop.run(turns(ServerConfig(uds=path), socket.AF_UNIX, path)) < doors.ACCEPTS

@@ -77,7 +77,7 @@ def test_a_table_of_another_size_is_refused(dialect: str, tmp_path: Path) -> Non
         weights[name] = weights[name][:-1].clone()
 
     rewrite(tmp_path, cut)
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match="do not fit"):
         load(tmp_path)
 
 

@@ -1,0 +1,93 @@
+"""Doors: the sockets that clients come in by. One process opens them; it, or several others, accept from them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import ssl
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from carpool.engine.errors import ConfigError
+from carpool.server.http import Runner
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    from carpool.server.config import ServerConfig
+
+BACKLOG = 1024
+ACCEPTS = 32  # new connections that a turn of the event loop takes from each socket
+
+
+async def opened(config: ServerConfig) -> list[socket.socket]:
+    """Sockets that listen where the configuration says. Raises ConfigError."""
+    load_tls(config)  # what is wrong with it is said before anyone comes
+    loop = asyncio.get_running_loop()
+    try:
+        if config.uds:
+            bound = await loop.create_unix_server(asyncio.Protocol, config.uds, start_serving=False)
+        else:
+            bound = await loop.create_server(asyncio.Protocol, config.host, config.port, start_serving=False)
+        sockets = [socket.socket(fileno=os.dup(own.fileno())) for own in bound.sockets]
+        bound.close()
+        for own in sockets:
+            own.listen(BACKLOG)
+    except OSError as error:
+        place = config.uds or f"{config.host} port {config.port}"
+        number = error.errno or 0  # name resolution has numbers below 0, of its own
+        reason = os.strerror(number) if number > 0 else str(error)
+        raise ConfigError(f"Cannot listen on {place}: {reason.lower()}.") from error
+    return sockets
+
+
+def url(config: ServerConfig, sockets: Sequence[socket.socket]) -> str:
+    """Where clients find them, for people to read."""
+    scheme = "https" if config.ssl_certfile else "http"
+    if config.uds:
+        return f"{scheme}://unix:{config.uds}:"
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return f"{scheme}://{host}:{sockets[0].getsockname()[1]}"
+
+
+@asynccontextmanager
+async def serving(
+    config: ServerConfig, app: web.Application, sockets: Sequence[socket.socket], sharers: int = 1
+) -> AsyncIterator[None]:
+    """Clients are served while inside; on the way out the last answers are sent.
+
+    Each socket is listened on `ACCEPTS` times. uvloop takes one new connection a turn from what it listens on, and when
+    the server is busy a turn is long: those who connect would wait for seconds to be refused, and those who connect for
+    each request be answered last. Of several processes, `sharers`, each takes one a turn: else the first to wake takes
+    all those who come at once, and keeps them.
+    """
+    runner = Runner(app)
+    await runner.setup()
+    loop = asyncio.get_running_loop()
+    listen: Any = loop.create_unix_server if config.uds else loop.create_server
+    tls = load_tls(config)
+    doors: list[asyncio.AbstractServer] = []
+    try:
+        for listening in sockets:
+            for _ in range(ACCEPTS if sharers == 1 else 1):
+                door = socket.socket(fileno=os.dup(listening.fileno()))
+                doors.append(await listen(runner.server, sock=door, ssl=tls, backlog=BACKLOG))
+        yield
+    finally:
+        for open_door in doors:
+            open_door.close()
+        await runner.cleanup()
+
+
+def load_tls(config: ServerConfig) -> ssl.SSLContext | None:
+    """The certificate to serve with, if any. Raises ConfigError."""
+    if config.ssl_certfile is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"Cannot use the certificate {config.ssl_certfile}: {error}.") from error
+    return context

@@ -1,0 +1,168 @@
+"""Fronts: the processes that do HTTP, kept alive and asked by the one that runs the engine (`--api-workers`).
+
+this process: engine, sockets that listen ── a socketpair each ── N × `front.py`: HTTP, tokenizing, encoding
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
+
+import structlog
+
+from carpool.engine import parcel
+from carpool.engine.errors import EngineError
+from carpool.engine.gate import Gate
+from carpool.server import doors
+from carpool.server.counts import Counts
+from carpool.server.http import FLUSH_SECONDS, LINGER_SECONDS
+from carpool.server.metrics import Metrics
+
+if TYPE_CHECKING:
+    from carpool.engine.async_engine import AsyncEngine
+    from carpool.server.config import ServerConfig
+
+log = structlog.get_logger()
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = (
+    0.1,
+    30.0,
+)  # before a front that died is started again: twice as long each time
+SETTLED_S = 60.0  # one that lived so long had no fault that the next will have
+COUNT_SECONDS = 1.0  # a front that has not said by then what it counted is shown with what it said last
+# What to import from, and then what to do, come by standard input: no argument and no variable shows a key to others.
+_START = """\
+import pickle, sys
+sys.path[:] = pickle.load(sys.stdin.buffer)
+from carpool.server.front import main
+main()
+"""
+
+
+class Fronts:
+    """`config.api_workers` processes over the same sockets."""
+
+    def __init__(self, config: ServerConfig, engine: AsyncEngine, sockets: Sequence[socket.socket]) -> None:
+        self.url = doors.url(config, sockets)
+        self._config = config
+        self._engine = engine
+        self._sockets = sockets
+        self._metrics = Metrics(config.model_names[0], engine)
+        engine.observer = self._metrics
+        self._started_at = int(time.time())
+        self._parcel: bytes | None = None
+        self._gates: set[Gate] = set()
+        self._counted: dict[Gate, Counts] = {}  # what each said last
+        self._departed = Counts()  # what those said last that have died: a counter never falls
+        self._leaving = False
+        self._keepers: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        self._keepers = [
+            asyncio.ensure_future(self._keep(number)) for number in range(self._config.api_workers)
+        ]
+
+    async def ready(self) -> None:
+        """Hand out what was loaded, and wait until those who got it serve."""
+        assert self._engine.core.parts is not None, "the engine has started"
+        self._parcel = parcel.pack(self._engine.core.parts)
+        gates = list(self._gates)
+        for gate in gates:
+            gate.hand_over(self._parcel)
+        await asyncio.gather(*(gate.ask("ready") for gate in gates), return_exceptions=True)
+
+    async def stop(self) -> None:
+        """Have them send what is left to send, and end; those that do not are killed."""
+        self._leaving = True
+        for gate in self._gates:
+            gate.leave()
+        _, stuck = await asyncio.wait(self._keepers, timeout=FLUSH_SECONDS + LINGER_SECONDS)
+        for keeper in stuck:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+
+    async def _keep(self, number: int) -> None:
+        """Start one again whenever it has died."""
+        loop = asyncio.get_running_loop()
+        pause = FIRST_PAUSE_S
+        while True:
+            began = loop.time()
+            status = await self._live()
+            if self._leaving:
+                return
+            if loop.time() - began > SETTLED_S:
+                pause = FIRST_PAUSE_S
+            log.error("front died and is started again", front=number, status=status, pause=pause)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    async def _live(self) -> int:
+        """The life of one process; its exit status."""
+        ours, theirs = socket.socketpair()
+        descriptors = [theirs.fileno(), *(own.fileno() for own in self._sockets)]
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-c", _START, *map(str, descriptors)),
+                stdin=asyncio.subprocess.PIPE,
+                pass_fds=descriptors,
+            )
+        gate = Gate(self._engine.core, self._reply)
+        try:
+            assert process.stdin is not None
+            process.stdin.write(pickle.dumps(sys.path) + pickle.dumps((self._config, self._started_at)))
+            process.stdin.close()
+            await gate.open(ours)
+            self._gates.add(gate)
+            if self._parcel is not None:
+                gate.hand_over(self._parcel)
+            if self._leaving:
+                gate.leave()
+            return await process.wait()
+        finally:
+            self._gates.discard(gate)
+            self._departed = self._departed.plus([Counts(0, self._counted.pop(gate, Counts()).samples)])
+            gate.close()
+            if process.returncode is None:
+                with suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+
+    # ── what a front asks, of all ────────────────────────────────────────────────────────────────────────
+
+    async def _reply(self, question: str) -> bytes:
+        match question:
+            case "metrics":
+                return self._metrics.text(await self._counts())
+            case "load":
+                return str(sum(counts.running for counts in await self._counts())).encode()
+        raise ValueError(f"nobody answers {question!r} here")
+
+    async def _counts(self) -> list[Counts]:
+        await asyncio.gather(*map(self._count, list(self._gates)))
+        return [self._departed, *self._counted.values()]
+
+    async def _count(self, gate: Gate) -> None:
+        with suppress(EngineError, TimeoutError):
+            async with asyncio.timeout(COUNT_SECONDS):
+                counted = Counts.decode(await gate.ask("counts"))
+            if gate in self._gates:
+                self._counted[gate] = counted
+
+
+@asynccontextmanager
+async def fronts(
+    config: ServerConfig, engine: AsyncEngine, sockets: Sequence[socket.socket]
+) -> AsyncIterator[Fronts]:
+    """They serve while inside."""
+    several = Fronts(config, engine, sockets)
+    several.start()
+    try:
+        yield several
+    finally:
+        await several.stop()
