@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from carpool.engine.worker import Row
 
 _WARM_UP_TOKENS = 512  # a worker
+# For a batch under way that nobody waits for. A thread that comes out of torch when Python is gone already aborts the
+# process, so most batches are let finish; one that hangs is left behind.
+_LAST_BATCH_S = 5.0
 
 
 @dataclass(slots=True, eq=False)
@@ -150,7 +153,7 @@ class Core:
             self._reject_all(lambda: Draining("The server stopped before this request could be finished."))
         if self._fleet:
             self._fleet.stop()
-            give_up = time.monotonic() + 1.0  # a batch under way nobody waits for may be left behind
+            give_up = time.monotonic() + _LAST_BATCH_S
             while self._fleet.is_alive() and time.monotonic() < give_up:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
             self._fleet.forget()
