@@ -87,11 +87,15 @@ def main() -> None:
             "There are no native kernels here: they were not built, or this CPU has no instructions for them."
         )
     where, bounds = circumstances(), peaks.measure()
-    results = [
-        _measured(contest, options.rounds)
-        for contest in _contests()
-        if (not options.only or contest.group in options.only) and options.matching in _line(contest)
-    ]
+    results, group = [], ""
+    for contest in _contests():
+        if (options.only and contest.group not in options.only) or options.matching not in _line(contest):
+            continue
+        if group not in ("", contest.group):
+            bounds = bounds.or_higher(peaks.measure())
+        group = contest.group
+        results.append(_measured(contest, options.rounds))
+    bounds = bounds.or_higher(peaks.measure())
     print(_markdown(where, bounds, results))
     if options.json:
         record = {

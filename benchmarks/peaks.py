@@ -56,6 +56,10 @@ class Peaks:
         peak = (self.all if everywhere else self.one).get(kind or "")
         return f"{100 * rate / peak:.0f} %" if peak else ""
 
+    def or_higher(self, other: Peaks) -> Peaks:
+        """The higher of both, kind by kind: a core's clock moves, and what was measured is no peak if it did better."""
+        return Peaks(_higher(self.one, other.one), _higher(self.all, other.all), self.why)
+
     def text(self) -> str:
         """A Markdown table, or why there is none."""
         if self.why:
@@ -65,6 +69,10 @@ class Peaks:
             for kind, rate in self.one.items()
         ]
         return table(("measured peak", "one core", f"all {cores()} cores"), rows)
+
+
+def _higher(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    return {kind: max(rate, other.get(kind, rate)) for kind, rate in one.items()}
 
 
 def measure() -> Peaks:

@@ -33,7 +33,7 @@ PARTS: Mapping[str, tuple[str, str]] = {
     "engine": ("engine --rounds 5 --texts 256", "engine --rounds 2 --texts 128"),
     "compare": (
         "compare --rounds 5 --texts 192 --lengths short mixed long",
-        "compare --rounds 2 --texts 96 --lengths mixed",
+        "compare --rounds 2 --texts 256 --lengths mixed",
     ),
     "http": ("http_load --rounds 5 --texts 256", "http_load --rounds 2 --texts 128 --starts 1"),
     "http-short": (

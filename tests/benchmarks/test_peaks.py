@@ -18,6 +18,12 @@ def test_the_fastest_instructions_for_a_type_bound_it() -> None:
     assert found.fraction("bfloat16", 450.0, everywhere=True) == "30 %"
 
 
+def test_of_two_measurements_the_higher_is_the_peak() -> None:
+    early = Peaks({"fma": 100.0, "copy": 70.0}, {"fma": 180.0})
+    late = Peaks({"fma": 90.0, "copy": 80.0}, {"fma": 190.0})
+    assert early.or_higher(late) == Peaks({"fma": 100.0, "copy": 80.0}, {"fma": 190.0})
+
+
 def test_without_a_peak_there_is_no_fraction_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     found = peaks.measure()
