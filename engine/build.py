@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from carpool.engine import budget, cost
+from carpool.engine import budget, cost, parcel
 from carpool.engine.architecture import Architecture, labels_of
-from carpool.engine.cache.cache import Cache
 from carpool.engine.cache.choice import Keep, choose_cache
 from carpool.engine.chat import ChatTemplate
 from carpool.engine.checkpoint import Checkpoint
@@ -50,14 +49,9 @@ _UNEXPANDED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class Parts(parcel.Parts):
     """What an engine is made of. `runners` are for one worker each, and share the weights of their device."""
 
-    model: ModelInfo
-    tokenizer: Tokenizer
-    chat: ChatTemplate
-    framer: Framer | None
-    cache: Cache | None
     runners: list[ModelRunner]
 
 

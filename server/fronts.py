@@ -30,10 +30,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = (
-    0.1,
-    30.0,
-)  # before a front that died is started again: twice as long each time
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 30.0  # before one that died is started again: twice as long each time
 SETTLED_S = 60.0  # one that lived so long had no fault that the next will have
 COUNT_SECONDS = 1.0  # a front that has not said by then what it counted is shown with what it said last
 # What to import from, and then what to do, come by standard input: no argument and no variable shows a key to others.
