@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,6 @@ def test_the_parts_say_that_a_model_is_padded_and_serve_it(
     oracle = Oracle(checkpoint("mpnet"), ["cls"])
     batch = parts.tokenizer.encode([text for text in tiny.TEXTS if text])
     for runner in parts.runners:
-        alone = Parts(**{**{name: getattr(parts, name) for name in Parts.__slots__}, "runners": [runner]})
+        alone = replace(parts, runners=[runner])
         for own, ids in zip(run(alone, [Prompt("embed", ids) for ids in batch]), batch, strict=True):
             torch.testing.assert_close(own, oracle.embed(ids), rtol=1e-5, atol=1e-5)
