@@ -8,8 +8,8 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ("amx", "attention", "attention_amx", "linear", "linear8", "linear_amx", "rows")
-HEADERS = ("amx", "attention", "linear", "linear_blocks", "transpose", "vector")
+SOURCES = ("amx", "attention", "attention_amx", "crew", "linear", "linear8", "linear_amx", "rows")
+HEADERS = ("amx", "attention", "crew", "linear", "linear_blocks", "linear_shares", "transpose", "vector")
 
 
 class NativeLibrary(build_ext):
@@ -33,8 +33,10 @@ setup(
             extra_compile_args=[
                 "-O3",
                 "-std=c++17",
-                "-Wno-psabi",
-            ],  # vectors never cross a function that is not inlined
+                "-Wno-psabi",  # vectors never cross a function that is not inlined
+                "-pthread",
+            ],
+            extra_link_args=["-pthread"],
             language="c++",
             optional=True,
         )

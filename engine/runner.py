@@ -23,6 +23,7 @@ from carpool.engine.packing import PackedBatch, pack
 from carpool.engine.poolers.pooler import Pooler
 from carpool.engine.poolers.pooler import Row as Result
 from carpool.engine.staging import carrier, upload
+from carpool.kernels import crew
 
 Row = Result | InferenceFailed | None  # None: the rest of its prompt is still to be run
 Landing = Callable[[], list[Row]]  # waits for a batch that was launched
@@ -82,7 +83,8 @@ class ModelRunner:
         have let go of their memory. Halves of a batch that is kept may need each other: then all are Undone.
         """
         try:
-            land = self._begin(batch)
+            with crew.leading():
+                land = self._begin(batch)
         except Exception as error:
             failed = _without_frames(error)
             return lambda: self._apart(batch, failed)

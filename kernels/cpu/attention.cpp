@@ -1,8 +1,8 @@
 // Attention within each sequence of a packed row, or to keys and values in the pages of a cache, for x86-64 CPUs. The
 // torch twin and specification is kernels/reference.py; the Python face is kernels/native.py.
 //
-// Plain C ABI, single-threaded, no headers of torch or Python: it builds in seconds and fits any of them. Instruction
-// sets are chosen per function, at run time; nothing here needs -march.
+// Plain C ABI, single-threaded but for whose heads idle cores take (crew.h), no headers of torch or Python: it builds in
+// seconds and fits any of them. Instruction sets are chosen per function, at run time; nothing here needs -march.
 //
 // For one head of one sequence in float32, keys and values are copied once into the layout that the inner loops stream
 // (K transposed, so that 16 keys fill a register). Then ROWS queries at a time: scores, softmax, weighted sum. In
@@ -12,6 +12,7 @@
 // The queries of one head of keys are rows: a token's heads of the group stand together, then the next token's. What
 // sequences in pages have in common with the one before them is still laid out from there, and is not copied again.
 #include "attention.h"
+#include "crew.h"
 #include "transpose.h"
 
 namespace {
@@ -420,7 +421,28 @@ FOR_BF16 void in_bf16(const Shape& s, const uint16_t* q, const uint16_t* k, cons
     attend_batch<Bfloat16>(s, q, k, v, o, batch);
 }
 
+// In parts of whole heads of keys.
+template <typename T>
+void in_parts(Kernel<T> kernel, const Shape& s, const T* q, const T* k, const T* v, T* o, const Batch& batch) {
+    int64_t scores = 0;  // of a head; a causal one computes half of them
+    for (int b = 0; b < batch.sequences; b++) scores += int64_t(batch.queries(b)) * batch.length(b);
+    const int parts = parts_of(2 * scores * s.heads * s.head_size, s.kv_heads), size = s.head_size;
+    if (parts <= 1) return kernel(s, q, k, v, o, batch);
+    share(parts, [&](int i) {
+        const int first = s.kv_heads * i / parts, count = s.kv_heads * (i + 1) / parts - first;
+        const int group = s.heads / s.kv_heads;
+        Shape part = s;
+        part.heads = group * count, part.kv_heads = count;
+        kernel(part, q + first * group * size, k + first * size, v + first * size, o + first * group * size, batch);
+    });
+}
+
 }  // namespace
+
+void attend_in_lanes(const Shape& s, const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o,
+                     const Batch& batch) {
+    in_bf16(s, q, k, v, o, batch);
+}
 
 extern "C" {
 
@@ -440,16 +462,16 @@ int carpool_cpu_level() {
 void carpool_attention_f32(const float* q, const float* k, const float* v, float* o, const Batch* batch,
                            const Shape* shape, int level) {
     Kernel<float> kernel = level >= AVX512 ? in_f32_avx512<float> : in_f32_avx2<float>;
-    kernel(*shape, q, k, v, o, *batch);
+    in_parts(kernel, *shape, q, k, v, o, *batch);
 }
 
 void carpool_attention_bf16(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o, const Batch* batch,
                             const Shape* shape, int level) {
-    if (level >= AMX) return carpool_attention_amx(q, k, v, o, batch, shape);
-    Kernel<uint16_t> kernel = level >= AVX512_BF16 ? in_bf16
-                              : level == AVX512    ? in_f32_avx512<uint16_t>
-                                                   : in_f32_avx2<uint16_t>;
-    kernel(*shape, q, k, v, o, *batch);
+    Kernel<uint16_t> kernel = level >= AMX           ? attend_in_tiles
+                              : level == AVX512_BF16 ? in_bf16
+                              : level == AVX512      ? in_f32_avx512<uint16_t>
+                                                     : in_f32_avx2<uint16_t>;
+    in_parts(kernel, *shape, q, k, v, o, *batch);
 }
 
 // The first sequence of a batch in pages that does not fit itself, or all `queries`, or a cache of `pages`; -1: none.

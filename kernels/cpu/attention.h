@@ -59,6 +59,10 @@ void carpool_attention_f32(const float* q, const float* k, const float* v, float
                            const Shape* shape, int level);
 void carpool_attention_bf16(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o, const Batch* batch,
                             const Shape* shape, int level);
-void carpool_attention_amx(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o, const Batch* batch,
-                           const Shape* shape);
 }
+
+// The same, by this thread alone.
+void attend_in_tiles(const Shape& shape, const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o,
+                     const Batch& batch);
+void attend_in_lanes(const Shape& shape, const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o,
+                     const Batch& batch);

@@ -292,24 +292,24 @@ inline Batch part(const Batch& batch, int first, int end) {
 
 }  // namespace
 
-extern "C" void carpool_attention_amx(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o,
-                                      const Batch* batch, const Shape* shape) {
+void attend_in_tiles(const Shape& shape, const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o,
+                     const Batch& batch) {
     static thread_local std::vector<int64_t> at_held;
     const Tiles tiles;
-    for (int b = 0, end; b < batch->sequences; b = end) {
-        for (end = b; end < batch->sequences && batch->length(end) < FEWEST; end++) {
+    for (int b = 0, end; b < batch.sequences; b = end) {
+        for (end = b; end < batch.sequences && batch.length(end) < FEWEST; end++) {
         }
         if (end > b) {
-            const Batch some = part(*batch, b, end);
-            carpool_attention_bf16(q, k, v, o, &some, shape, AVX512_BF16);
+            const Batch some = part(batch, b, end);
+            attend_in_lanes(shape, q, k, v, o, some);
             continue;
         }
         end = b + 1;
-        const int queries = batch->queries(b), length = batch->length(b);
+        const int queries = batch.queries(b), length = batch.length(b);
         if (!queries) continue;
         int64_t* at = scratch(at_held, length);
-        for (int j = 0; j < length; j++) at[j] = batch->row(b, j);
-        const int64_t start = batch->cu_seqlens[b];
-        attend_sequence(*shape, q + start * shape->q_stride, k, v, o + start * shape->o_stride, at, queries, length);
+        for (int j = 0; j < length; j++) at[j] = batch.row(b, j);
+        const int64_t start = batch.cu_seqlens[b];
+        attend_sequence(shape, q + start * shape.q_stride, k, v, o + start * shape.o_stride, at, queries, length);
     }
 }

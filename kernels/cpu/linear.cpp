@@ -1,10 +1,11 @@
 // Linear layers for x86-64 CPUs: in float32 with AVX2 or AVX-512, in bfloat16 with AVX-512 BF16, chosen at run time. The
-// torch twins are in kernels/twins_cpu.py, the Python face is kernels/native_linear.py. Plain C ABI, single-threaded, as
-// attention.cpp.
+// torch twins are in kernels/twins_cpu.py, the Python face is kernels/native_linear.py. Plain C ABI; single-threaded, but
+// for whom a call falls into parts (crew.h).
 //
 // Weights lie in panels of as many outputs as a block of sums is wide, in bfloat16 their inputs in pairs
 // (kernels/panels.py): read in the order they lie in. What is summed is float32.
 #include "linear_blocks.h"
+#include "linear_shares.h"
 
 namespace {
 
@@ -127,13 +128,14 @@ extern "C" {
 // names. Strides in elements. Panels are 64 columns wide, of float32 below level AVX512 16.
 void carpool_linear_f32(const LinearOf<float>* l, int activation, const FinishOf<float>* f, const float* x,
                         int64_t x_stride, int tokens, float* out, int64_t out_stride, int level) {
-    const auto kernel = level >= AVX512 ? in_f32_avx512 : in_f32_avx2;
-    kernel(*l, activation, f, x, x_stride, tokens, out, out_stride);
+    const bool wide = level >= AVX512;
+    linear_in_parts(wide ? in_f32_avx512 : in_f32_avx2, wide ? Float32Avx512::COLUMNS : Float32Avx2::COLUMNS, ROWS,
+                    l->inputs, *l, activation, f, x, x_stride, tokens, out, out_stride);
 }
 
 // Only from level AVX512_BF16 on.
 void carpool_linear_bf16(const Linear* l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride,
                          int tokens, uint16_t* out, int64_t out_stride) {
-    in_bf16(*l, activation, f, x, x_stride, tokens, out, out_stride);
+    linear_in_parts(in_bf16, Bfloat16::COLUMNS, ROWS, l->inputs, *l, activation, f, x, x_stride, tokens, out, out_stride);
 }
 }

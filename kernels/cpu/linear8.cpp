@@ -1,5 +1,5 @@
 // Linear layers in 8-bit integers, for x86-64 CPUs with AVX-512 VNNI. The torch twins are in kernels/twins_cpu.py, the
-// Python face is kernels/native_linear8.py. Plain C ABI, single-threaded, as attention.cpp.
+// Python face is kernels/native_linear8.py. Plain C ABI, as linear.cpp.
 //
 //     x ≈ low + height q    q uint8 [tokens, inputs]; low, height of a token: its smallest x, a 255th of its range
 //     W = step V            V int8 [outputs, inputs]; step of an output
@@ -9,6 +9,7 @@
 // one panel of weights after another; sums become float32 as they leave the registers. A token's integers and sums are
 // its own: who rides beside it changes no bit of them.
 #include "linear_blocks.h"
+#include "linear_shares.h"
 
 // bfloat16 rows need AVX512_BF16 as well. It is allowed everywhere, since no compiler uses it unless told: what is
 // instantiated for float32 runs without it.
@@ -25,6 +26,11 @@ struct Linear8 {
     const float* bias;
     int inputs, outputs;  // multiples of 16
 };
+
+// As those of linear_shares.h.
+inline Linear8 outputs_of(const Linear8& l, int begin, int end, int deep) {
+    return {l.weight + int64_t(begin) * deep, l.step + begin, l.sum + begin, l.bias + begin, l.inputs, end - begin};
+}
 
 // What rounding made of a tile's tokens.
 struct Levels {
@@ -132,6 +138,12 @@ FOR_INT8 void in_int8(const Linear8& l, int activation, const FinishOf<T>* f, co
     linear<Int8<T>>(l, activation, f, x, x_stride, tokens, out, out_stride);
 }
 
+template <typename T>
+void in_parts(const Linear8& l, int activation, const FinishOf<T>* f, const T* x, int64_t x_stride, int tokens, T* out,
+              int64_t out_stride) {
+    linear_in_parts(in_int8<T>, Int8<T>::COLUMNS, ROWS, l.inputs, l, activation, f, x, x_stride, tokens, out, out_stride);
+}
+
 }  // namespace
 
 extern "C" {
@@ -146,10 +158,10 @@ int carpool_cpu_multiplies_int8() {
 // names. Strides in elements. bfloat16 rows only at level AVX512_BF16.
 void carpool_linear_int8_f32(const Linear8* l, int activation, const FinishOf<float>* f, const float* x,
                              int64_t x_stride, int tokens, float* out, int64_t out_stride) {
-    in_int8(*l, activation, f, x, x_stride, tokens, out, out_stride);
+    in_parts(*l, activation, f, x, x_stride, tokens, out, out_stride);
 }
 void carpool_linear_int8_bf16(const Linear8* l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride,
                               int tokens, uint16_t* out, int64_t out_stride) {
-    in_int8(*l, activation, f, x, x_stride, tokens, out, out_stride);
+    in_parts(*l, activation, f, x, x_stride, tokens, out, out_stride);
 }
 }

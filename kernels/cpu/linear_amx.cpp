@@ -8,7 +8,7 @@
 //
 // Rows of a tile are summed apart and always in this order: a token's result does not depend on the others.
 #include "amx.h"
-#include "linear.h"
+#include "linear_shares.h"
 
 namespace {
 
@@ -156,6 +156,7 @@ extern "C" {
 // As carpool_linear_bf16, of weights in tiles.
 void carpool_linear_amx(const Linear* l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride,
                         int tokens, uint16_t* out, int64_t out_stride) {
-    linear(*l, activation, f, x, x_stride, tokens, out, out_stride);
+    linear_in_parts(linear, BLOCK, BLOCK, round_up(l->inputs, DEPTH), *l, activation, f, x, x_stride, tokens, out,
+                    out_stride);
 }
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from typing import Any, cast
 
 import ml_dtypes
@@ -25,6 +27,7 @@ from carpool.engine.runner import ModelRunner, Row
 from carpool.engine.sequence import Sequence
 from carpool.engine.side_files import PoolingMode
 from carpool.engine.staging import Arrival, Host
+from carpool.kernels import crew
 from carpool.kernels.launch import LaunchError
 
 CPU = torch.device("cpu")
@@ -141,6 +144,31 @@ def test_a_failed_try_holds_on_to_no_tensor_while_the_next_one_runs() -> None:
     rows = make(Greedy()).run(batch([1], [2], [3]))
     assert not any(isinstance(row, InferenceFailed) for row in rows)
     assert len(held) == 5 + 2, "five tries, of which two failed"
+
+
+@pytest.mark.parametrize("token", [1, BREAKS])
+def test_idle_cores_help_while_a_batch_is_run_and_no_longer(
+    token: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaders, seen = 0, []
+
+    @contextmanager
+    def leading() -> Iterator[None]:
+        nonlocal leaders
+        leaders += 1
+        try:
+            yield
+        finally:
+            leaders -= 1
+
+    class Watched(StandIn):
+        def forward(self, batch: PackedBatch) -> Tensor:
+            seen.append(leaders)
+            return super().forward(batch)
+
+    monkeypatch.setattr(crew, "leading", leading)
+    make(Watched()).run(Batch.of([Sequence(0, 0, [token], PoolingParams())]))
+    assert (seen, leaders) == ([1], 0)
 
 
 def test_what_kills_the_thread_is_not_caught() -> None:
