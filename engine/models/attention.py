@@ -9,7 +9,7 @@ on the way down. Each thread has a context of its own, so workers do not see eac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -61,6 +61,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     causal: bool
     biased: bool
+    kind: Mapping[str, Any]  # the keyword arguments of `kernels.ops.varlen_attention`
 
 
 _current: ContextVar[Layout | None] = ContextVar("carpool_layout", default=None)
@@ -190,13 +191,20 @@ def packed_attention(
         "sinks": s_aux,
     }
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return over(module, q, k, v, current, **kind)[None], None
+
+
+def over(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, row: Layout, **kind: Any
+) -> Tensor:
+    """Attention of a layer over its row. query [T, N, D], key and value [T, N_kv, D] → [T, N, D]"""
     asked = _calls.get()
     if asked is not None:
-        heads, size = k.shape[1:]
-        asked.append(Call(module, heads, size, k.dtype, kind["causal"], position_bias is not None))
-    if current.kept is not None:
-        return _keep(q, k, v, current, current.kept, getattr(module, NUMBER, None), **kind)[None], None
-    return attend(q, k, v, current, **kind)[None], None
+        heads, size = key.shape[1:]
+        asked.append(Call(module, heads, size, key.dtype, kind["causal"], kind["bias"] is not None, kind))
+    if row.kept is not None:
+        return _keep(query, key, value, row, row.kept, getattr(module, NUMBER, None), **kind)
+    return attend(query, key, value, row, **kind)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, row: Layout, **kind: Any) -> Tensor:

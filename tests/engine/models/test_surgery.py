@@ -40,6 +40,7 @@ BATCH = pack_ids([[5, 6, 7], [8], list(range(10, 40))], torch.device("cpu"))
 POST_NORM = ("bert", "xlmr", "roberta")
 _BERT = {"joint_linear": 2, "linear_gelu": 2, "linear": 6}
 _LLAMA = {"rms_norm": 5, "rotary": 2, "gated_mlp": 2, "joint_linear": 2, "linear": 8}
+NONE = {**dict.fromkeys(KINDS, 0), "encoder_layer": 0}
 SWAPS = {
     "bert": _BERT,
     "xlmr": {**_BERT, "last_layer": 3},
@@ -54,10 +55,10 @@ SWAPS = {
 
 def swaps(family: str, dtype: str = "float32") -> dict[str, int]:
     """What is to be swapped on a CPU: linear layers run natively where it has the instructions."""
-    found = {**dict.fromkeys(KINDS, 0), **SWAPS[family]}
+    found = {**NONE, **SWAPS[family]}
     if native.level < (1 if dtype == "float32" else 3):
         return found
-    ends = {"residual_norm": 4} if family in POST_NORM else {}
+    ends = {"residual_norm": 4, "encoder_layer": 2} if family in POST_NORM else {}
     return {**found, **ends, "native_linear": found["linear"], "linear": 0}
 
 
@@ -116,13 +117,13 @@ def test_without_native_kernels_it_is_as_exact_too(
     monkeypatch.setattr(native, "library", None)
     monkeypatch.setattr(native, "level", 0)
     patient = built(checkpoint(family), dtype="bfloat16")
-    assert patient.model.surgery == {**dict.fromkeys(KINDS, 0), **SWAPS[family]}
+    assert patient.model.surgery == {**NONE, **SWAPS[family]}
     assert natively <= 1.3 * apart(hidden(patient), exact)
     assert apart(hidden(built(checkpoint(family))), exact) <= 2e-6
 
 
 # What is swapped besides where kernels run, and the kernels that then do.
-_SUMMED: tuple[dict[str, int], set[str]] = {"residual_norm": 4}, {"norm_rows"}
+_SUMMED: tuple[dict[str, int], set[str]] = {"residual_norm": 4, "encoder_layer": 2}, {"norm_rows"}
 _TURNED: tuple[dict[str, int], set[str]] = {}, {"rotary", "gated"}
 ON_DEVICE = dict.fromkeys(tiny.FAMILIES, _TURNED) | dict.fromkeys(POST_NORM, _SUMMED)
 
@@ -135,7 +136,7 @@ def test_a_models_results_survive_on_a_device(
     assert not emulated.ran & {"norm_rows", "rotary", "gated"}
     patient = built(checkpoint(family))
     more, kernels = ON_DEVICE[family]
-    assert patient.model.surgery == {**dict.fromkeys(KINDS, 0), **SWAPS[family], **more}
+    assert patient.model.surgery == {**NONE, **SWAPS[family], **more}
     emulated.ran.clear()
     assert apart(hidden(patient), whole) <= 2e-6
     assert emulated.ran & {"norm_rows", "rotary", "gated"} == kernels
