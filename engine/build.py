@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from carpool.engine import budget, cost, parcel
-from carpool.engine.architecture import Architecture, labels_of
+from carpool.engine import budget, cost, parcel, threads
+from carpool.engine.architecture import labels_of
+from carpool.engine.blueprint import Blueprint
 from carpool.engine.cache.choice import Keep, choose_cache
 from carpool.engine.chat import ChatTemplate
 from carpool.engine.checkpoint import Checkpoint
 from carpool.engine.config import EngineConfig
 from carpool.engine.cores import Cores
-from carpool.engine.device import limit_memory, resolve_devices, resolve_dtype
+from carpool.engine.cost import Cost
+from carpool.engine.device import limit_memory
 from carpool.engine.errors import ConfigError
 from carpool.engine.fast_tokenizer import end_notice, load_fast
 from carpool.engine.hub import locate
@@ -26,11 +29,11 @@ from carpool.engine.listwise import MARKS, Listwise
 from carpool.engine.memory import bound_primitive_cache
 from carpool.engine.model_info import ModelInfo, PairShape
 from carpool.engine.models.backbone import Backbone
-from carpool.engine.models.loader import Loaded, Loader
+from carpool.engine.models.loader import Loaded
 from carpool.engine.models.model import Model
 from carpool.engine.models.probe import attention_chosen, keeps_unseen
+from carpool.engine.models.surgery.encoder_layer import straighten
 from carpool.engine.models.surgery.last_layer import narrow
-from carpool.engine.pairing import Pairing
 from carpool.engine.params import Task
 from carpool.engine.poolers.adapted import AdaptedPool
 from carpool.engine.poolers.bge_m3 import Marks
@@ -39,7 +42,7 @@ from carpool.engine.pools import head_width, make_pools, pooling_modes, pooling_
 from carpool.engine.runner import ModelRunner
 from carpool.engine.scoring import Framer
 from carpool.engine.tokenizer import Tokenizer
-from carpool.kernels import launch, native
+from carpool.kernels import crew, launch, native
 from carpool.kernels.attention import Choice
 
 _UNEXPANDED = (
@@ -50,91 +53,27 @@ _UNEXPANDED = (
 
 @dataclass(frozen=True, slots=True)
 class Parts(parcel.Parts):
-    """What an engine is made of. `runners` are for one worker each, and share the weights of their device."""
+    """What an engine is made of. `runners` are for one worker each, and share the weights of their device.
+
+    `tokens_per_second` is what all of them run together, where that was measured.
+    """
 
     runners: list[ModelRunner]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """What the files and the user ask for, before anything is loaded. `notice` is on the choice of dtype."""
-
-    config: EngineConfig
-    checkpoint: Checkpoint
-    pairing: Pairing
-    architecture: Architecture
-    devices: tuple[torch.device, ...]
-    dtype: torch.dtype
-    max_model_len: int
-    notice: str | None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is loaded; it is copied to the others."""
-        return self.devices[0]
-
-    @classmethod
-    def of(cls, config: EngineConfig, folder: Path) -> _Plan:
-        checkpoint = Checkpoint.read(folder, config.hf_overrides, config.pooler_config)
-        pairing = Pairing.of(config, checkpoint)
-        pooler = config.pooler_config
-        architecture = Architecture.of(
-            checkpoint.architectures,
-            "classify" if pairing.scorer and config.convert == "auto" else config.convert,
-            step_words=bool(pooler.steps and pooler.returned_token_ids),
-            files=checkpoint.files,
-        )
-        devices = resolve_devices(config.device, config.data_parallel_size)
-        device = devices[0]
-        if config.quantization and device.type != "cpu":
-            raise ConfigError("--quantization int8 is for CPUs: give --device cpu as well, or leave it out.")
-        if config.cuda_graphs and device.type == "cpu":
-            raise ConfigError("--cuda-graphs is for GPUs: give --device cuda as well, or leave it out.")
-        dtype, notice = resolve_dtype(
-            config.dtype, checkpoint.stored_dtype, device, str(checkpoint.text_config.get("model_type"))
-        )
-        return cls(
-            config=pairing.calibrated(config),
-            checkpoint=checkpoint,
-            pairing=pairing,
-            architecture=architecture,
-            devices=devices,
-            dtype=dtype,
-            max_model_len=_max_model_len(config, checkpoint),
-            notice=notice,
-        )
-
-    def tokenizer(self, fast: Any) -> Tokenizer:
-        return Tokenizer.of(
-            fast,
-            max_model_len=self.max_model_len,
-            vocab_size=self.checkpoint.vocab_size,
-            lowercase=self.checkpoint.lowercase,
-            pads=bool(self.checkpoint.config.get("pads_prompts")),
-            token_types=int(self.checkpoint.text_config.get("type_vocab_size") or 2) > 1,
-            leaves_out_prompts=self.checkpoint.leaves_out_prompts,
-            late=self.checkpoint.late if self.architecture.kind == "multi_vector" else None,
-        )
-
-    def model(self, tokenizer: Tokenizer) -> Model:
-        scorer = self.pairing.scorer
-        token_ids: Seq[int] = self.config.pooler_config.returned_token_ids or ()
-        if scorer:
-            token_ids = scorer.token_ids or tokenizer.ids_of(scorer.words)
-        loader = Loader(
-            dtype=self.dtype,
-            device=self.device,
-            max_model_len=self.max_model_len,
-            trust_remote_code=self.config.trust_remote_code,
-        )
-        return Model.load(loader, self.checkpoint, self.architecture, self.config, scorer, token_ids)
+    tokens_per_second: float | None
 
 
 def build(config: EngineConfig) -> Parts:
     """Load and check the model. Raises ConfigError with one sentence if it cannot be served as asked."""
     bound_primitive_cache()
     folder = locate(config.model, config.revision)
-    plan = _Plan.of(config, folder)
+    plan = Blueprint.of(config, folder)
+    with threads.spread(folder) if plan.device.type == "cpu" else nullcontext():
+        return _built(plan, folder)
+
+
+def _built(plan: Blueprint, folder: Path) -> Parts:
+    """`folder` is where the model lies."""
+    config = plan.config
     words = locate(config.tokenizer) if config.tokenizer else folder
     fast = load_fast(words, trust_remote_code=config.trust_remote_code)
     tokenizer = plan.tokenizer(fast)
@@ -148,10 +87,14 @@ def build(config: EngineConfig) -> Parts:
     attention = attention_chosen(model.backbone, plan.checkpoint.vocab_size, unseen=tokenizer.expands_unseen)
     width = head_width(model.loaded)
     pools = _pools(plan, model, width, _marks(plan, fast, tokenizer))
+    if config.surgery:
+        straightened = straighten(model.backbone, vocab_size=plan.checkpoint.vocab_size)
+        model = replace(model, surgery={**model.surgery, "encoder_layer": straightened})
     if config.surgery and any(reads(pool) != "all" for pool in pools.values()):
         narrowed = narrow(model.backbone, vocab_size=plan.checkpoint.vocab_size)
         model = replace(model, surgery={**model.surgery, "last_layer": narrowed})
-    batch_tokens = _batch_tokens(plan, model, pools)
+    tried, found = _tried(plan, model, pools)
+    batch_tokens = _batch_tokens(tried, found)
     kept = _kept(plan, model, pools, batch_tokens)
     notices = (
         plan.notice,
@@ -172,15 +115,20 @@ def build(config: EngineConfig) -> Parts:
         batch_tokens=batch_tokens,
         notices=tuple(sentence for sentence in notices if sentence),
     )
-    first = ModelRunner(model.backbone, Pooler(pools), plan.device, kept.storage)
-    runners = _runners(plan, first, info.workers)
+    runners = tried
+    if not tried or kept.storage is not None:  # which has marked the layers since, and they copy their marks
+        first = ModelRunner(model.backbone, Pooler(pools), plan.device, kept.storage)
+        runners = _runners(plan, first, info.workers)
     if plan.device.type == "cuda":
         info = replace(info, notices=(*info.notices, *_recorded(plan, runners)))
         info = _fitted(info, plan.devices, runners)
-    return Parts(info, tokenizer, chat, framer, kept.cache, runners)
+    if plan.device.type == "cpu":
+        crew.hire(info.workers)  # not before batches were measured: then all cores were to be busy
+    rate = (found.tokens_per_second(len(runners)) or None) if found else None
+    return Parts(info, tokenizer, chat, framer, kept.cache, runners, rate)
 
 
-def _runners(plan: _Plan, first: ModelRunner, workers: int) -> list[ModelRunner]:
+def _runners(plan: Blueprint, first: ModelRunner, workers: int) -> list[ModelRunner]:
     """One a worker: on a CPU all over one set of weights, on GPUs each over a copy of its own."""
     if plan.device.type == "cpu":
         return [first, *(first.replica() for _ in range(workers - 1))]
@@ -191,22 +139,32 @@ def _runners(plan: _Plan, first: ModelRunner, workers: int) -> list[ModelRunner]
     return runners
 
 
-def _batch_tokens(plan: _Plan, model: Model, pools: Mapping[Task, Pool]) -> int | None:
-    """Up to how many tokens batches are filled, by what they cost on this CPU; None for as many as they may have."""
+def _tried(
+    plan: Blueprint, model: Model, pools: Mapping[Task, Pool]
+) -> tuple[list[ModelRunner], Cost | None]:
+    """The workers' runners and what a batch costs them, if that can be measured; none where nothing hangs on it."""
     if plan.device.type != "cpu" or plan.config.max_num_batched_tokens is not None:
-        return None
-    runner = ModelRunner(model.backbone, Pooler(pools), plan.device)
+        return [], None
+    first = ModelRunner(model.backbone, Pooler(pools), plan.device)
+    runners = _runners(plan, first, _workers(plan.config, plan.devices))
     found = cost.measured(
-        _runners(plan, runner, _workers(plan.config, plan.devices)),
+        runners,
         max_model_len=plan.max_model_len,
         max_num_seqs=plan.config.max_num_seqs,
         vocab_size=plan.checkpoint.vocab_size,
         task=_default_task(plan.config, pools),
     )
+    return runners, found
+
+
+def _batch_tokens(tried: Seq[ModelRunner], found: Cost | None) -> int | None:
+    """Up to how many tokens batches are filled, by what they cost on this CPU; None for as many as they may have."""
+    if not tried:
+        return None
     return cost.MOST_TOKENS if found is None else found.batch_tokens()
 
 
-def _recorded(plan: _Plan, runners: Seq[ModelRunner]) -> dict[str, None]:
+def _recorded(plan: Blueprint, runners: Seq[ModelRunner]) -> dict[str, None]:
     """Let each GPU record its own graphs, now that all copies are made: recordings cannot be copied. The notices."""
     if not plan.config.cuda_graphs:
         return {}
@@ -228,7 +186,7 @@ def _fitted(info: ModelInfo, devices: Seq[torch.device], runners: Seq[ModelRunne
     return replace(info, max_num_batched_tokens=fit.tokens, notices=notices)
 
 
-def _pools(plan: _Plan, model: Model, width: int, marks: Marks) -> dict[Task, Pool]:
+def _pools(plan: Blueprint, model: Model, width: int, marks: Marks) -> dict[Task, Pool]:
     """A pool a task; where adapters bring heads of their own, one that deals out to those."""
     modes = pooling_modes(plan.checkpoint, model.loaded)
 
@@ -245,7 +203,7 @@ def _pools(plan: _Plan, model: Model, width: int, marks: Marks) -> dict[Task, Po
     return {task: AdaptedPool({slot: own[task] for slot, own in by_slot.items()}) for task in pools}
 
 
-def _kept(plan: _Plan, model: Model, pools: Mapping[Task, Pool], batch_tokens: int | None) -> Keep:
+def _kept(plan: Blueprint, model: Model, pools: Mapping[Task, Pool], batch_tokens: int | None) -> Keep:
     """Keys and values, where it is of use."""
     return choose_cache(
         plan.config,
@@ -260,7 +218,7 @@ def _kept(plan: _Plan, model: Model, pools: Mapping[Task, Pool], batch_tokens: i
 
 
 def _model_info(
-    plan: _Plan,
+    plan: Blueprint,
     model: Model,
     pools: Mapping[Task, Pool],
     width: int,
@@ -321,7 +279,7 @@ def _give_up_expansion(tokenizer: Tokenizer, backbone: Backbone, vocab_size: int
     return _UNEXPANDED
 
 
-def _is_blunt(plan: _Plan, model: Model, width: int) -> bool:
+def _is_blunt(plan: Blueprint, model: Model, width: int) -> bool:
     """Whether a language model is scored and nobody said how its pairs are put together."""
     return (
         plan.architecture.kind == "classify"
@@ -346,7 +304,7 @@ def _default_task(config: EngineConfig, pools: Mapping[Task, Pool]) -> Task:
 # ── score prompts ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _framer(plan: _Plan, chat: ChatTemplate, tokenizer: Tokenizer) -> Framer | None:
+def _framer(plan: Blueprint, chat: ChatTemplate, tokenizer: Tokenizer) -> Framer | None:
     """What puts pairs, or the lists of a listwise reranker, into words; None if the tokenizer's separators do."""
     if plan.architecture.kind != "listwise":
         return plan.pairing.framer(plan.config, chat, tokenizer)
@@ -364,7 +322,7 @@ def _framer(plan: _Plan, chat: ChatTemplate, tokenizer: Tokenizer) -> Framer | N
     )
 
 
-def _marks(plan: _Plan, fast: Any, tokenizer: Tokenizer) -> Marks:
+def _marks(plan: Blueprint, fast: Any, tokenizer: Tokenizer) -> Marks:
     marks = Marks.of(fast)
     if plan.architecture.kind != "listwise":
         return marks
@@ -384,15 +342,6 @@ def _pairs(checkpoint: Checkpoint, loaded: Loaded) -> PairShape:
 
 
 # ── limits ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _max_model_len(config: EngineConfig, checkpoint: Checkpoint) -> int:
-    asked = config.max_model_len
-    if asked is not None and asked > checkpoint.longest:
-        raise ConfigError(
-            f"--max-model-len {asked} is more than the {checkpoint.longest} tokens that this model has positions for."
-        )
-    return asked or checkpoint.max_model_len
 
 
 def _max_embed_len(config: EngineConfig, max_model_len: int) -> int | None:

@@ -60,6 +60,12 @@ class Cost:
             tokens *= 2
         return tokens
 
+    def tokens_per_second(self, workers: int) -> float:
+        """What so many workers run together, in batches as full as they should be; 0 if no time went by."""
+        tokens = self.batch_tokens()
+        seconds = self.fixed + self.per_token * tokens
+        return workers * tokens / seconds if seconds else 0.0
+
 
 def measured(
     runners: Seq[Runner], *, max_model_len: int, max_num_seqs: int, vocab_size: int, task: Task

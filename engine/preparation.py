@@ -52,6 +52,10 @@ class Built(Known, Protocol):
     @property
     def runners(self) -> Seq[Runner]: ...
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """What all runners run together, where it was measured when they were made."""
+
 
 def prepared(
     parts: Known, request: Request, prompts: Prompts, tokenization: TokenizationParams, longest: int | None

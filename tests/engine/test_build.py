@@ -25,6 +25,7 @@ from carpool.engine.cores import Cores
 from carpool.engine.cost import Cost
 from carpool.engine.errors import ConfigError
 from carpool.engine.models.backbone import Backbone
+from carpool.engine.models.model import Model
 from carpool.engine.packing import PackedBatch
 from carpool.engine.params import PoolingParams
 from carpool.engine.runner import ModelRunner
@@ -154,7 +155,65 @@ def test_workers_are_bound_to_cores_where_each_has_its_own(
 
 
 def test_batches_of_one_prompt_are_not_measured(checkpoint: Callable[[str], Path]) -> None:
-    assert made(checkpoint("bert"), max_num_seqs=1).model.batch_tokens == 2048
+    parts = made(checkpoint("bert"), max_num_seqs=1)
+    assert parts.model.batch_tokens == 2048
+    assert parts.tokens_per_second is None
+
+
+def test_what_was_measured_serves_and_says_how_fast(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[ModelRunner] = []
+
+    def measured(runners: list[ModelRunner], **about: Any) -> Cost:
+        tried[:] = runners
+        return Cost(1.0, 1 / 16)  # 512 tokens in 33 s
+
+    monkeypatch.setattr(cost, "measured", measured)
+    parts = made(checkpoint("bert"), cpu_workers=3)
+    assert parts.runners == tried
+    assert parts.tokens_per_second == pytest.approx(3 * 512 / 33)
+    assert made(checkpoint("bert"), max_num_batched_tokens=700).tokens_per_second is None
+
+
+def test_runners_are_made_anew_where_keys_and_values_are_kept(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layers are marked for it after batches were measured, and each worker has layers of its own."""
+    tried: list[ModelRunner] = []
+
+    def measured(runners: list[ModelRunner], **about: Any) -> Cost:
+        tried[:] = runners
+        return Cost(0.0, 0.0)
+
+    monkeypatch.setattr(cost, "measured", measured)
+    parts = made(checkpoint("qwen3"), cpu_workers=2)
+    assert parts.cache is not None
+    assert all(runner._storage is not None for runner in parts.runners)
+    assert not {id(runner) for runner in parts.runners} & {id(runner) for runner in tried}
+    assert parts.tokens_per_second is None, "no time went by: a rate out of that would be none"
+
+
+def test_a_small_model_is_checked_on_one_thread(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several would wait for one another longer than they compute."""
+    found: list[int] = []
+    load = Model.load
+
+    def watched(*about: Any) -> Model:
+        found.append(torch.get_num_threads())
+        return load(*about)
+
+    monkeypatch.setattr(Model, "load", watched)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        made(checkpoint("bert"))
+        assert found == [1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, None])

@@ -75,6 +75,19 @@ def test_a_batch_of_nothing_but_one_part(fixed: float, tokens: int) -> None:
     assert Cost(fixed, 1.0 - fixed).batch_tokens() == tokens
 
 
+@given(SECONDS, SECONDS, st.integers(1, 64))
+def test_workers_together_run_what_each_runs_in_full_batches(
+    fixed: float, per_token: float, workers: int
+) -> None:
+    cost = Cost(fixed, per_token)
+    seconds = workers * cost.batch_tokens() / cost.tokens_per_second(workers)
+    assert seconds == pytest.approx(fixed + per_token * cost.batch_tokens())
+
+
+def test_a_clock_that_stands_still_makes_no_rate() -> None:
+    assert Cost(0.0, 0.0).tokens_per_second(4) == 0.0
+
+
 # ── measuring it ─────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -85,6 +85,7 @@ class Built:
     chat: ChatTemplate = field(default_factory=lambda: ChatTemplate(None, None))
     framer: None = None
     cache: None = None
+    tokens_per_second: float | None = None
     tokenizer: Tokenizer = field(
         default_factory=lambda: Tokenizer(tiny.wordpiece(), max_model_len=64, vocab_size=113)
     )
