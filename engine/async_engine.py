@@ -174,11 +174,14 @@ class AsyncEngine:
             self.core.check()  # spares the tokenizer what is refused anyway
         parts = self._loaded()
         tasks = task if isinstance(task, tuple) else (task,)
-        self._check(prompts, params, tasks)
+        self._check(parts.model, prompts, params, tasks)
         request = Request(params, tasks, slot(parts.model, adapter), cache_salt, client, priority)
         longest = parts.model.max_embed_len if tasks == ("embed",) else -1
-        prepare = partial(prepared, parts, request, prompts, tokenization, longest)
-        ready = await self._off_loop(prepare, is_long(prompts))
+        if is_long(prompts):
+            prepare = partial(prepared, parts, request, prompts, tokenization, longest)
+            ready = await asyncio.get_running_loop().run_in_executor(None, prepare)
+        else:
+            ready = prepared(parts, request, prompts, tokenization, longest)
         whole = ready.token_ids
         sliced = longest != -1 and any(len(ids) > parts.model.max_model_len for ids in whole)
         if sliced:
@@ -299,8 +302,9 @@ class AsyncEngine:
             kwargs=kwargs,
         )
 
-    def _check(self, prompts: Prompts, params: PoolingParams, tasks: tuple[Task, ...]) -> None:
-        model = self._loaded().model
+    def _check(
+        self, model: ModelInfo, prompts: Prompts, params: PoolingParams, tasks: tuple[Task, ...]
+    ) -> None:
         for task in tasks:
             if task not in model.tasks:
                 raise UnsupportedTask(f"The model does not support the task {task}.", "task")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from carpool.engine import garbage
 from carpool.engine.admission import Admission, admit
 from carpool.engine.config import EngineConfig
 from carpool.engine.errors import (
@@ -61,7 +62,8 @@ class _Pending:
 
 
 def _build(config: EngineConfig) -> Built:
-    from carpool.engine.build import build  # here, since it imports torch and transformers
+    with garbage.put_off():
+        from carpool.engine.build import build  # here, since it imports torch and transformers
 
     return build(config)
 
@@ -125,17 +127,18 @@ class Core:
             self.state = "ready"
 
     async def _warm_up(self, parts: Built, workers: int) -> None:
-        """Run every worker once for its one-off costs and once to learn the throughput."""
+        """Run every worker once for its one-off costs, and once more to learn the throughput if it is not known."""
         length = min(parts.model.max_model_len, parts.model.max_num_batched_tokens, 128)
         count = max(1, _WARM_UP_TOKENS // length) * workers
         prompts = [[i % parts.model.vocab_size] * length for i in range(count)]
-        for _ in range(2):
+        known = parts.tokens_per_second
+        for _ in range(1 if known else 2):
             if self.state != "starting":
                 return
             start = time.perf_counter()
             request = Request(PoolingParams(), (parts.model.default_task,))
             await self._run(request, Prepared(prompts), [None] * count, None, None)
-            self._admission.tokens_per_second = count * length / (time.perf_counter() - start)
+            self._admission.tokens_per_second = known or count * length / (time.perf_counter() - start)
 
     def drain(self) -> None:
         """Refuse new work with Draining; accepted work goes on."""
@@ -214,9 +217,10 @@ class Core:
         """
         admit(self.state)
         found = self._results.find(ready.keys)
-        tasks = len(request.tasks)
-        tokens = sum(len(ready.token_ids[i // tasks]) for i, row in enumerate(found) if row is None)
-        self._admission.check(tokens, self.waiting_tokens)
+        if self.waiting_tokens:
+            tasks = len(request.tasks)
+            tokens = sum(len(ready.token_ids[i // tasks]) for i, row in enumerate(found) if row is None)
+            self._admission.check(tokens, self.waiting_tokens)
         return await self._run(request, ready, found, timeout, on_progress)
 
     async def _run(
@@ -346,6 +350,9 @@ class Core:
                 self._fleet.dispatch_soon()  # what rested for its sake waits again
         if not pending.future.done():
             if error is not None:
+                # Now, and here. Rows are torch's memory, to free which a thread lets go of Python's lock for a moment:
+                # a caller's daemon thread that did it while Python ends would abort the process.
+                pending.result.rows.clear()
                 pending.future.set_exception(error)
             else:
                 pending.future.set_result(pending.result)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
+import gc
 import random
+import sys
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -27,7 +31,7 @@ from carpool.engine.cache.cache import Cache
 from carpool.engine.cache.paging import Paging
 from carpool.engine.chat import ChatTemplate
 from carpool.engine.config import EngineConfig
-from carpool.engine.core import Core
+from carpool.engine.core import Core, _build
 from carpool.engine.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -115,6 +119,7 @@ class BuiltStandIn:
     chat: ChatTemplate = field(default_factory=lambda: ChatTemplate(None, None))
     framer: None = None
     cache: Cache | None = None
+    tokens_per_second: float | None = None
     tokenizer: Tokenizer = field(
         default_factory=lambda: Tokenizer(tiny.wordpiece(), max_model_len=64, vocab_size=113)
     )
@@ -843,6 +848,34 @@ async def test_by_default_the_queue_is_bounded_by_the_throughput_that_is_measure
         assert_nothing_left(s.engine)
 
 
+@pytest.mark.parametrize(("known", "rounds"), [(None, 2), (1234.5, 1)])
+async def test_the_warm_up_learns_the_throughput_unless_it_is_known(known: float | None, rounds: int) -> None:
+    built = BuiltStandIn([StandIn(), StandIn()], tokens_per_second=known)
+    engine = AsyncEngine(EngineConfig(), build=lambda _: built)
+    await engine.start()
+    ran = [len(ids) for runner in built.runners for batch in runner.batches for ids in batch]
+    assert sum(ran) == rounds * 512 * 2
+    assert all(runner.batches for runner in built.runners)
+    assert engine.tokens_per_second == known if known else engine.tokens_per_second > 0
+    assert await engine.stop(5)
+
+
+def test_torch_is_imported_without_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    ordinary = builtins.__import__
+    collecting: list[bool] = []
+
+    def watched(name: str, *about: Any) -> Any:
+        if name == "carpool.engine.build":
+            collecting.append(gc.isenabled())
+        return ordinary(name, *about)
+
+    monkeypatch.setattr(builtins, "__import__", watched)
+    with pytest.raises(ConfigError):
+        _build(EngineConfig(model="/there/is/no/such/model"))
+    assert collecting == [False]
+    assert gc.isenabled()
+
+
 async def test_whoever_leaves_makes_room_at_once() -> None:
     async with scene() as s:
         core(s.engine)._admission.tokens_per_second = 1.0
@@ -981,6 +1014,31 @@ async def test_what_a_stop_cannot_finish_in_time_is_refused_not_forgotten() -> N
                 await task
         assert_nothing_left(s.engine)
         assert s.engine.state == "stopped"
+
+
+async def test_the_rows_of_a_refused_request_are_gone_before_its_caller_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are torch's memory, not to be freed by a caller's thread that Python may be ending under."""
+    rows: list[weakref.ref[Any]] = []
+
+    def answered(ids: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        row = np.array([len(ids), sum(ids)], dtype=np.float32)
+        rows.append(weakref.ref(row))
+        return row
+
+    async with scene() as s:
+        monkeypatch.setattr(sys.modules[__name__], "answer", answered)
+        s.runner.slow = 0.05
+        request = s.ask(*[[i] * 30 for i in range(40)])
+        await until(lambda: len(rows) > 4)
+        assert any(row() is not None for row in rows)
+        assert await s.engine.stop(0.0) is False
+        with pytest.raises(Draining) as refused:
+            await request
+        gc.collect()
+        assert [row() for row in rows] == [None] * len(rows)
+        assert refused.traceback
 
 
 async def test_what_hangs_after_a_stop_is_left_behind_in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
