@@ -28,6 +28,7 @@ from carpool.engine.late_interaction import LateInteraction, Role, RoleText
 from carpool.engine.params import Side, TokenizationParams
 from carpool.engine.prepared import Prepared
 from carpool.engine.roles import Scribe
+from carpool.engine.words import Words
 
 Pair = tuple[str, str]
 Prompts = list[str] | list[list[int]] | list[Pair] | list[Framed] | list[RoleText]
@@ -40,6 +41,9 @@ class Affixes:
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     middle: tuple[int, ...] = ()
+
+
+_NOTHING = Affixes((), ())
 
 
 class Tokenizer:
@@ -77,6 +81,7 @@ class Tokenizer:
         self.scribes: Mapping[Role, Scribe] = scribes or {}
         self._leaves_out_prompts = leaves_out_prompts
         vocabulary = backend.get_vocab(with_added_tokens=True)
+        self._words = Words(backend, vocabulary) if Words.fits(backend) else None
         # No token stands for more characters than the longest entry does.
         self._longest_token = max(map(len, vocabulary), default=1)
         # Tokens may have been added after the model was made: text can then name rows that it does not have.
@@ -120,12 +125,21 @@ class Tokenizer:
         if self._lowercase:
             texts = [text.lower() for text in texts]
         try:
-            if len(texts) == 1:  # here and now: a batch goes to the library's threads, and is waited for
-                return [self._backend.encode(texts[0], add_special_tokens=add_special_tokens).ids]
-            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+            if self._words is None:
+                return self._by_library(texts, add_special_tokens)
+            known = [self._words.encode(text) for text in texts]
+            rest = [text for text, ids in zip(texts, known, strict=True) if ids is None]
+            others = iter(self._by_library(rest, add_special_tokens) if rest else ())
         except (TypeError, UnicodeEncodeError):
             _check_text(texts)
             raise
+        around = self._affixes if add_special_tokens else _NOTHING
+        return [next(others) if ids is None else [*around.prefix, *ids, *around.suffix] for ids in known]
+
+    def _by_library(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        if len(texts) == 1:  # here and now: a batch goes to the library's threads, and is waited for
+            return [self._backend.encode(texts[0], add_special_tokens=add_special_tokens).ids]
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
     def prepare(self, prompts: Prompts, params: TokenizationParams, max_len: int | None = -1) -> Prepared:
@@ -228,7 +242,7 @@ class Tokenizer:
         ids = dict(zip(distinct, self.encode(distinct, add_special_tokens=False), strict=True))
         batch = []
         for prompt in prompts:
-            around = self._affixes if prompt.specials else Affixes((), ())
+            around = self._affixes if prompt.specials else _NOTHING
             parts = [ids[part] for part in prompt.parts]
             if limit is not None and params.truncation_side != "left":
                 specials = len(around.prefix) + len(around.suffix)
@@ -299,7 +313,7 @@ class Tokenizer:
         enough = (limit or longest) + 1
         keeps_end = limit is not None and (params.truncation_side or self._side) == "left"
         most = (enough + 64) * self._longest_token
-        if keeps_end or all(len(text) <= most for text in texts):
+        if keeps_end or max(map(len, texts)) <= most:
             return self.encode(texts, params.add_special_tokens)
         _check_text(texts)  # in full: what is not text is refused, also where nobody would have looked
         heads = [_head(text, most) for text in texts]

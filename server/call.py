@@ -40,16 +40,16 @@ class Call:
         """Raises UnknownModel, and NotReady while the model loads."""
         self._request = request
         self._asked = asked
-        self.name = served_name(request.app, asked.model)
-        self._engine = request.app[ENGINE]
+        self._app = app = request.app
+        self.name = served_name(app, asked.model)
+        self._engine = app[ENGINE]
         self.model = self._engine.model
         self._adapter = self.name if self.name in self.model.lora_modules else None
         self._timeout = timeout_seconds(request)
         self._tokens = 0
         self._timings: Timings | None = None
         self._answered = 0.0
-        own = label(asked.request_id)
-        if own and label(request.headers.get("X-Request-Id")) is None:
+        if (own := label(asked.request_id)) and label(request.headers.get("X-Request-Id")) is None:
             request[REQUEST_ID] = own  # a `request_id` in the body counts where no header came with it
 
     @property
@@ -83,10 +83,10 @@ class Call:
         """The request's texts or token ids; chats are rendered."""
         if asked.is_chat:
             return await self.render(asked.conversations(), asked.rendering())
-        return asked.prompts(self._request.app[CONFIG].engine.token_id_input)
+        return asked.prompts(self._app[CONFIG].engine.token_id_input)
 
     async def render(self, conversations: Sequence[Conversation], options: Mapping[str, Any]) -> list[str]:
-        return await rendered(self._request.app, conversations, options)
+        return await rendered(self._app, conversations, options)
 
     async def pair_prompts(self, pairs: list[tuple[str, str]]) -> Prompts:
         """Pairs of texts as prompts for `pool`."""
@@ -151,7 +151,7 @@ class Call:
     def usage(self, result: PoolingResult | ScoreResult) -> Usage:
         """What the answer says that it cost; with --enable-prompt-tokens-details also what the cache spared."""
         tokens = result.prompt_tokens
-        told = self._request.app[CONFIG].enable_prompt_tokens_details
+        told = self._app[CONFIG].enable_prompt_tokens_details
         details = PromptTokensDetails(result.cached_tokens) if told else None
         return Usage(tokens, tokens, prompt_tokens_details=details)
 
@@ -159,7 +159,7 @@ class Call:
         """Account for the answer, and say in it where the time went."""
         assert self._timings is not None, "the model ran"
         encode = perf_counter() - self._answered
-        self._request.app[METRICS].answered(self._tokens, self._timings, encode)
+        self._app[METRICS].answered(self._tokens, self._timings, encode)
         response.headers["Server-Timing"] = _server_timing(self._timings, encode)
         return response
 

@@ -14,7 +14,7 @@ import uvloop
 from carpool.engine.async_engine import AsyncEngine
 from carpool.engine.errors import EngineDead
 from carpool.engine.remote import RemoteCore
-from carpool.server import logs
+from carpool.server import garbage, logs
 from carpool.server.app import make_app
 from carpool.server.config import ServerConfig
 from carpool.server.doors import serving
@@ -68,4 +68,4 @@ async def _load(engine: AsyncEngine) -> None:
     except EngineDead:  # before it had loaded, and that is over too
         return
     gc.collect()
-    gc.freeze()  # the tokenizer and all modules are here to stay: later collections skip them
+    garbage.settle()

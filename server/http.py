@@ -5,6 +5,7 @@ aiohttp answers malformed HTTP in plain text before any application code runs, a
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from typing import Any
 
 from aiohttp import web
@@ -42,6 +43,11 @@ class Connection(RequestHandler):
                 if not payload.is_eof():
                     payload.set_exception(web.RequestPayloadError("broken framing"))
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """aiohttp says so after every read, and feeds its parser nothing; only what was paused has anything left."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
     def handle_error(
         self,
         request: web.BaseRequest,
@@ -58,13 +64,13 @@ class Connection(RequestHandler):
         if not isinstance(options.get("exc_info"), web.RequestPayloadError):
             super().log_exception(*args, **options)
 
-    async def finish_response(
+    def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
+    ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
         """aiohttp sends an HTTPException from outside the middleware (a strange `Expect:`) as plain text."""
         if isinstance(resp, web.HTTPException):
             resp = refuse_malformed(self._app, resp)
-        return await super().finish_response(request, resp, start_time)
+        return super().finish_response(request, resp, start_time)
 
 
 class Server(web.Server):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from carpool.server import garbage
 from carpool.server.app import make_app
 from carpool.server.config import ServerConfig
 from carpool.server.doors import opened, serving, url
@@ -91,8 +91,7 @@ async def _front(config: ServerConfig, engine: AsyncEngine) -> AsyncIterator[_Si
 
 
 def _announce(config: ServerConfig, engine: AsyncEngine, url: str, seconds: float) -> None:
-    gc.collect()
-    gc.freeze()  # the model's hundreds of thousands of objects are here to stay: later collections skip them
+    garbage.settle()  # without a collection first: it would look at all for as long as a request takes, to free 2 MB
     model = engine.model
     for notice in model.notices:
         log.warning(notice)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import orjson
@@ -19,15 +20,17 @@ def set_up(level: LogLevel, format: LogFormat) -> None:
     if format == "auto":
         format = "console" if sys.stderr.isatty() else "json"
     render: Callable[..., Any]
+    logger = structlog.make_filtering_bound_logger(threshold)
     if format == "json":
         shared = [*_context(), structlog.processors.format_exc_info]
         render = structlog.processors.JSONRenderer(serializer=_json)
+        logger = _straight(logger, render)
     else:
         shared = _context()
         render = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     structlog.configure(
         processors=[*shared, render],
-        wrapper_class=structlog.make_filtering_bound_logger(threshold),
+        wrapper_class=logger,
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
@@ -36,9 +39,27 @@ def set_up(level: LogLevel, format: LogFormat) -> None:
     logging.basicConfig(handlers=[handler], level=max(threshold, logging.WARNING), force=True)
 
 
+def _straight(logger: type[Any], render: Any) -> type[Any]:
+    """Loggers that write a plain JSON line without the chain, which would make the same of it in twice the time.
+
+    Every request has a line. While others' processors are in place (a test captures the lines), these get them.
+    """
+
+    class Straight(logger):  # type: ignore[misc]  # structlog makes its classes at run time
+        def _proxy_to_logger(self, method_name: str, event: str | None = None, **fields: Any) -> Any:
+            if "exc_info" in fields or self._context or render not in self._processors:
+                return super()._proxy_to_logger(method_name, event, **fields)
+            fields["event"] = event
+            fields["level"] = method_name
+            fields["timestamp"] = datetime.now(UTC)
+            return self._logger.msg(_json(fields))
+
+    return Straight
+
+
 def _context() -> list[Any]:
     return [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso", utc=True)]
 
 
 def _json(entry: Any, **_: Any) -> str:
-    return orjson.dumps(entry, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+    return orjson.dumps(entry, default=str, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_UTC_Z).decode()

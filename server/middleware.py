@@ -35,7 +35,7 @@ async def front_door(request: web.Request, handler: Handler) -> web.StreamRespon
     request[REQUEST_ID] = label(request.headers.get("X-Request-Id")) or fresh_label()
     failure = None
     try:
-        response = await _admit(request, handler, route)
+        response = await _admit(app, request, handler, route)
     except asyncio.CancelledError:
         _record(request, route, CLIENT_GONE, perf_counter() - began)
         raise
@@ -45,12 +45,15 @@ async def front_door(request: web.Request, handler: Handler) -> web.StreamRespon
     response.headers["X-Request-Id"] = request[REQUEST_ID]
     if allowed := app[CONFIG].allowed_origins:
         cors.mark(request, response, allowed)
-    _record(request, route, response.status, perf_counter() - began, failure)
+    # After the answer: it leaves in this turn of the loop.
+    seconds = perf_counter() - began
+    asyncio.get_running_loop().call_soon(_record, request, route, response.status, seconds, failure)
     return response
 
 
-async def _admit(request: web.Request, handler: Handler, route: Route | None) -> web.StreamResponse:
-    app = request.app
+async def _admit(
+    app: web.Application, request: web.Request, handler: Handler, route: Route | None
+) -> web.StreamResponse:
     if cors.is_preflight(request):
         return cors.answer_preflight(request, app[CONFIG].allowed_origins)
     request[CLIENT] = request.remote or ""

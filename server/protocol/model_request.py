@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -28,6 +29,10 @@ CacheSalt = Annotated[
     ),
 ]
 
+# Most requests ask for the same as the last one, and parameters never change.
+_pooling_params = lru_cache(maxsize=256)(PoolingParams)
+_tokenization_params = lru_cache(maxsize=256)(TokenizationParams)
+
 
 class ModelRequest(Struct, kw_only=True, gc=False):
     """Fields of every request that runs the model."""
@@ -49,7 +54,7 @@ class ModelRequest(Struct, kw_only=True, gc=False):
     def pooling(self, dimensions: int | None = None) -> PoolingParams:
         if self.mm_processor_kwargs:
             raise InvalidRequest(TEXT_ONLY, "mm_processor_kwargs")
-        return PoolingParams(
+        return _pooling_params(
             dimensions=dimensions,
             use_activation=self.use_activation,
             normalize=self.normalize,
@@ -58,7 +63,7 @@ class ModelRequest(Struct, kw_only=True, gc=False):
         )
 
     def tokenization(self) -> TokenizationParams:
-        return TokenizationParams(
+        return _tokenization_params(
             truncate_prompt_tokens=self.truncate_prompt_tokens,
             truncation_side=self.truncation_side,
             padding=self.padding,
@@ -103,7 +108,7 @@ class TextRequest(ModelRequest, kw_only=True, gc=False):
 
     def tokenization(self) -> TokenizationParams:
         special = self.add_special_tokens
-        return TokenizationParams(
+        return _tokenization_params(
             truncate_prompt_tokens=self.truncate_prompt_tokens,
             truncation_side=self.truncation_side,
             add_special_tokens=not self.is_chat if special is None else special,

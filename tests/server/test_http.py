@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import re
 
 import pytest
+from aiohttp.web_protocol import MAX_MSG_QUEUE_SIZE
 
 from carpool.server.config import ServerConfig
 from serving import EMBEDDINGS, Served, assert_error, serving
@@ -132,3 +134,20 @@ async def test_pipelined_requests_are_answered_in_order(served: Served) -> None:
     writer.close()
     assert answers.count(b"HTTP/1.1 200 OK") == 2
     assert 0 < answers.index(b"X-Request-Id: first") < answers.index(b"X-Request-Id: second")
+
+
+async def test_more_pipelined_requests_than_are_read_ahead_are_all_answered(served: Served) -> None:
+    """Reading stops where so many wait, and goes on."""
+    many = 3 * MAX_MSG_QUEUE_SIZE
+    packets = [
+        HEAD + b"X-Request-Id: no-%d\r\nContent-Length: %d\r\n\r\n" % (number, len(BODY)) + BODY
+        for number in range(many)
+    ]
+    last = b"GET /health/live HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+    writer.write(b"".join(packets) + last)
+    async with asyncio.timeout(20):
+        answers = await reader.read()
+    writer.close()
+    assert answers.count(b"HTTP/1.1 200 OK") == many + 1
+    assert re.findall(rb"X-Request-Id: no-(\d+)\r\n", answers) == [b"%d" % number for number in range(many)]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 
 import pytest
 import structlog
+import structlog.testing
 
 from carpool.server import logs
 
@@ -31,6 +33,31 @@ def test_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert (ours["event"], ours["level"], ours["port"]) == ("ready", "info", 1)
     assert (theirs["event"], theirs["level"]) == ("from a library", "warning")
     assert ours["timestamp"].endswith("Z")
+
+
+def test_a_line_written_straight_is_the_chains(capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {"status": 200, "path": json, "request_id": "a\n"}
+    logs.set_up("info", "json")
+    structlog.get_logger().info("request", **fields)
+    structlog.get_logger().bind(status=200).info("request", path=json, request_id="a\n")  # by the chain
+    straight, chain = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    for line in (straight, chain):
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", line.pop("timestamp"))
+    assert straight == chain
+    assert list(straight) == list(chain)
+
+
+def test_lines_can_be_captured_where_they_would_be_written_straight(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logs.set_up("info", "json")
+    log = structlog.get_logger()
+    log.info("before")
+    with structlog.testing.capture_logs() as lines:
+        log.info("request", status=200)
+    log.info("after")
+    assert lines == [{"event": "request", "status": 200, "log_level": "info"}]
+    assert [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()] == ["before", "after"]
 
 
 def test_a_traceback_is_part_of_its_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import re
+from typing import Any
 
 import pytest
+from aiohttp.web_protocol import RequestHandler
 from structlog.testing import capture_logs
 
 from carpool.engine.errors import InferenceFailed
+from carpool.server import middleware
 from carpool.server.app import ROUTES
 from carpool.server.config import ServerConfig
+from carpool.server.http import Connection
 from fakes import FakeEngine
 from serving import EMBEDDINGS, Served, assert_error, serving
 
@@ -128,6 +132,22 @@ async def test_the_log_line_names_the_route_and_none_of_the_clients_words(served
         (EMBEDDINGS, 400),
     ]
     assert "secret" not in str(lines)
+
+
+async def test_the_answer_leaves_before_its_line_is_written(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    async def finish(connection: Connection, *args: Any) -> Any:
+        result = await RequestHandler.finish_response(connection, *args)
+        events.append("sent")
+        return result
+
+    monkeypatch.setattr(Connection, "finish_response", finish)
+    monkeypatch.setattr(middleware, "_record", lambda *args: events.append("recorded"))
+    await served.embed(input="hi")
+    assert events == ["sent", "recorded"]
 
 
 async def test_probes_are_logged_at_debug(served: Served) -> None:
