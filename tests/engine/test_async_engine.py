@@ -679,6 +679,8 @@ async def test_a_lost_worker_is_the_end_for_all() -> None:
         died = asyncio.ensure_future(s.engine.died())
         await until(lambda: s.engine.waiting_sequences == 9)
         assert not died.done()
+        for runner in s.built.runners:
+            runner.slow = 0.05  # or the other worker is through with all before anybody hears of it
         s.open()
         answers = await asyncio.gather(first, *rest, return_exceptions=True)
         assert isinstance(answers[1], EngineDead)

@@ -302,9 +302,12 @@ def test_it_may_be_collected_as_garbage_in_its_own_loops_thread(checkpoint: Call
 
 ENDINGS = {
     "it falls off the end": "",
-    # Its own thread is told by an exception, which Python may print or not; the script must end all the same.
-    "a call is under way": "threading.Thread(target=llm.embed, args=(['a ' * 60] * 3000,), daemon=True).start()\n"
-    "while not llm._engine.waiting_sequences: time.sleep(0.001)",
+    # Its own thread is told by an exception, which Python may print or not; the script must end all the same. The call
+    # must not be over by then: a daemon thread that is left alone with tensors while Python ends aborts any program.
+    "a call is under way": "from carpool.engine.runner import ModelRunner\nlaunch = ModelRunner.launch\n"
+    "ModelRunner.launch = lambda self, batch: (time.sleep(0.5), launch(self, batch))[1]\n"
+    "threading.Thread(target=llm.embed, args=(['a ' * 60] * 3000,), daemon=True).start()\n"
+    "while llm._engine.waiting_sequences in (0, 3000): time.sleep(0.001)",
 }
 
 
