@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from carpool.kernels import native, native_linear, reference, twins_cpu
+from carpool.kernels import crew, native, native_linear, reference, twins_cpu
 from carpool.kernels.panels import Panels
 from carpool.kernels.reference import Activation
 from carpool.kernels.twins_cpu import Norm
@@ -458,3 +459,28 @@ def asking(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     made = soft.compiled(text, tmp_path_factory.mktemp("asking") / "asking.cpp", soft=False)
     soft.link([made], made.with_suffix(".so"))
     return ctypes.CDLL(str(made.with_suffix(".so")))
+
+
+# ── in parts ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_helpers_have_tiles_of_their_own_and_change_no_bit() -> None:
+    query, key, value = made([300, 40], (6, 3), 48)
+    runs = [(300, 1), (40, 1)]
+    calls: list[Callable[[], Tensor]] = [partial(native.varlen_attention, query, key, value, runs, scale=0.2)]
+    for tokens, inputs, outputs in ((14, 384, 1552), (97, 390, 48), (300, 384, 384)):
+        x, panels, other = randn(tokens, inputs), layer(outputs, inputs), randn(tokens, outputs)
+        norm = Norm(torch.ones(outputs), None, 1e-6, centred=True)
+        calls.append(partial(native_linear.linear, x, panels, "gelu"))
+        calls.append(partial(native_linear.linear_norm, x, panels, other, norm))
+    alone = [call() for call in calls]
+    before = crew.hire(4)
+    try:
+        with crew.leading():
+            for _ in range(20):
+                for call, expected in zip(calls, alone, strict=True):
+                    assert torch.equal(call(), expected)
+        assert crew.helped()
+        assert_no_fault()
+    finally:
+        crew.hire(before)
