@@ -18,12 +18,11 @@ from carpool.engine.models.surgery.agreement import agree
 from carpool.engine.models.surgery.joint_linear import FirstLinear, NextLinear
 from carpool.engine.models.surgery.linear_gelu import LinearGelu
 from carpool.engine.models.surgery.native_linear import NativeLinear
-from carpool.engine.models.surgery.native_linear8 import NativeLinear8
 from carpool.engine.models.surgery.packed_linear import PackedLinear
 from carpool.engine.models.surgery.rehearsal import Rehearsal, small_batch
 from carpool.engine.models.surgery.residual_norm import ResidualNorm
 
-_UPS = (NativeLinear, NativeLinear8, PackedLinear, LinearGelu)
+_UPS = (NativeLinear, PackedLinear, LinearGelu)
 _OURS = (FirstLinear, NextLinear, ResidualNorm, *_UPS)
 
 

@@ -8,6 +8,8 @@ else is in the row.
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -27,26 +29,32 @@ _MOST_WIDE_INPUTS = 2048
 class NativeLinear(nn.Module):
     """x float32 or bfloat16 [..., in] → [..., out], optionally through a GELU. `weight` and `bias` lie in panels."""
 
+    kernel: ClassVar[Any] = native_linear
+
     def __init__(self, linear: nn.Linear, gelu: Gelu | None = None) -> None:
         super().__init__()
-        panels = Panels.of(linear.weight, linear.bias)
-        # Parameters, since replicas share those.
-        self.weight = nn.Parameter(panels.weight, requires_grad=False)
-        self.bias = nn.Parameter(panels.bias, requires_grad=False)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.gelu = gelu
+        self._lay_out(linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = native_linear.linear(x.reshape(-1, self.in_features), self._panels(), self.gelu)
+        out: Tensor = self.kernel.linear(x.reshape(-1, self.in_features), self._panels(), self.gelu)
         return out.view(*x.shape[:-1], self.out_features)
 
     def and_norm(self, x: Tensor, residual: Tensor, norm: Norm) -> Tensor:
         """norm(residual + what `forward` makes of x without a GELU), rounded once. residual [..., out]"""
         rows, others = x.reshape(-1, self.in_features), residual.reshape(-1, self.out_features)
-        return native_linear.linear_norm(rows, self._panels(), others, norm).view(residual.shape)
+        out: Tensor = self.kernel.linear_norm(rows, self._panels(), others, norm)
+        return out.view(residual.shape)
 
-    def _panels(self) -> Panels:
-        """Of the weights as they are now: they may have been copied."""
+    def _lay_out(self, linear: nn.Linear) -> None:
+        panels = Panels.of(linear.weight, linear.bias)
+        # Parameters, since replicas share those.
+        self.weight = nn.Parameter(panels.weight, requires_grad=False)
+        self.bias = nn.Parameter(panels.bias, requires_grad=False)
+
+    def _panels(self) -> Any:
+        """What `kernel` takes. Of the weights as they are now: they may have been copied."""
         return Panels(self.weight, self.bias, self.in_features, self.out_features)
 
 

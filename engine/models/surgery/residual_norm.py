@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from carpool.engine.models.surgery.agreement import agree
 from carpool.engine.models.surgery.native_linear import NativeLinear, fits
-from carpool.engine.models.surgery.native_linear8 import NativeLinear8
 from carpool.engine.models.surgery.rehearsal import Rehearsal
 from carpool.kernels import launch, ops
 from carpool.kernels.twins_cpu import Norm
@@ -32,7 +31,7 @@ class ResidualNorm(nn.Module):
         self.eps = norm.eps
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        if isinstance(self.dense, (NativeLinear, NativeLinear8)):
+        if isinstance(self.dense, NativeLinear):
             return self.dense.and_norm(x, residual, Norm(self.weight, self.bias, self.eps, centred=True))
         out: Tensor = self.dense(x)
         rows, others = (each.reshape(-1, out.shape[-1]) for each in (out, residual))

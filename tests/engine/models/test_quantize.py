@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import tiny
-from carpool.engine import build as building
+from carpool.engine import blueprint
 from carpool.engine.build import Parts, build
 from carpool.engine.config import EngineConfig
 from carpool.engine.errors import ConfigError
@@ -322,8 +322,8 @@ def test_other_formats_are_refused_with_the_choice(name: str) -> None:
 def test_a_gpu_is_refused_before_anything_is_loaded(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(building, "resolve_devices", lambda name, count: (torch.device("cuda"),))
-    monkeypatch.setattr(building, "Loader", None)
+    monkeypatch.setattr(blueprint, "resolve_devices", lambda name, count: (torch.device("cuda"),))
+    monkeypatch.setattr(blueprint, "Loader", None)
     with pytest.raises(ConfigError, match=r"^--quantization int8 is for CPUs: give --device cpu"):
         built(checkpoint("bert"), quantization="int8")
 
