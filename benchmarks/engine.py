@@ -57,7 +57,6 @@ class Line:
     texts: int
     tokens: int
     flop: int  # of all texts
-    cores: int  # that can work at it: one text is one core's
     turns: list[Turn] = field(default_factory=list)
 
     def rate(self) -> Spread:
@@ -79,6 +78,7 @@ def main() -> None:
             lines += _long(options, modernbert(Path(folder), LONG_LAYERS))
         bounds = bounds.or_higher(peaks.measure())
     stages = {name: _stages(options, name) for name in ("short", "mixed", "long")}
+    stages["of 128 tokens"] = _stages_of(equal(128, options.texts // 4, locate("")))
     print(_markdown(where, bounds, lines, stages))
     if options.json:
         record = {
@@ -172,7 +172,7 @@ def _turns(
     engines: Sequence[Contestant], kind: str, name: str, workload: Workload, flops: Flops, rounds: int
 ) -> list[Line]:
     count = len(workload.texts)
-    told = (count, workload.total_tokens, flops.of_texts(workload.tokens), min(count, cores()))
+    told = (count, workload.total_tokens, flops.of_texts(workload.tokens))
     lines = [Line(kind, name, engine.entry.dtype, *told) for engine in engines]
     for engine in engines:
         engine.embed(workload.texts)
@@ -206,7 +206,10 @@ class Stopwatch:
 
 def _stages(options: argparse.Namespace, lengths: str) -> dict[str, float]:
     """Shares of the CPU time of forward passes, by native function; one worker, bfloat16."""
-    workload = natural(lengths, options.texts // 4, locate(""), options.longest)
+    return _stages_of(natural(lengths, options.texts // 4, locate(""), options.longest))
+
+
+def _stages_of(workload: Workload) -> dict[str, float]:
     with closing(LLM(dtype="bfloat16", cpu_workers=1)) as llm:
         llm.embed(workload.texts, use_tqdm=False)
         return _watched(lambda: llm.embed(workload.texts, use_tqdm=False))
@@ -227,7 +230,11 @@ def _watched(work: Callable[[], object]) -> dict[str, float]:
         work()
     finally:
         native.library, ModelRunner.launch = watch._library, plain  # type: ignore[method-assign]
-    return {name.removeprefix("carpool_"): seconds / whole for name, seconds in watch.seconds.items()}
+    return {
+        name.removeprefix("carpool_"): seconds / whole
+        for name, seconds in watch.seconds.items()
+        if not name.startswith("carpool_crew")
+    }
 
 
 # ── what is printed ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -286,8 +293,7 @@ def _row(line: Line, bounds: Peaks) -> tuple[str, ...]:
     told = rate.text() if line.table == "dtypes" else f"{rate.median:,.0f}"
     return (
         *(line.name, line.dtype, told, f"{milliseconds:,.1f}", f"{gflops:,.0f}"),
-        # One text is one core's work, and so is its peak.
-        bounds.fraction(line.dtype, gflops, everywhere=line.cores > 1),
+        bounds.fraction(line.dtype, gflops, everywhere=True),
     )
 
 
