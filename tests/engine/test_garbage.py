@@ -70,5 +70,5 @@ def test_what_somebody_has_frozen_stays_frozen() -> None:
     frozen = gc.get_freeze_count()
     with garbage.put_off():
         assert not gc.isenabled()
-    assert gc.get_freeze_count() == frozen > 0
+    assert gc.get_freeze_count() > 0.9 * frozen > 0  # some of it may be freed by its last holder
     assert gc.isenabled()

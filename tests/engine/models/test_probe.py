@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,18 @@ WINDOWS = {"mistral": 8, "gemma2": 8, "modernbert": 8}
 def fault(backbone: Backbone, family: str, max_model_len: int = 128) -> str:
     limits = [WINDOWS[family]] if family in WINDOWS else []
     return Probe(vocab_size=60, max_model_len=max_model_len, limits=limits).fault(backbone) or ""
+
+
+@pytest.fixture(scope="module")
+def parts(checkpoint: Callable[[str], Path]) -> Callable[[str], Parts]:
+    """A family's model as it is loaded: it is probed before surgery."""
+
+    @cache
+    def built(family: str) -> Parts:
+        config = EngineConfig(model=str(checkpoint(family)), cpu_workers=1, dtype="float32", surgery=False)
+        return build(config)
+
+    return built
 
 
 def copy_of(parts: Callable[[str], Parts], family: str) -> Backbone:
