@@ -423,10 +423,10 @@ FOR_BF16 void in_bf16(const Shape& s, const uint16_t* q, const uint16_t* k, cons
 
 // In parts of whole heads of keys.
 template <typename T>
-void in_parts(Kernel<T> kernel, const Shape& s, const T* q, const T* k, const T* v, T* o, const Batch& batch) {
+void in_parts(Kernel<T> kernel, int64_t least, const Shape& s, const T* q, const T* k, const T* v, T* o, const Batch& batch) {
     int64_t scores = 0;  // of a head; a causal one computes half of them
     for (int b = 0; b < batch.sequences; b++) scores += int64_t(batch.queries(b)) * batch.length(b);
-    const int parts = parts_of(2 * scores * s.heads * s.head_size, s.kv_heads), size = s.head_size;
+    const int parts = parts_of(2 * scores * s.heads * s.head_size, s.kv_heads, least), size = s.head_size;
     if (parts <= 1) return kernel(s, q, k, v, o, batch);
     share(parts, [&](int i) {
         const int first = s.kv_heads * i / parts, count = s.kv_heads * (i + 1) / parts - first;
@@ -462,7 +462,7 @@ int carpool_cpu_level() {
 void carpool_attention_f32(const float* q, const float* k, const float* v, float* o, const Batch* batch,
                            const Shape* shape, int level) {
     Kernel<float> kernel = level >= AVX512 ? in_f32_avx512<float> : in_f32_avx2<float>;
-    in_parts(kernel, *shape, q, k, v, o, *batch);
+    in_parts(kernel, LEAST, *shape, q, k, v, o, *batch);
 }
 
 void carpool_attention_bf16(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o, const Batch* batch,
@@ -471,7 +471,7 @@ void carpool_attention_bf16(const uint16_t* q, const uint16_t* k, const uint16_t
                               : level == AVX512_BF16 ? in_bf16
                               : level == AVX512      ? in_f32_avx512<uint16_t>
                                                      : in_f32_avx2<uint16_t>;
-    in_parts(kernel, *shape, q, k, v, o, *batch);
+    in_parts(kernel, level >= AMX ? LEAST_IN_TILES : LEAST, *shape, q, k, v, o, *batch);
 }
 
 // The first sequence of a batch in pages that does not fit itself, or all `queries`, or a cache of `pages`; -1: none.

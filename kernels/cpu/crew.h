@@ -17,12 +17,15 @@ void share(int parts, F part) {
     share(parts, [](void* call, int i) { (*static_cast<F*>(call))(i); }, &part);
 }
 
-// Into how many parts so many multiply-adds are cut, at most `most`; 1 where nobody is idle or it is not worth it.
-inline int parts_of(int64_t work, int most) {
-    constexpr int64_t LEAST = 1 << 20;  // about 10 µs of AVX-512 BF16, ten times what it costs to share
-    constexpr int EACH = 3;             // so that one who comes late or is held up keeps the others little
+// Multiply-adds of about 10 µs, ten times what it costs to share: of vectors (AVX-512 BF16) and, by what tiles are to
+// reach and not measured, of those.
+constexpr int64_t LEAST = 1 << 20, LEAST_IN_TILES = 1 << 23;
+
+// Into how many parts so many multiply-adds are cut, at most `most` and none below `least`; 1 where nobody is idle.
+inline int parts_of(int64_t work, int most, int64_t least = LEAST) {
+    constexpr int EACH = 3;  // so that one who comes late or is held up keeps the others little
     const int idle = idle_cores();
-    return idle ? int(std::max<int64_t>(1, std::min({int64_t(most), int64_t(EACH) * (idle + 1), work / LEAST}))) : 1;
+    return idle ? int(std::max<int64_t>(1, std::min({int64_t(most), int64_t(EACH) * (idle + 1), work / least}))) : 1;
 }
 
 extern "C" {

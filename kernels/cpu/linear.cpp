@@ -129,13 +129,14 @@ extern "C" {
 void carpool_linear_f32(const LinearOf<float>* l, int activation, const FinishOf<float>* f, const float* x,
                         int64_t x_stride, int tokens, float* out, int64_t out_stride, int level) {
     const bool wide = level >= AVX512;
-    linear_in_parts(wide ? in_f32_avx512 : in_f32_avx2, wide ? Float32Avx512::COLUMNS : Float32Avx2::COLUMNS, ROWS,
-                    l->inputs, *l, activation, f, x, x_stride, tokens, out, out_stride);
+    linear_in_parts(wide ? in_f32_avx512 : in_f32_avx2, LEAST, wide ? Float32Avx512::COLUMNS : Float32Avx2::COLUMNS,
+                    ROWS, l->inputs, *l, activation, f, x, x_stride, tokens, out, out_stride);
 }
 
 // Only from level AVX512_BF16 on.
 void carpool_linear_bf16(const Linear* l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride,
                          int tokens, uint16_t* out, int64_t out_stride) {
-    linear_in_parts(in_bf16, Bfloat16::COLUMNS, ROWS, l->inputs, *l, activation, f, x, x_stride, tokens, out, out_stride);
+    linear_in_parts(in_bf16, LEAST, Bfloat16::COLUMNS, ROWS, l->inputs, *l, activation, f, x, x_stride, tokens, out,
+                    out_stride);
 }
 }

@@ -141,7 +141,8 @@ FOR_INT8 void in_int8(const Linear8& l, int activation, const FinishOf<T>* f, co
 template <typename T>
 void in_parts(const Linear8& l, int activation, const FinishOf<T>* f, const T* x, int64_t x_stride, int tokens, T* out,
               int64_t out_stride) {
-    linear_in_parts(in_int8<T>, Int8<T>::COLUMNS, ROWS, l.inputs, l, activation, f, x, x_stride, tokens, out, out_stride);
+    linear_in_parts(in_int8<T>, LEAST, Int8<T>::COLUMNS, ROWS, l.inputs, l, activation, f, x, x_stride, tokens, out,
+                    out_stride);
 }
 
 }  // namespace

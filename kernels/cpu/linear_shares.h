@@ -22,13 +22,14 @@ inline FinishOf<T> tokens_of(const FinishOf<T>& f, int begin) {
     return part;
 }
 
-// `panel` outputs lie together, in `deep` elements each; a part of many tokens is whole blocks of `block`.
+// `panel` outputs lie together, in `deep` elements each; a part of many tokens is whole blocks of `block`;
+// none is below `least`.
 template <typename Layer, typename T, typename Kernel>
-void linear_in_parts(Kernel kernel, int panel, int block, int deep, const Layer& l, int activation, const FinishOf<T>* f,
-                     const T* x, int64_t x_stride, int tokens, T* out, int64_t out_stride) {
+void linear_in_parts(Kernel kernel, int64_t least, int panel, int block, int deep, const Layer& l, int activation,
+                     const FinishOf<T>* f, const T* x, int64_t x_stride, int tokens, T* out, int64_t out_stride) {
     const bool by_tokens = f || tokens >= FEW * (idle_cores() + 1);  // a norm wants whole rows
     const int count = by_tokens ? tokens : l.outputs, together = by_tokens ? block : panel;
-    const int parts = parts_of(int64_t(tokens) * l.inputs * l.outputs, (count + together / 2) / together);
+    const int parts = parts_of(int64_t(tokens) * l.inputs * l.outputs, (count + together / 2) / together, least);
     if (parts <= 1) return kernel(l, activation, f, x, x_stride, tokens, out, out_stride);
     const int even = (count + parts - 1) / parts, piece = by_tokens && even < FEW ? even : round_up(even, together);
     share((count + piece - 1) / piece, [&](int i) {
