@@ -177,11 +177,8 @@ class AsyncEngine:
         self._check(parts.model, prompts, params, tasks)
         request = Request(params, tasks, slot(parts.model, adapter), cache_salt, client, priority)
         longest = parts.model.max_embed_len if tasks == ("embed",) else -1
-        if is_long(prompts):
-            prepare = partial(prepared, parts, request, prompts, tokenization, longest)
-            ready = await asyncio.get_running_loop().run_in_executor(None, prepare)
-        else:
-            ready = prepared(parts, request, prompts, tokenization, longest)
+        prepare = partial(prepared, parts, request, prompts, tokenization, longest)
+        ready = await self._off_loop(prepare, is_long(prompts))
         whole = ready.token_ids
         sliced = longest != -1 and any(len(ids) > parts.model.max_model_len for ids in whole)
         if sliced:

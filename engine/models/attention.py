@@ -59,9 +59,15 @@ class Call(NamedTuple):
     heads: int
     size: int
     dtype: torch.dtype
-    causal: bool
-    biased: bool
     kind: Mapping[str, Any]  # the keyword arguments of `kernels.ops.varlen_attention`
+
+    @property
+    def causal(self) -> bool:
+        return bool(self.kind["causal"])
+
+    @property
+    def biased(self) -> bool:
+        return self.kind["bias"] is not None
 
 
 _current: ContextVar[Layout | None] = ContextVar("carpool_layout", default=None)
@@ -201,7 +207,7 @@ def over(
     asked = _calls.get()
     if asked is not None:
         heads, size = key.shape[1:]
-        asked.append(Call(module, heads, size, key.dtype, kind["causal"], kind["bias"] is not None, kind))
+        asked.append(Call(module, heads, size, key.dtype, kind))
     if row.kept is not None:
         return _keep(query, key, value, row, row.kept, getattr(module, NUMBER, None), **kind)
     return attend(query, key, value, row, **kind)

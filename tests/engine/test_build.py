@@ -160,16 +160,22 @@ def test_batches_of_one_prompt_are_not_measured(checkpoint: Callable[[str], Path
     assert parts.tokens_per_second is None
 
 
-def test_what_was_measured_serves_and_says_how_fast(
-    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def found_by_measuring(found: Cost, monkeypatch: pytest.MonkeyPatch) -> list[ModelRunner]:
+    """The runners of the last measurement, all of which find this from now on."""
     tried: list[ModelRunner] = []
 
     def measured(runners: list[ModelRunner], **about: Any) -> Cost:
         tried[:] = runners
-        return Cost(1.0, 1 / 16)  # 512 tokens in 33 s
+        return found
 
     monkeypatch.setattr(cost, "measured", measured)
+    return tried
+
+
+def test_what_was_measured_serves_and_says_how_fast(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = found_by_measuring(Cost(1.0, 1 / 16), monkeypatch)  # 512 tokens in 33 s
     parts = made(checkpoint("bert"), cpu_workers=3)
     assert parts.runners == tried
     assert parts.tokens_per_second == pytest.approx(3 * 512 / 33)
@@ -180,13 +186,7 @@ def test_runners_are_made_anew_where_keys_and_values_are_kept(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The layers are marked for it after batches were measured, and each worker has layers of its own."""
-    tried: list[ModelRunner] = []
-
-    def measured(runners: list[ModelRunner], **about: Any) -> Cost:
-        tried[:] = runners
-        return Cost(0.0, 0.0)
-
-    monkeypatch.setattr(cost, "measured", measured)
+    tried = found_by_measuring(Cost(0.0, 0.0), monkeypatch)
     parts = made(checkpoint("qwen3"), cpu_workers=2)
     assert parts.cache is not None
     assert all(runner._storage is not None for runner in parts.runners)

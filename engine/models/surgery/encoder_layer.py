@@ -69,17 +69,18 @@ def straighten(backbone: Backbone, *, vocab_size: int) -> int:
         for path, module in reversed(list(model.named_modules())):  # a model of one layer is not taken for it
             found = _straight(path, module, rehearsal)
             if found is not None:
-                parent, _, name = path.rpartition(".")
-                swapped.append((model.get_submodule(parent), name, module))
-                setattr(*swapped[-1][:2], found)
+                above, _, name = path.rpartition(".")
+                parent = model.get_submodule(above)
+                setattr(parent, name, found)
+                swapped.append((parent, name, module))
         try:
             holds = agree(backbone.forward(batch), before[0])
         except Exception:  # the model reaches into its layers
             holds = False
     if holds:
         return len(swapped)
-    for parent_module, name, module in swapped:
-        setattr(parent_module, name, module)
+    for parent, name, module in swapped:
+        setattr(parent, name, module)
     return 0
 
 
