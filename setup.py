@@ -8,7 +8,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ("amx", "attention", "attention_amx", "crew", "linear", "linear8", "linear_amx", "rows")
+SOURCES = ("amx", "attention", "attention_amx", "crew", "encoder", "linear", "linear8", "linear_amx", "rows")
 HEADERS = ("amx", "attention", "crew", "linear", "linear_blocks", "linear_shares", "transpose", "vector")
 
 

@@ -32,6 +32,7 @@ from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.loader import Loaded
 from carpool.engine.models.model import Model
 from carpool.engine.models.probe import attention_chosen, keeps_unseen
+from carpool.engine.models.surgery.encoder import unite
 from carpool.engine.models.surgery.encoder_layer import straighten
 from carpool.engine.models.surgery.last_layer import narrow
 from carpool.engine.params import Task
@@ -89,7 +90,8 @@ def _built(plan: Blueprint, folder: Path) -> Parts:
     pools = _pools(plan, model, width, _marks(plan, fast, tokenizer))
     if config.surgery:
         straightened = straighten(model.backbone, vocab_size=plan.checkpoint.vocab_size)
-        model = replace(model, surgery={**model.surgery, "encoder_layer": straightened})
+        united = unite(model.backbone, vocab_size=plan.checkpoint.vocab_size)
+        model = replace(model, surgery={**model.surgery, "encoder_layer": straightened, "encoder": united})
     if config.surgery and any(reads(pool) != "all" for pool in pools.values()):
         narrowed = narrow(model.backbone, vocab_size=plan.checkpoint.vocab_size)
         model = replace(model, surgery={**model.surgery, "last_layer": narrowed})

@@ -19,7 +19,7 @@ AVX512, AMX = 2, 4
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}  # as kernels/cpu/vector.h has them
 
 
-class _Shape(ctypes.Structure):
+class Shape(ctypes.Structure):
     """As kernels/cpu/attention.cpp has it."""
 
     _fields_ = (
@@ -37,7 +37,7 @@ class _Shape(ctypes.Structure):
     )
 
 
-class _Batch(ctypes.Structure):
+class Batch(ctypes.Structure):
     """As kernels/cpu/attention.cpp has it."""
 
     _fields_ = (
@@ -97,13 +97,13 @@ def varlen_attention(
     softcap: float | None = None,
 ) -> Tensor:
     """As `kernels.reference.varlen_attention`, for what `serves`. In bfloat16 the softmax's weights are rounded too."""
-    cu_seqlens = _cu_seqlens(tuple(runs))
-    batch = _Batch(ctypes.addressof(cu_seqlens), None, None, len(cu_seqlens) - 1)
+    cu_seqlens = cu_seqlens_of(tuple(runs))
+    batch = Batch(ctypes.addressof(cu_seqlens), None, None, len(cu_seqlens) - 1)
     return _attention(query, key, value, batch, scale=scale, causal=causal, window=window, softcap=softcap)
 
 
 @lru_cache(maxsize=64)  # every layer of a batch asks for the same
-def _cu_seqlens(runs: tuple[tuple[int, int], ...]) -> ctypes.Array[ctypes.c_int32]:
+def cu_seqlens_of(runs: tuple[tuple[int, int], ...]) -> ctypes.Array[ctypes.c_int32]:
     """int32 [B+1]: the cumulative lengths of runs of (length, count)."""
     lengths = list(chain.from_iterable([length] * count for length, count in runs))
     bounds = [0, *lengths]
@@ -116,7 +116,7 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    batch: _Batch,
+    batch: Batch,
     *,
     scale: float,
     causal: bool,
@@ -127,7 +127,7 @@ def _attention(
     """query [T, N, D], rows of keys and values [., N_kv, D] → [T, N, D]. By the kernel of another level, if named."""
     assert library is not None
     out = torch.empty(query.shape, dtype=query.dtype)
-    shape = _Shape(
+    shape = Shape(
         query.shape[1],
         key.shape[1],
         query.shape[2],
@@ -198,7 +198,7 @@ def paged_attention(
     if bounds.ndim != 1 or count < 0 or lengths.shape != (count,) or own.ndim != 2 or len(own) != count:
         raise ValueError(f"{count} sequences, and pages {list(own.shape)}, {list(lengths.shape)} lengths")
     tables = (x.data_ptr() for x in (bounds, own, lengths))
-    batch = _Batch(*tables, count, own.shape[1], key_cache.shape[1])
+    batch = Batch(*tables, count, own.shape[1], key_cache.shape[1])
     assert library is not None
     fault = library.carpool_paged_fault(
         ctypes.byref(batch), ctypes.c_int64(len(query)), ctypes.c_int64(len(key_cache))
@@ -245,8 +245,8 @@ def tried(found: int) -> int:
     lengths, heads, size = (17, 300), 2, 48
     row = torch.randn(sum(lengths), 4 * heads, size, generator=torch.Generator().manual_seed(0)).bfloat16()
     query, key, value = row.tensor_split((2 * heads, 3 * heads), dim=1)
-    bounds = _cu_seqlens(tuple((length, 1) for length in lengths))
-    batch = _Batch(ctypes.addressof(bounds), None, None, len(lengths))
+    bounds = cu_seqlens_of(tuple((length, 1) for length in lengths))
+    batch = Batch(ctypes.addressof(bounds), None, None, len(lengths))
     for causal in (False, True):
         how = {"scale": size**-0.5, "causal": causal, "window": None, "softcap": None}
         mine, other = (_attention(query, key, value, batch, **how, by=by).float() for by in (AMX, AMX - 1))

@@ -65,12 +65,16 @@ def linear_norm(x: Tensor, layer: Panels, residual: Tensor | None, norm: Norm | 
 def _linear(x: Tensor, layer: Panels, activation: int, finish: Finish | None) -> Tensor:
     assert native.library is not None
     _fits(x, layer)
-    described = _Linear(layer.weight.data_ptr(), layer.bias.data_ptr(), layer.inputs, layer.outputs)
     if x.dtype == torch.float32:
         multiply = native.library.carpool_linear_f32
-        return called(multiply, described, x, layer.outputs, activation, finish, native.level)
+        return called(multiply, described(layer), x, layer.outputs, activation, finish, native.level)
     multiply = native.library.carpool_linear_amx if layer.tiled else native.library.carpool_linear_bf16
-    return called(multiply, described, x, layer.outputs, activation, finish)
+    return called(multiply, described(layer), x, layer.outputs, activation, finish)
+
+
+def described(layer: Panels) -> ctypes.Structure:
+    """For linear*.cpp; it points to the layer's weights and does not hold them."""
+    return _Linear(layer.weight.data_ptr(), layer.bias.data_ptr(), layer.inputs, layer.outputs)
 
 
 def called(
@@ -94,9 +98,14 @@ def called(
     return out
 
 
-def _fits(x: Tensor, layer: Panels) -> None:
+def takes(x: Tensor, layer: Panels) -> bool:
+    """Whether rows of x's dtype are multiplied here by a layer that is laid out like this one."""
     laid_out = native.level >= native.AMX if layer.tiled else layer.weight.shape[2] == columns(x.dtype)
-    if not serves(x) or x.shape[1] != layer.inputs or x.dtype != layer.weight.dtype or not laid_out:
+    return serves(x) and x.dtype == layer.weight.dtype and laid_out
+
+
+def _fits(x: Tensor, layer: Panels) -> None:
+    if x.shape[1] != layer.inputs or not takes(x, layer):
         raise ValueError(
             f"{x.dtype} {list(x.shape)} is not what a layer of {layer.inputs} inputs, {layer.weight.dtype} in panels "
             f"{list(layer.weight.shape)}, multiplies here"

@@ -52,8 +52,12 @@ def _linear(x: Tensor, layer: Panels8, activation: int, finish: Finish | None) -
         raise ValueError(
             f"{x.dtype} {list(x.shape)} is not what an 8-bit layer of {layer.inputs} inputs multiplies here"
         )
-    parts = layer.weight, layer.step, layer.sum, layer.bias
-    described = _Linear(*[part.data_ptr() for part in parts], layer.inputs, layer.outputs)
     is_float = x.dtype == torch.float32
     multiply = native.library.carpool_linear_int8_f32 if is_float else native.library.carpool_linear_int8_bf16
-    return native_linear.called(multiply, described, x, layer.outputs, activation, finish)
+    return native_linear.called(multiply, described(layer), x, layer.outputs, activation, finish)
+
+
+def described(layer: Panels8) -> ctypes.Structure:
+    """As `native_linear.described`."""
+    parts = layer.weight, layer.step, layer.sum, layer.bias
+    return _Linear(*[part.data_ptr() for part in parts], layer.inputs, layer.outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from carpool.kernels.panels import Panels
 from carpool.kernels.panels8 import Panels8
-from carpool.kernels.reference import Activation
+from carpool.kernels.reference import Activation, varlen_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +95,49 @@ def _product8(x: Tensor, layer: Panels8) -> Tensor:
     product = levels.double() @ layer.unpacked().double().T
     step, total, bias = (vector[: layer.outputs] for vector in (layer.step, layer.sum, layer.bias))
     return product.float() * height * step + (smallest * total + bias)
+
+
+# ── a whole encoder ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderLayer:
+    """One of BERT's: `joint` makes query, key and value, each as wide as a row, in `heads`; `up` ends in `activation`.
+
+    Both norms are LayerNorms with a bias. `scale`, `window` and `softcap` of attention as `varlen_attention` has them.
+    """
+
+    joint: Panels | Panels8
+    out: Panels | Panels8
+    up: Panels | Panels8
+    down: Panels | Panels8
+    attended: Norm
+    done: Norm
+    activation: Activation | None
+    heads: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+def encoder(hidden: Tensor, layers: Sequence[EncoderLayer], runs: Sequence[tuple[int, int]]) -> Tensor:
+    """[T, H] → [T, H] through all layers, of the sequences that `runs` of (length, count) are."""
+    for layer in layers:
+        query, key, value = _linear(hidden, layer.joint).view(len(hidden), 3, layer.heads, -1).unbind(1)
+        mixed = varlen_attention(
+            query, key, value, runs, scale=layer.scale, window=layer.window, softcap=layer.softcap
+        )
+        attended = _linear_norm(mixed.flatten(1), layer.out, hidden, layer.attended)
+        wide = _linear(attended, layer.up, layer.activation)
+        hidden = _linear_norm(wide, layer.down, attended, layer.done)
+    return hidden
+
+
+def _linear(x: Tensor, layer: Panels | Panels8, activation: Activation | None = None) -> Tensor:
+    return linear(x, layer, activation) if isinstance(layer, Panels) else linear8(x, layer, activation)
+
+
+def _linear_norm(x: Tensor, layer: Panels | Panels8, residual: Tensor, norm: Norm) -> Tensor:
+    if isinstance(layer, Panels):
+        return linear_norm(x, layer, residual, norm)
+    return linear8_norm(x, layer, residual, norm)

@@ -130,6 +130,11 @@ def choices() -> Iterator[list[Choice]]:
         _choices.reset(token)
 
 
+def watched() -> bool:
+    """Whether someone asks what this thread's layers do, one by one."""
+    return any(asked.get() is not None for asked in (_witness, _choices, _calls))
+
+
 def note(choice: Choice) -> None:
     """For those who asked within `choices`."""
     made = _choices.get()

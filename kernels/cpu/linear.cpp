@@ -124,8 +124,6 @@ FOR_BF16 void in_bf16(const Linear& l, int activation, const Finish* f, const ui
 
 extern "C" {
 
-// out [tokens, outputs] = activation(x · weightᵀ + bias); with `finish`, no activation, and the residual and norm it
-// names. Strides in elements. Panels are 64 columns wide, of float32 below level AVX512 16.
 void carpool_linear_f32(const LinearOf<float>* l, int activation, const FinishOf<float>* f, const float* x,
                         int64_t x_stride, int tokens, float* out, int64_t out_stride, int level) {
     const bool wide = level >= AVX512;
@@ -133,7 +131,6 @@ void carpool_linear_f32(const LinearOf<float>* l, int activation, const FinishOf
                     ROWS, l->inputs, *l, activation, f, x, x_stride, tokens, out, out_stride);
 }
 
-// Only from level AVX512_BF16 on.
 void carpool_linear_bf16(const Linear* l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride,
                          int tokens, uint16_t* out, int64_t out_stride) {
     linear_in_parts(in_bf16, LEAST, Bfloat16::COLUMNS, ROWS, l->inputs, *l, activation, f, x, x_stride, tokens, out,

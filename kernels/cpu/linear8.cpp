@@ -19,19 +19,6 @@ namespace {
 
 constexpr int GROUP = 4;  // inputs that one lane multiplies at a time
 
-struct Linear8 {
-    const int8_t* weight;  // packed: [panels][inputs / GROUP][64][GROUP], zeros behind the last output
-    const float* step;     // this and the others [panels * 64], zeros behind the last output
-    const float* sum;
-    const float* bias;
-    int inputs, outputs;  // multiples of 16
-};
-
-// As those of linear_shares.h.
-inline Linear8 outputs_of(const Linear8& l, int begin, int end, int deep) {
-    return {l.weight + int64_t(begin) * deep, l.step + begin, l.sum + begin, l.bias + begin, l.inputs, end - begin};
-}
-
 // What rounding made of a tile's tokens.
 struct Levels {
     uint8_t* of;    // [tokens][inputs]
@@ -155,8 +142,6 @@ int carpool_cpu_multiplies_int8() {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 }
 
-// out [tokens, outputs] = activation(x · weightᵀ + bias); with `finish`, no activation, and the residual and norm it
-// names. Strides in elements. bfloat16 rows only at level AVX512_BF16.
 void carpool_linear_int8_f32(const Linear8* l, int activation, const FinishOf<float>* f, const float* x,
                              int64_t x_stride, int tokens, float* out, int64_t out_stride) {
     in_parts(*l, activation, f, x, x_stride, tokens, out, out_stride);

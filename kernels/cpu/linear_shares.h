@@ -15,6 +15,10 @@ inline LinearOf<T> outputs_of(const LinearOf<T>& l, int begin, int end, int deep
     return {l.weight + int64_t(begin) * deep, l.bias + begin, l.inputs, end - begin};
 }
 
+inline Linear8 outputs_of(const Linear8& l, int begin, int end, int deep) {
+    return {l.weight + int64_t(begin) * deep, l.step + begin, l.sum + begin, l.bias + begin, l.inputs, end - begin};
+}
+
 template <typename T>
 inline FinishOf<T> tokens_of(const FinishOf<T>& f, int begin) {
     FinishOf<T> part = f;

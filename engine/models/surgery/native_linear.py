@@ -38,13 +38,13 @@ class NativeLinear(nn.Module):
         self._lay_out(linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.kernel.linear(x.reshape(-1, self.in_features), self._panels(), self.gelu)
+        out: Tensor = self.kernel.linear(x.reshape(-1, self.in_features), self.panels(), self.gelu)
         return out.view(*x.shape[:-1], self.out_features)
 
     def and_norm(self, x: Tensor, residual: Tensor, norm: Norm) -> Tensor:
         """norm(residual + what `forward` makes of x without a GELU), rounded once. residual [..., out]"""
         rows, others = x.reshape(-1, self.in_features), residual.reshape(-1, self.out_features)
-        out: Tensor = self.kernel.linear_norm(rows, self._panels(), others, norm)
+        out: Tensor = self.kernel.linear_norm(rows, self.panels(), others, norm)
         return out.view(residual.shape)
 
     def _lay_out(self, linear: nn.Linear) -> None:
@@ -53,7 +53,7 @@ class NativeLinear(nn.Module):
         self.weight = nn.Parameter(panels.weight, requires_grad=False)
         self.bias = nn.Parameter(panels.bias, requires_grad=False)
 
-    def _panels(self) -> Any:
+    def panels(self) -> Any:
         """What `kernel` takes. Of the weights as they are now: they may have been copied."""
         return Panels(self.weight, self.bias, self.in_features, self.out_features)
 

@@ -27,7 +27,7 @@ class NativeLinear8(NativeLinear):
         self.sum = nn.Parameter(panels.sum, requires_grad=False)
         self.bias = nn.Parameter(panels.bias, requires_grad=False)
 
-    def _panels(self) -> Any:
+    def panels(self) -> Any:
         return Panels8(self.weight, self.step, self.sum, self.bias, self.in_features, self.out_features)
 
 

@@ -30,9 +30,13 @@ class ResidualNorm(nn.Module):
         self.bias = nn.Parameter(norm.bias.float(), requires_grad=False)
         self.eps = norm.eps
 
+    @property
+    def norm(self) -> Norm:
+        return Norm(self.weight, self.bias, self.eps, centred=True)
+
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         if isinstance(self.dense, NativeLinear):
-            return self.dense.and_norm(x, residual, Norm(self.weight, self.bias, self.eps, centred=True))
+            return self.dense.and_norm(x, residual, self.norm)
         out: Tensor = self.dense(x)
         rows, others = (each.reshape(-1, out.shape[-1]) for each in (out, residual))
         normed, _ = ops.norm_rows(

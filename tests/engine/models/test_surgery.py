@@ -40,7 +40,8 @@ BATCH = pack_ids([[5, 6, 7], [8], list(range(10, 40))], torch.device("cpu"))
 POST_NORM = ("bert", "xlmr", "roberta")
 _BERT = {"joint_linear": 2, "linear_gelu": 2, "linear": 6}
 _LLAMA = {"rms_norm": 5, "rotary": 2, "gated_mlp": 2, "joint_linear": 2, "linear": 8}
-NONE = {**dict.fromkeys(KINDS, 0), "encoder_layer": 0}
+# No encoder: heads of 8 are not attended natively.
+NONE = {**dict.fromkeys(KINDS, 0), "encoder_layer": 0, "encoder": 0}
 SWAPS = {
     "bert": _BERT,
     "xlmr": {**_BERT, "last_layer": 3},

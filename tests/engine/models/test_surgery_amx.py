@@ -43,7 +43,7 @@ def hidden(path: Path, dtype: Literal["float32", "bfloat16"]) -> tuple[Tensor, s
     backbone = parts.runners[0]._backbone
     layers = [layer for layer in backbone.module.modules() if isinstance(layer, NativeLinear)]
     with torch.inference_mode():
-        return backbone.forward(BATCH).float(), {layer._panels().tiled for layer in layers}
+        return backbone.forward(BATCH).float(), {layer.panels().tiled for layer in layers}
 
 
 @pytest.mark.parametrize("family", ["bert", "qwen3"])

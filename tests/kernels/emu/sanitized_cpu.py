@@ -11,10 +11,10 @@ from itertools import product
 
 import torch
 
-from carpool.kernels import native, native_linear, native_linear8, native_rows
+from carpool.kernels import native, native_encoder, native_linear, native_linear8, native_rows
 from carpool.kernels.panels import Panels
 from carpool.kernels.panels8 import Panels8
-from carpool.kernels.twins_cpu import Norm
+from carpool.kernels.twins_cpu import EncoderLayer, Norm
 
 DTYPES = (torch.float32, torch.bfloat16)
 BFLOAT16 = 3  # the level that multiplies it
@@ -68,6 +68,16 @@ def multiply_integers(dtype: torch.dtype) -> None:
         native_linear8.linear_norm(x, panels, residual, norm)
 
 
+def encode(dtype: torch.dtype, kind: type[Panels] | type[Panels8]) -> None:
+    for lengths, width in product(LENGTHS, (16, 48)):
+        shapes = ((3 * width, width), (width, width), (96, width), (width, 96))
+        joint, out, up, down = (kind.of(torch.randn(shape).to(dtype), None) for shape in shapes)
+        norm = Norm(torch.ones(width), torch.zeros(width), 1e-6, centred=True)
+        layer = EncoderLayer(joint, out, up, down, norm, norm, "gelu", heads=width // 16, scale=0.25)
+        runs = [(length, 1) for length in lengths]
+        native_encoder.Encoder([layer] * 3, dtype)(torch.randn(sum(lengths), width).to(dtype), runs)
+
+
 def work_rows(dtype: torch.dtype) -> None:
     for tokens, width in product((1, 5), (16, 48, 400)):
         x, vector = torch.randn(tokens, width).to(dtype), torch.ones(width)
@@ -99,11 +109,13 @@ def main(path: str, fault: bool) -> None:
             calls += 3
             if dtype == torch.float32 or level >= BFLOAT16:
                 multiply(dtype)
-                calls += 1
+                encode(dtype, Panels)
+                calls += 2
     for dtype in DTYPES if native_linear8.multiplies else ():
         if native_linear8.serves(torch.empty(1, 16, dtype=dtype)):
             multiply_integers(dtype)
-            calls += 1
+            encode(dtype, Panels8)
+            calls += 2
     print(f"{calls} groups of kernels ran clean")
 
 
