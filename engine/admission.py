@@ -3,7 +3,8 @@
 The measure is time. A request that would wait long is better refused while its sender can still go elsewhere, and how
 long it would wait follows from what waits already and how fast the engine runs. Since turns go round, others' tokens
 are ahead of a newcomer only as far as their requests' first turns go; so a request of many texts makes nobody wait
-longer than one that fills a batch, and counts as one of those.
+longer than one that fills a batch, and counts as one of those. It waits for all that is there itself, and is refused by
+that.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from carpool.engine.stats import State
 
 TURN_SECONDS = 5.0  # until a newcomer's turn has come: half of what impatient clients wait
 FEW_REQUESTS = 128  # may wait longer: so many connections, each with one request, are no overload
-QUEUE_SECONDS = 60.0  # of work in all
+QUEUE_SECONDS = 60.0  # until a newcomer is through, at most
 _MEMORY_S = 10.0  # a worker's seconds by which what was measured before has lost most of its weight
 
 
@@ -60,7 +61,8 @@ class Admission:
             ahead = min(self._first_turns, waiting_tokens)  # twins wait for nothing of their own
             turns = ahead + min(tokens, self._batch_tokens)
             crowded = self._requests >= FEW_REQUESTS and turns > TURN_SECONDS * rate
-            full = crowded or waiting_tokens + tokens > QUEUE_SECONDS * rate
+            through = turns if tokens <= self._batch_tokens else waiting_tokens + tokens
+            full = crowded or through > QUEUE_SECONDS * rate
         if full:
             seconds = waiting_tokens / rate
             raise Overloaded(

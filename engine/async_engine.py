@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from carpool.engine.preparation import Known
     from carpool.engine.remote import RemoteCore
 
+_INLINE_SCORES = 500  # of two vectors each: some milliseconds
+
 T = TypeVar("T")
 
 
@@ -249,7 +251,8 @@ class AsyncEngine:
         if on_progress and (spared := len(planned.asked) - len(planned.prompts)):
             on_progress(spared)
         measure = partial(planned.scores, result.rows, result.prompt_token_ids)
-        scores = await self._off_loop(measure, planned.task == "token_embed")
+        many = planned.task == "token_embed" or len(documents) > _INLINE_SCORES
+        scores = await self._off_loop(measure, many)
         ids, cached = planned.by_pair(result.prompt_token_ids), planned.by_pair(result.cached)
         tokens = planned.prompt_tokens(result.prompt_token_ids)
         return ScoreResult(scores, tokens, result.timings, ids, cached, result.cached_tokens)

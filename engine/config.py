@@ -227,7 +227,9 @@ class EngineConfig:
         0, "Memory for results, given again for prompts that come again; 0 keeps none.", unit="bytes"
     )
     max_queued_tokens: int | None = option(
-        None, "Waiting tokens above which requests get 503; by default what would wait 5 s is refused."
+        None,
+        "Waiting tokens above which requests get 503; by default those that would wait 5 s are refused, and while "
+        "fewer than 128 are there those that would wait 60 s.",
     )
     quantization: str | None = option(
         None, "int8: linear layers in 8-bit integers, on a CPU; by default as --dtype says."

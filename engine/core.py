@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from carpool.engine.worker import Row
 
 _WARM_UP_TOKENS = 512  # a worker
+_AT_ONCE = 2_000  # sequences of a request that are queued before others have their turn of the loop
+_HUNG_AFTER_S = (
+    600.0  # and 20 times what a batch is to take: no batch takes this long unless its thread hangs
+)
 # For a batch under way that nobody waits for. A thread that comes out of torch when Python is gone already aborts the
 # process, so most batches are let finish; one that hangs is left behind.
 _LAST_BATCH_S = 5.0
@@ -261,17 +265,28 @@ class Core:
             pending.timer = loop.call_later(timeout, self._expire, number)
         self._pending[number] = pending
         self._all_answered.clear()
-        for seq in request.sequences(number, ready, now, deadline):
-            if found[seq.index] is None:
-                self._scheduler.add(seq)
-        self._fleet.dispatch_soon()
         try:
+            for seq in request.sequences(number, ready, now, deadline):
+                if found[seq.index] is None:
+                    self._scheduler.add(seq)
+                if seq.index % _AT_ONCE == _AT_ONCE - 1:
+                    self._fleet.dispatch_soon()
+                    await asyncio.sleep(0)
+                    if pending.future.done():  # one of the first failed, or time is up
+                        break
+            self._fleet.dispatch_soon()
             return await pending.future
         finally:
             if number in self._pending:  # the caller was cancelled
                 self._settle(number, None)
 
     # ── what the fleet says ──────────────────────────────────────────────────────────────────────────────
+
+    def patience(self, batch: Batch) -> float:
+        """A worker has its part of the rate, and a long prompt takes longer than as many tokens of short ones."""
+        assert self._fleet is not None
+        rate = self._admission.tokens_per_second / len(self._fleet.workers)
+        return max(_HUNG_AFTER_S, 20 * batch.num_tokens / rate if rate else 0.0)
 
     def is_waited_for(self, seq: Sequence) -> bool:
         return seq.request_id in self._pending
@@ -316,8 +331,12 @@ class Core:
         result.cached[prompt] = min(result.cached[prompt], cached)
         result.timings.queue = max(0.0, began - pending.arrival)
         pending.remaining -= 1
-        if pending.on_progress:
-            pending.on_progress(1)
+        try:
+            if pending.on_progress:
+                pending.on_progress(1)
+        except Exception as error:  # the caller's own, and nobody else's
+            self._settle(seq.request_id, error)
+            return
         if not pending.remaining:
             self._settle(seq.request_id, None)
 
@@ -334,7 +353,7 @@ class Core:
 
     # ── the end of a request ─────────────────────────────────────────────────────────────────────────────
 
-    def _settle(self, request_id: int, error: EngineError | None) -> None:
+    def _settle(self, request_id: int, error: Exception | None) -> None:
         """The one place where a request ends: answered, failed, or (its future cancelled) forgotten."""
         pending = self._pending.pop(request_id, None)
         if pending is None:

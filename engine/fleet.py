@@ -6,7 +6,9 @@ Scheduler → Batch → a worker → rows → the owner
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -23,11 +25,14 @@ if TYPE_CHECKING:
     from carpool.engine.sequence import Sequence
     from carpool.engine.worker import Row
 
-_HUNG_AFTER_S = 600.0  # no batch takes this long unless its thread hangs
+_log = logging.getLogger(__name__)
 
 
 class Owner(Protocol):
     """Who waits for what the fleet does. Called on the event loop."""
+
+    def patience(self, batch: Batch) -> float:
+        """Seconds after which the worker that runs this batch is taken for one that hangs."""
 
     def is_waited_for(self, seq: Sequence) -> bool:
         """Whether its request has not ended."""
@@ -43,9 +48,9 @@ class Owner(Protocol):
 
 
 class Fleet:
-    """`idle` workers have nothing to do, `held` counts the batches of each that has.
+    """`idle` workers have nothing to do, `held` are the batches of each that has, in the order of their results.
 
-    A worker's results come in the order of its batches, so one watchdog watches over the oldest of them.
+    One watchdog a worker watches over the first of them.
     """
 
     def __init__(
@@ -60,7 +65,7 @@ class Fleet:
         self.workers = [
             Worker(
                 runner,
-                done=partial(_call_on, loop, self._done),
+                done=partial(_call_on, loop, self._safely, self._done),
                 died=partial(_call_on, loop, self._died),
                 name=f"carpool-worker-{i}",
                 cpus=cpus[i] if cpus else (),
@@ -68,7 +73,7 @@ class Fleet:
             for i, runner in enumerate(runners)
         ]
         self.idle = list(self.workers)
-        self.held: dict[Worker, int] = {}
+        self.held: dict[Worker, deque[Batch]] = {}
         self.watchdogs: dict[Worker, asyncio.TimerHandle] = {}
 
     def start(self) -> None:
@@ -93,7 +98,7 @@ class Fleet:
         """Dispatch at the end of this turn of the loop: requests read in the same turn may ride together."""
         if not self._due:
             self._due = True
-            asyncio.get_running_loop().call_soon(self._dispatch)
+            asyncio.get_running_loop().call_soon(self._safely, self._dispatch)
 
     def _dispatch(self) -> None:
         """Give every worker that can do with one a batch, as long as something waits."""
@@ -105,10 +110,12 @@ class Fleet:
                 self._owner.expired(expired)
             if batch is None:
                 return
-            if worker not in self.held:
+            if worker in self.held:
+                self.held[worker].append(batch)
+            else:
                 self.idle.remove(worker)
+                self.held[worker] = deque((batch,))
                 self._watch(worker)
-            self.held[worker] = self.held.get(worker, 0) + 1
             worker.submit(batch)
 
     def _taker(self, full: bool) -> Worker | None:
@@ -120,13 +127,15 @@ class Fleet:
         """
         if self.idle:
             return self.idle[-1]
-        with_room = [worker for worker, held in self.held.items() if held < worker.places] if full else []
-        return min(with_room, key=self.held.__getitem__, default=None)
+        if not full:
+            return None
+        with_room = [worker for worker, held in self.held.items() if len(held) < worker.places]
+        return min(with_room, key=lambda worker: len(self.held[worker]), default=None)
 
     def _done(self, worker: Worker, batch: Batch, rows: list[Row], seconds: float) -> None:
         began = time.monotonic() - seconds  # until then it waited, here or behind another on the device
         self.watchdogs.pop(worker).cancel()
-        self.held[worker] -= 1
+        self.held[worker].popleft()
         if self.held[worker]:
             self._watch(worker)  # the next one, from now on
         else:
@@ -148,8 +157,16 @@ class Fleet:
 
     def _watch(self, worker: Worker) -> None:
         """Give the worker's oldest batch its time from now."""
-        loop = asyncio.get_running_loop()
-        self.watchdogs[worker] = loop.call_later(_HUNG_AFTER_S, self._hung)
+        patience = self._owner.patience(self.held[worker][0])
+        self.watchdogs[worker] = asyncio.get_running_loop().call_later(patience, self._hung)
+
+    def _safely(self, call: Callable[..., None], *args: object) -> None:
+        """An error of our own on the loop would leave those waiting whom it kept from being told."""
+        try:
+            call(*args)
+        except Exception as error:
+            _log.exception("The engine fails by a fault of its own.")
+            self._lose(f"The engine failed: {type(error).__name__}.")
 
     def _hung(self) -> None:
         if not self._over:  # else it holds what a stop has left behind

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Container
 from itertools import count
 
@@ -44,7 +44,7 @@ class _Flow:
         self.order = order
         self.served = 0
         self.num_waiting = 0
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: OrderedDict[Sequence, None] = OrderedDict()  # as a queue, of which any may be taken out
         # A heap whose stale entries (the child was dealt from since, or has nothing left) are dropped when met.
         self._children: list[tuple[int, int, _Flow]] = []
 
@@ -62,6 +62,10 @@ class _Flow:
         least = self.least_served()
         if least is not None:
             child.served = max(child.served, least.served)
+
+    def put_first(self, seq: Sequence) -> None:
+        self.waiting[seq] = None
+        self.waiting.move_to_end(seq, last=False)
 
     def dealt(self, tokens: int, sequences: int) -> None:
         """Record that sequences left this leaf (or, with negative numbers, came back), all the way up."""
@@ -136,9 +140,9 @@ class Scheduler:
             return
         request = self._requests.get(seq.request_id) or self._open(seq)
         if seq.table is None:
-            request.waiting.append(seq)
+            request.waiting[seq] = None
         else:
-            request.waiting.appendleft(seq)
+            request.put_first(seq)
             self._begun[seq] = None
         request.dealt(0, -1)
         self.waiting_tokens += seq.remaining
@@ -237,7 +241,7 @@ class Scheduler:
     def _withdraw(self, seq: Sequence) -> None:
         """Take one that rests from now on out of the middle of the queue. Nobody is charged."""
         request = self._requests[seq.request_id]
-        request.waiting.remove(seq)
+        del request.waiting[seq]
         self._give_up(seq)
         self.waiting_tokens -= seq.remaining
         self.waiting_sequences -= 1
@@ -254,7 +258,7 @@ class Scheduler:
     def _next_chunk(self, seq: Sequence) -> dict[Sequence, int]:
         """Take one that has begun out of the middle of the queue, and run its next chunk by itself."""
         request = self._requests[seq.request_id]
-        request.waiting.remove(seq)
+        del request.waiting[seq]
         del self._begun[seq]
         self.waiting_tokens -= seq.remaining
         self.waiting_sequences -= 1
@@ -339,7 +343,7 @@ class Scheduler:
                 while flow is not None and not flow.waiting:
                     flow = flow.least_served()
                 assert flow is not None, "a class that counts waiting sequences has a request that holds one"
-                seq = flow.waiting.popleft()
+                seq, _ = flow.waiting.popitem(last=False)
                 self._begun.pop(seq, None)
                 self.waiting_tokens -= seq.remaining
                 self.waiting_sequences -= 1
@@ -359,7 +363,7 @@ class Scheduler:
     def _put_back(self, seq: Sequence) -> None:
         """Undo a pick. In reverse order of picking, every queue is as it was."""
         request = self._requests[seq.request_id]
-        request.waiting.appendleft(seq)
+        request.put_first(seq)
         if seq.table is not None:
             self._begun[seq] = None
         request.dealt(-seq.remaining, -1)

@@ -66,9 +66,8 @@ class Plan:
         """`pairs` and `fields` are about `prompts` as they are asked for, equal ones included."""
         place: dict[Prompt, int] = {}
         asked = [place.setdefault(prompt, len(place)) for prompt in prompts]
-        named = (
-            [fields[asked.index(i)] for i in range(len(place))] if len(place) < len(asked) else list(fields)
-        )
+        first = dict(zip(reversed(asked), reversed(fields), strict=True))
+        named = [first[i] for i in range(len(place))]
         distinct = cast("Prompts", list(place))
         return cls(
             task, distinct, [(asked[a], asked[b]) for a, b in pairs], measure, named, asked, roles or {}

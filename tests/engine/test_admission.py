@@ -47,7 +47,7 @@ def test_few_requests_may_wait_longer_but_not_for_ever() -> None:
     while admits(door, 2000, waiting):
         door.enter(2000)
         waiting += 2000
-    assert waiting == QUEUE_SECONDS * RATE
+    assert waiting == QUEUE_SECONDS * RATE  # of first turns
 
 
 def test_a_request_of_many_texts_keeps_short_ones_out_no_longer_than_a_batch_does() -> None:
@@ -59,6 +59,14 @@ def test_a_request_of_many_texts_keeps_short_ones_out_no_longer_than_a_batch_doe
     assert waiting > TURN_SECONDS * RATE
     assert admits(door, 20, waiting)
     assert not admits(door, 40_000, waiting)  # more than a minute in all
+
+
+def test_a_request_of_minutes_of_work_keeps_no_short_one_out() -> None:
+    door = admission()
+    door.enter(600_000)
+    assert admits(door, 20, 600_000)
+    assert admits(door, BATCH, 600_000)
+    assert not admits(door, BATCH + 1, 600_000)
 
 
 def test_twins_that_wait_for_nothing_of_their_own_fill_no_queue() -> None:
@@ -98,7 +106,7 @@ def test_a_bound_in_tokens_holds_alone() -> None:
 
 def test_a_refusal_says_when_half_of_the_queue_will_be_done() -> None:
     with pytest.raises(Overloaded, match=r"80000 tokens wait, 80\.0 s of work") as refused:
-        admission().check(20, 80_000)
+        admission().check(BATCH + 1, 80_000)
     assert refused.value.retry_after == 40.0
 
 

@@ -164,6 +164,11 @@ class Scene:
         assert fleet is not None
         return fleet
 
+    @property
+    def held(self) -> list[int]:
+        """How many batches each worker holds that has any."""
+        return list(map(len, self.fleet.held.values()))
+
     def ask(self, *ids: list[int], **options: Any) -> asyncio.Task[PoolingResult]:
         return asyncio.ensure_future(self.engine.pool(list(ids), PoolingParams(), TOKENIZATION, **options))
 
@@ -319,11 +324,11 @@ async def test_full_batches_are_ready_before_the_device_is() -> None:
         first = await s.occupy()
         rest = [s.ask([i]) for i in range(4 * 8 + 3)]
         await until(lambda: s.engine.waiting_sequences == 2 * 8 + 3)
-        assert s.fleet.held == {s.fleet.workers[0]: 3}
+        assert s.held == [3]
         s.open()
         await asyncio.gather(first, *rest)
         assert [len(batch) for batch in s.runner.batches] == [1, 8, 8, 8, 8, 3]
-        assert (s.fleet.held, s.fleet.idle) == ({}, s.fleet.workers)
+        assert (s.held, s.fleet.idle) == ([], s.fleet.workers)
         assert not s.fleet.watchdogs
 
 
@@ -332,8 +337,8 @@ async def test_full_batches_go_where_the_fewest_are() -> None:
         for runner in s.built.runners:
             runner.gate.clear()
         rest = [s.ask([i]) for i in range(4 * 8)]
-        await until(lambda: sum(s.fleet.held.values()) == 4)
-        assert list(s.fleet.held.values()) == [2, 2]
+        await until(lambda: sum(s.held) == 4)
+        assert s.held == [2, 2]
         s.open()
         await asyncio.gather(*rest)
 
@@ -699,7 +704,7 @@ async def test_a_deep_worker_that_is_lost_answers_all_that_landed_and_no_more() 
         first = await s.occupy()
         landed = [s.ask([i]) for i in range(8)]
         lost = [s.ask([DEADLY]), *(s.ask([8 + i]) for i in range(3 * 8))]
-        await until(lambda: s.fleet.held.get(s.fleet.workers[0]) == 3)
+        await until(lambda: s.held == [3])
         s.open()
         answers = await asyncio.gather(first, *landed, *lost, return_exceptions=True)
         kinds = [type(given_answer) for given_answer in answers]
@@ -710,7 +715,7 @@ async def test_a_deep_worker_that_is_lost_answers_all_that_landed_and_no_more() 
 
 async def test_a_hanging_worker_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     async with scene() as s:
-        monkeypatch.setattr(fleet, "_HUNG_AFTER_S", 0.03)
+        monkeypatch.setattr("carpool.engine.core._HUNG_AFTER_S", 0.03)
         first = await s.occupy()
         waiting = s.ask([2])
         for task in (first, waiting):
@@ -726,10 +731,85 @@ async def test_a_hanging_worker_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
 async def test_a_slow_worker_is_not_a_hanging_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The watchdog watches one batch at a time, however many come."""
     async with scene() as s:
-        monkeypatch.setattr(fleet, "_HUNG_AFTER_S", 0.5)
+        monkeypatch.setattr("carpool.engine.core._HUNG_AFTER_S", 0.5)
         s.runner.slow = 0.02
         await s.ask(*[[i] * 60 for i in range(40)])
         assert s.engine.state == "ready"
+
+
+async def test_a_batch_that_is_to_take_long_is_given_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene() as s:
+        monkeypatch.setattr("carpool.engine.core._HUNG_AFTER_S", 3.0)
+        made = core(s.engine)
+        short, long = (Batch((Sequence(0, 0, [1] * n, PoolingParams()),)) for n in (2, 3000))
+        made._admission.tokens_per_second = 100.0 * len(s.fleet.workers)
+        assert made.patience(short) == 3.0
+        assert made.patience(long) == 20 * 3000 / 100
+        made._admission.tokens_per_second = 0.0
+        assert made.patience(long) == 3.0
+
+
+async def test_an_error_on_the_loop_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene() as s:
+        first = await s.occupy()
+        waiting = s.ask([2])
+        await asyncio.sleep(0)
+        monkeypatch.setattr(core(s.engine), "_hand_out", None)
+        s.open()
+        for task in (first, waiting):
+            with pytest.raises(EngineDead, match="TypeError"):
+                await task
+        assert s.engine.state == "dead"
+
+
+async def test_who_cannot_hear_of_progress_fails_alone() -> None:
+    def deaf(_rows: int) -> None:
+        raise KeyError("nobody listens")
+
+    async with scene() as s:
+        first = await s.occupy()
+        together = [s.ask([2], [3], on_progress=deaf), s.ask([4])]
+        await asyncio.sleep(0)
+        s.open()
+        with pytest.raises(KeyError, match="nobody listens"):
+            await together[0]
+        assert len((await together[1]).rows) == len((await first).rows) == 1
+        assert s.engine.state == "ready"
+        assert_nothing_left(s.engine)
+
+
+async def test_a_request_of_very_many_texts_lets_others_have_their_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("carpool.engine.core._AT_ONCE", 10)
+    async with scene() as s:
+        first = await s.occupy()
+        bulk = s.ask(*[[i % 50] for i in range(95)])
+        for turn in range(1, 10):
+            await asyncio.sleep(0)
+            assert s.engine.waiting_sequences == 10 * turn
+        s.open()
+        assert len((await bulk).rows) == 95
+        await first
+
+
+async def test_it_may_be_cancelled_or_fail_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("carpool.engine.core._AT_ONCE", 10)
+    async with scene() as s:
+        first = await s.occupy()
+        cancelled = s.ask(*[[i % 50] for i in range(95)])
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        assert s.engine.waiting_sequences == 0
+        late = s.ask(*[[i % 50] for i in range(95)], timeout=0.0001)
+        with pytest.raises(DeadlineExceeded):
+            await late
+        s.open()
+        await first
+        assert_nothing_left(s.engine)
 
 
 async def test_stopping_a_dead_engine_leaves_it_dead() -> None:
@@ -958,7 +1038,7 @@ async def test_a_refused_model_says_why_at_start() -> None:
 async def test_every_batch_of_a_deep_worker_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that was given while another was under way; and each has its whole time once it is its turn."""
     async with scene(depth=2) as s:
-        monkeypatch.setattr(fleet, "_HUNG_AFTER_S", 0.4)
+        monkeypatch.setattr("carpool.engine.core._HUNG_AFTER_S", 0.4)
         s.runner.slow = 0.15
         rest = asyncio.gather(*(s.ask([i]) for i in range(8 * 8)))
         await until(lambda: s.ledger.batches == 4)
@@ -1047,13 +1127,13 @@ async def test_what_hangs_after_a_stop_is_left_behind_in_peace(monkeypatch: pyte
     async with scene(depth=2) as s:
         first = await s.occupy()
         rest = [s.ask([i]) for i in range(2 * 8)]
-        await until(lambda: s.fleet.held.get(s.fleet.workers[0]) == 3)
+        await until(lambda: s.held == [3])
         assert await s.engine.stop(0) is False
         await asyncio.gather(first, *rest, return_exceptions=True)
-        monkeypatch.setattr(fleet, "_HUNG_AFTER_S", 0.02)
+        monkeypatch.setattr("carpool.engine.core._HUNG_AFTER_S", 0.02)
         s.runner.slow = 0.1
         s.open()  # the first lands, and the one behind it is given its time
-        await until(lambda: s.fleet.held.get(s.fleet.workers[0]) == 1)
+        await until(lambda: s.held == [1])
         assert s.engine.state == "stopped"
         assert not core(s.engine)._dead.is_set()
 
