@@ -79,6 +79,9 @@ _TASKS: Mapping[Kind, tuple[Task, ...]] = {
 }
 
 
+_OF_TORCH = re.compile(r"torch\.nn\.(modules\.|[A-Z]\w*$)")  # by its full name, or as people write it
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """`tasks` are all that the model can do; the first is what it does when it is not told."""
@@ -182,8 +185,11 @@ def activation_of(config: Mapping[str, Any], num_labels: int) -> Activation | st
     dotted = cross_encoder.get("activation_fn") or config.get("sbert_ce_default_activation_function")
     if not dotted:
         return by_count
-    if not str(dotted).startswith("torch.nn.modules."):
-        raise ConfigError(f"Activation {dotted!r} is refused: only classes of torch.nn.modules are loaded.")
+    if not _OF_TORCH.match(str(dotted)):
+        raise ConfigError(
+            f"Activation {dotted!r} is refused: only torch.nn's own classes are loaded. Name one of them with "
+            """--hf-overrides '{"sentence_transformers": {"activation_fn": "torch.nn.Identity"}}'."""
+        )
     name = str(dotted).rpartition(".")[2]
     if name == "Identity":
         return "identity"
@@ -191,6 +197,10 @@ def activation_of(config: Mapping[str, Any], num_labels: int) -> Activation | st
 
 
 def labels_of(config: Mapping[str, Any], num_labels: int) -> tuple[str | None, ...]:
-    """The label of each class: LABEL_0, LABEL_1, … where config.json names none, None where it names only others."""
+    """The label of each class: LABEL_0, LABEL_1, … where config.json names none, None where it names only others.
+
+    Some name classes by numbers, which are texts to whoever reads them.
+    """
     named = config.get("id2label") or {i: f"LABEL_{i}" for i in range(num_labels)}
-    return tuple(named.get(str(i), named.get(i)) for i in range(num_labels))
+    found = (named.get(str(i), named.get(i)) for i in range(num_labels))
+    return tuple(None if label is None else str(label) for label in found)

@@ -14,6 +14,7 @@ from carpool.engine.checkpoint import Checkpoint
 from carpool.engine.config import EngineConfig
 from carpool.engine.device import resolve_devices, resolve_dtype
 from carpool.engine.errors import ConfigError
+from carpool.engine.masked_lm import MaskedLM
 from carpool.engine.models.loader import Loader
 from carpool.engine.models.model import Model
 from carpool.engine.pairing import Pairing
@@ -22,7 +23,7 @@ from carpool.engine.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blueprint:
-    """`notice` is on the choice of dtype."""
+    """`notices` are on the choice of dtype and of what the model is for."""
 
     config: EngineConfig
     checkpoint: Checkpoint
@@ -31,7 +32,7 @@ class Blueprint:
     devices: tuple[torch.device, ...]
     dtype: torch.dtype
     max_model_len: int
-    notice: str | None
+    notices: tuple[str, ...]
 
     @property
     def device(self) -> torch.device:
@@ -42,12 +43,13 @@ class Blueprint:
     def of(cls, config: EngineConfig, folder: Path) -> Blueprint:
         checkpoint = Checkpoint.read(folder, config.hf_overrides, config.pooler_config)
         pairing = Pairing.of(config, checkpoint)
+        masked = MaskedLM.of(config, checkpoint)
         pooler = config.pooler_config
         architecture = Architecture.of(
             checkpoint.architectures,
             "classify" if pairing.scorer and config.convert == "auto" else config.convert,
             step_words=bool(pooler.steps and pooler.returned_token_ids),
-            files=checkpoint.files,
+            files=checkpoint.files or masked.kind,
         )
         devices = resolve_devices(config.device, config.data_parallel_size)
         device = devices[0]
@@ -66,7 +68,7 @@ class Blueprint:
             devices=devices,
             dtype=dtype,
             max_model_len=_max_model_len(config, checkpoint),
-            notice=notice,
+            notices=tuple(sentence for sentence in (notice, masked.notice) if sentence),
         )
 
     def tokenizer(self, fast: Any) -> Tokenizer:

@@ -39,7 +39,7 @@ from carpool.engine.params import Task
 from carpool.engine.poolers.adapted import AdaptedPool
 from carpool.engine.poolers.bge_m3 import Marks
 from carpool.engine.poolers.pooler import Pool, Pooler, reads
-from carpool.engine.pools import head_width, make_pools, pooling_modes, pooling_name, similarity_of
+from carpool.engine.pools import STEP_TAG, head_width, make_pools, pooling_modes, pooling_name, similarity_of
 from carpool.engine.runner import ModelRunner
 from carpool.engine.scoring import Framer
 from carpool.engine.tokenizer import Tokenizer
@@ -68,14 +68,14 @@ def build(config: EngineConfig) -> Parts:
     bound_primitive_cache()
     folder = locate(config.model, config.revision)
     plan = Blueprint.of(config, folder)
-    with threads.spread(folder) if plan.device.type == "cpu" else nullcontext():
+    with threads.spread(plan.checkpoint.path) if plan.device.type == "cpu" else nullcontext():
         return _built(plan, folder)
 
 
 def _built(plan: Blueprint, folder: Path) -> Parts:
     """`folder` is where the model lies."""
     config = plan.config
-    words = locate(config.tokenizer) if config.tokenizer else folder
+    words = locate(config.tokenizer) if config.tokenizer else plan.checkpoint.path
     fast = load_fast(words, trust_remote_code=config.trust_remote_code)
     tokenizer = plan.tokenizer(fast)
     chat = ChatTemplate.of(fast, config.chat_template)
@@ -99,10 +99,11 @@ def _built(plan: Blueprint, folder: Path) -> Parts:
     batch_tokens = _batch_tokens(tried, found)
     kept = _kept(plan, model, pools, batch_tokens)
     notices = (
-        plan.notice,
+        *plan.notices,
         *model.notices,
         kept.notice,
         unexpanded,
+        _unprompted(plan),
         *_attention_notices(plan.device, (*attention, *kept.attention)),
         *_device_notices(config, plan.device),
         end_notice(words, fast),
@@ -281,6 +282,17 @@ def _give_up_expansion(tokenizer: Tokenizer, backbone: Backbone, vocab_size: int
     return _UNEXPANDED
 
 
+def _unprompted(plan: Blueprint) -> str | None:
+    """A server puts a prompt where it is asked for: clients of other servers put theirs themselves."""
+    name = plan.checkpoint.default_prompt
+    if name is None or not plan.architecture.embeds:
+        return None
+    return (
+        f"sentence-transformers puts this model's prompt {name!r} before every text; here a request has to name it "
+        f"(prompt_name), or to bring it: {plan.checkpoint.prompts[name]!r}."
+    )
+
+
 def _is_blunt(plan: Blueprint, model: Model, width: int) -> bool:
     """Whether a language model is scored and nobody said how its pairs are put together."""
     return (
@@ -326,9 +338,12 @@ def _framer(plan: Blueprint, chat: ChatTemplate, tokenizer: Tokenizer) -> Framer
 
 def _marks(plan: Blueprint, fast: Any, tokenizer: Tokenizer) -> Marks:
     marks = Marks.of(fast)
-    if plan.architecture.kind != "listwise":
-        return marks
-    return replace(marks, listed=frozenset(tokenizer.ids_of(MARKS)))
+    match plan.architecture.kind:
+        case "listwise":
+            return replace(marks, listed=frozenset(tokenizer.ids_of(MARKS)))
+        case "process_reward":
+            return replace(marks, step=fast.backend_tokenizer.token_to_id(STEP_TAG))
+    return marks
 
 
 def _pairs(checkpoint: Checkpoint, loaded: Loaded) -> PairShape:
@@ -377,7 +392,8 @@ def _attention_notices(device: torch.device, chosen: Iterable[Choice]) -> Iterat
     """Fallbacks are loud: such a server is right, and slower than it need be."""
     if device.type == "cpu" and native.library is None:
         yield (
-            "The native CPU kernels were not built (no C++ compiler at install, or another CPU): torch serves, slower."
+            "The native CPU kernels were not built (no C++ compiler at install, or another CPU), or of other sources than "
+            "these: torch serves, slower. Reinstall carpool where there is a compiler."
         )
     if device.type == "cpu" and native.setback is not None:
         yield native.setback

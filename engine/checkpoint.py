@@ -38,9 +38,13 @@ _ROPE_WITHOUT_FACTOR = {"su", "longrope", "llama3", "yarn", "deepseek_yarn", "de
 _BEHIND_PAD = {
     "camembert",
     "data2vec-text",
+    "esm",
     "ibert",
+    "layoutlmv3",
+    "lilt",
     "longformer",
     "luke",
+    "markuplm",
     "mpnet",
     "roberta",
     "roberta-prelayernorm",
@@ -48,15 +52,19 @@ _BEHIND_PAD = {
     "xlm-roberta-xl",
     "xmod",
 }
+# Beyond such a table there are no positions, whatever other files say.
+_TABLES = _BEHIND_PAD | {"albert", "bert", "distilbert", "electra", "ernie", "gpt2", "mobilebert", "rembert"}
 _UNKNOWN_LENGTH = 2048
-_BGE_M3_HEADS = ("sparse_linear.pt", "colbert_linear.pt")
+_LARGE_FILES = ("*.safetensors", "pytorch_model*.bin", "tokenizer.json", "*.model")
+_POINTER = b"version https://git-lfs.github.com/spec/"
+BGE_M3_HEADS = ("sparse_linear.pt", "colbert_linear.pt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """A model folder, understood. `pooling` is empty when no file names one: the model's class decides."""
 
-    path: Path
+    path: Path  # of config.json, the weights and the tokenizer
     config: Mapping[str, Any]  # config.json with the user's overrides merged in, in transformers' words
     dialect: str | None = None  # what config.json was written in, if in other words than transformers'
     architectures: tuple[str, ...]
@@ -70,7 +78,9 @@ class Checkpoint:
     prompts: Mapping[str, str] = field(default_factory=dict)
     pairs: PairFiles | None = None
     files: Kind | None = None  # what the files beside config.json make of an embedding model
+    default_prompt: str | None = None  # by name; sentence-transformers puts it where none is asked for
     leaves_out_prompts: bool = False  # of pooling
+    truncate_dim: int | None = None  # the width that embeddings are cut to where nobody asks for another
     splade: Splade = field(default_factory=Splade)
     late: LateInteraction | None = None
     similarity: str | None = None  # as sentence-transformers names it
@@ -128,16 +138,23 @@ class Checkpoint:
     @classmethod
     def _read(cls, path: Path, overrides: Mapping[str, Any], pooler: PoolerConfig) -> Checkpoint:
         st = SideFiles.read(path)
+        path = st.folder
+        _refuse_what_is_no_model(path)
         config, dialect = translate(
             _merge(_merge(read_json(path / "config.json"), st.cross_encoder), overrides)
         )
         pooling = (_USER_MODES[pooler.pooling],) if pooler.pooling else st.pooling or _config_pooling(config)
         dense = (*_output_projection(path, config, pooling), *st.dense)
         width = _final_width(_hidden_size(config) * max(1, len(pooling)), dense)
-        longest = max(_longest(path, config), st.max_seq_length or 0)
+        meant, longest = _lengths(path, config, st.max_seq_length)
         if config.get("max_trained_positions"):  # nothing may be longer, whatever the side files say
             longest = min(longest, int(config["max_trained_positions"]))
-        allowed = tuple(sorted(int(d) for d in config.get("matryoshka_dimensions") or ()))
+        flexible = bool(config.get("is_matryoshka"))
+        widths = {int(d) for d in config.get("matryoshka_dimensions") or ()}
+        truncated = st.truncate_dim if st.truncate_dim and st.truncate_dim < width else None
+        if truncated and (widths or not flexible):
+            widths.add(truncated)
+        allowed = tuple(sorted(widths))
         normalize = st.normalize if pooler.activates is None else pooler.activates
         checkpoint = cls(
             path=path,
@@ -149,19 +166,39 @@ class Checkpoint:
             dense=dense,
             lowercase=st.lowercase,
             tanh_int8=st.tanh_int8,
-            max_model_len=min(st.max_seq_length or longest, longest),
+            max_model_len=min(meant, longest),
             longest=longest,
             prompts=st.prompts,
             pairs=st.pairs,
-            files="bge_m3" if all((path / name).is_file() for name in _BGE_M3_HEADS) else st.files,
+            files="bge_m3" if all((path / name).is_file() for name in BGE_M3_HEADS) else st.files,
+            default_prompt=st.default_prompt if st.prompts.get(st.default_prompt or "") else None,
             leaves_out_prompts=st.leaves_out_prompts,
+            truncate_dim=truncated,
             splade=st.splade,
             late=_late_interaction(path, config, st),
             similarity=st.side.get("similarity_fn_name"),
-            matryoshka=Matryoshka(width, bool(config.get("is_matryoshka")) and not allowed, allowed),
+            matryoshka=Matryoshka(width, flexible and not allowed, allowed),
         )
         _ = checkpoint.vocab_size
         return checkpoint
+
+
+def _refuse_what_is_no_model(folder: Path) -> None:
+    """Say what lies there instead, where that is known."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file() and not (folder / "config.json").is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise ConfigError(
+            f"{folder} holds an adapter and no model: serve the model that it was made for ({base}) with "
+            f"--lora-modules NAME={folder}."
+        )
+    for pattern in _LARGE_FILES:
+        for path in sorted(folder.glob(pattern)):
+            with path.open("rb") as file:
+                if file.read(len(_POINTER)) == _POINTER:
+                    raise ConfigError(
+                        f"{path} is a pointer of Git LFS and not the file itself: run `git lfs pull` in that folder."
+                    )
 
 
 def _late_interaction(path: Path, config: Mapping[str, Any], st: SideFiles) -> LateInteraction | None:
@@ -219,8 +256,11 @@ def _final_width(width: int, layers: tuple[Dense, ...]) -> int:
     return width
 
 
-def _longest(path: Path, config: Mapping[str, Any]) -> int:
-    """Tokens that config.json and the tokenizer allow."""
+def _lengths(path: Path, config: Mapping[str, Any], asked: int | None) -> tuple[int, int]:
+    """Tokens that the files mean a prompt to have at most, and that there are positions for.
+
+    `asked`: sentence-transformers' max_seq_length, which no table of positions grows by.
+    """
     text = _text_config(config)
     lengths = [int(text[key]) for key in _LENGTH_KEYS if text.get(key)]
     derived = int(text["model_max_length"]) if text.get("model_max_length") else min(lengths, default=0)
@@ -230,18 +270,20 @@ def _longest(path: Path, config: Mapping[str, Any]) -> int:
     stretched = gemma3 or "original_max_position_embeddings" in rope
     if derived and kind not in _ROPE_WITHOUT_FACTOR and "factor" in rope and not stretched:
         derived = int(derived * float(rope["factor"]))
-    if kind == "longrope" and text.get("original_max_position_embeddings"):
-        derived = int(text["original_max_position_embeddings"])
     if not derived:
-        return _UNKNOWN_LENGTH
-    if "rope_theta" not in text and not rope:
+        return asked or _UNKNOWN_LENGTH, max(asked or 0, _UNKNOWN_LENGTH)
+    family, meant, table = text.get("model_type"), derived, False
+    if kind == "longrope" and text.get("original_max_position_embeddings"):
+        meant = int(text["original_max_position_embeddings"])
+    if family in _BEHIND_PAD or ("rope_theta" not in text and not rope):
         # Learned positions: the table may be longer than what is usable (RoBERTa's 514 for 512).
-        if text.get("model_type") in _BEHIND_PAD:
-            derived -= int(text.get("pad_token_id") or 1) + 1
+        table = family in _TABLES
+        if family in _BEHIND_PAD:
+            pad = 1 if family == "mpnet" else text.get("pad_token_id")  # whose class has it written down
+            derived -= (1 if pad is None else int(pad)) + 1
         limit = read_json(path / "tokenizer_config.json", optional=True).get("model_max_length")
-        if isinstance(limit, int | float) and 0 < limit < derived:
-            return int(limit)
-    return derived
+        meant = min(derived, int(limit)) if isinstance(limit, int | float) and limit > 0 else derived
+    return asked or meant, derived if table else max(derived, asked or 0)
 
 
 def _hidden_size(config: Mapping[str, Any]) -> int:

@@ -93,5 +93,9 @@ class Undone(InferenceFailed):
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without what libraries append; its class's name if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says, without what libraries append; its class's name if it says nothing.
+
+    A first line that ends in a colon has the next one to say what it announces.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

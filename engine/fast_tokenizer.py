@@ -20,15 +20,11 @@ def load_fast(path: str | Path, *, trust_remote_code: bool) -> Any:
     a text (`add_bos_token`, `add_eos_token`) are as tokenizer_config.json has them. Since version 5 transformers
     goes by tokenizer.json alone, which lacks the end that e5-mistral was trained with; we do not.
     """
-    from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = Path(path)
     own = _read_json(folder / "tokenizer_config.json")
     has_code = not trust_remote_code and "auto_map" in own
-    # transformers would ask config.json for the tokenizer's class, and stumble over a model that it does not know.
-    unknown = (
-        not trust_remote_code and _read_json(folder / "config.json").get("model_type") not in CONFIG_MAPPING
-    )
     try:
         fast: Any
         if has_code and (folder / "tokenizer.json").is_file():
@@ -40,7 +36,7 @@ def load_fast(path: str | Path, *, trust_remote_code: bool) -> Any:
             fast = AutoTokenizer.from_pretrained(
                 str(path),
                 trust_remote_code=trust_remote_code,
-                config=PreTrainedConfig() if unknown else None,
+                config=None if trust_remote_code else _stand_in(folder),
             )
             if own.get("add_eos_token") and not _ends_texts(fast):
                 fast = AutoTokenizer.from_pretrained(
@@ -54,6 +50,22 @@ def load_fast(path: str | Path, *, trust_remote_code: bool) -> Any:
     if getattr(fast, "backend_tokenizer", None) is None:
         raise ConfigError(f"The tokenizer in {path} has no fast version; save one with tokenizer.json.")
     return fast
+
+
+def _stand_in(folder: Path) -> Any:
+    """For config.json, which transformers asks for the tokenizer's class, where it would stumble over a model that it
+    does not know or over a value that has nothing to do with words; None where it does not."""
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    own = _read_json(folder / "config.json")
+    kind = own.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        return PreTrainedConfig()
+    try:
+        AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception:  # the loader will say what is wrong, unless the user's overrides mend it
+        return CONFIG_MAPPING[kind](tokenizer_class=own.get("tokenizer_class"))
+    return None
 
 
 def _from_sentencepiece(folder: Path, own: Mapping[str, Any]) -> Any:

@@ -13,7 +13,8 @@ _FILES = [
     *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"),
     *("adapter_model.bin", "*_Dense/*.bin", "sparse_linear.pt", "colbert_linear.pt", "artifact.metadata"),
 ]
-_PICKLES = ["pytorch_model*.bin"]  # the same weights once more, in most repositories that have both
+# The same weights once more, in most repositories that have both.
+_PICKLES = ["pytorch_model*.bin", "0_*/pytorch_model*.bin"]
 
 
 def locate(model: str, revision: str | None = None) -> Path:
@@ -47,7 +48,8 @@ def _download(model: str, revision: str | None) -> Path:
 
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
-        if not any(folder.glob("*.safetensors")) and not (folder / "adapter_config.json").is_file():
+        safe = (path for pattern in ("*.safetensors", "0_*/*.safetensors") for path in folder.glob(pattern))
+        if not any(safe) and not (folder / "adapter_config.json").is_file():
             snapshot_download(model, revision=revision, allow_patterns=_PICKLES)
         return folder
     except Exception as error:  # the hub's client raises a dozen unrelated types

@@ -114,9 +114,13 @@ class Pairing:
             )
 
 
-def _recognise(config: EngineConfig, checkpoint: Checkpoint) -> Reranker | None:
-    """By what the user calls it, its folder (in the hub's cache, the repository), and what it was saved as."""
+def names_of(config: EngineConfig, checkpoint: Checkpoint) -> list[str]:
+    """What the user calls it, its folder (in the hub's cache, the repository), and what it was saved as."""
     hub = [part for part in checkpoint.path.parts if part.startswith("models--")]
     saved = str(checkpoint.config.get("_name_or_path") or "")
-    names = [Path(name).name for name in (config.model, str(checkpoint.path), saved)]
-    return recognise([*names, *hub], checkpoint.config, checkpoint.architectures, checkpoint.dialect)
+    return [*(Path(name).name for name in (config.model, str(checkpoint.path), saved)), *hub]
+
+
+def _recognise(config: EngineConfig, checkpoint: Checkpoint) -> Reranker | None:
+    names = names_of(config, checkpoint)
+    return recognise(names, checkpoint.config, checkpoint.architectures, checkpoint.dialect)

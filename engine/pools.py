@@ -24,9 +24,7 @@ from carpool.engine.poolers.splade import SpladePool
 from carpool.engine.poolers.tanh_int8 import TanhInt8
 from carpool.engine.side_files import PoolingMode
 
-_QWEN_STEP_TAG = (
-    151651  # <extra_0>, which the one published family of process reward models ends its steps with
-)
+STEP_TAG = "<extra_0>"  # which the one published family of process reward models ends its steps with
 
 
 def make_pools(
@@ -67,7 +65,7 @@ def make_pools(
             assert loaded.head is not None, "a listwise reranker is loaded with its projector"
             # Not normalised: the vectors of several prompts are averaged as they are.
             return {"token_embed": MarkedPool(EmbedHead([loaded.head], False, None), marks.listed)}
-    return _classify_pools(checkpoint, config, architecture, loaded, modes[0], width)
+    return _classify_pools(checkpoint, config, architecture, loaded, modes[0], width, marks)
 
 
 def pooling_modes(checkpoint: Checkpoint, loaded: Loaded) -> tuple[PoolingMode, ...]:
@@ -137,8 +135,9 @@ def _embed_pools(
 
 
 def _cut(checkpoint: Checkpoint, config: EngineConfig) -> int | None:
-    """The width that the user cuts every embedding to."""
-    dimensions = config.pooler_config.dimensions
+    """The width that the user or the files cut every embedding to."""
+    asked = config.pooler_config.dimensions
+    dimensions = checkpoint.truncate_dim if asked is None else asked
     try:
         checkpoint.matryoshka.check(dimensions, config.model or BUNDLED_NAME)
     except InvalidParameter as error:
@@ -168,6 +167,7 @@ def _classify_pools(
     loaded: Loaded,
     mode: PoolingMode,
     num_labels: int,
+    marks: Marks,
 ) -> dict[Task, Pool]:
     pooler, kind = config.pooler_config, architecture.kind
     named = activation_of(checkpoint.config, num_labels or loaded.backbone.hidden_size)
@@ -180,9 +180,30 @@ def _classify_pools(
     )
     tokens = TokenClassifyPool(head)
     if pooler.steps if pooler.steps is not None else kind == "process_reward":
-        default_tag = _QWEN_STEP_TAG if kind == "process_reward" else None
-        tag = default_tag if pooler.step_tag_id is None else pooler.step_tag_id
-        tokens = TokenClassifyPool(head, tag, None if kind == "judge" else pooler.returned_token_ids)
+        columns = None if kind == "judge" else pooler.returned_token_ids
+        if columns and not all(0 <= column < num_labels for column in columns):
+            raise ConfigError(
+                f"returned_token_ids {list(columns)} go beyond this model's {num_labels} labels."
+            )
+        tokens = TokenClassifyPool(head, _step_tag(checkpoint, config, architecture, marks), columns)
     if "classify" not in architecture.tasks:
         return {"token_classify": tokens}
     return {"classify": ClassifyPool(mode, head, loaded.late), "token_classify": tokens}
+
+
+def _step_tag(
+    checkpoint: Checkpoint, config: EngineConfig, architecture: Architecture, marks: Marks
+) -> int | None:
+    """The token whose rows are the results, None for all; one that no text can have would make all of them empty."""
+    tag = config.pooler_config.step_tag_id
+    if tag is None and architecture.kind == "process_reward":
+        tag = marks.step
+        if tag is None:
+            raise ConfigError(
+                f"This process reward model's tokenizer has no {STEP_TAG} to end a step with: name the token that does "
+                """with --pooler-config '{"step_tag_id": 12902}', or have every token judged with """
+                """'{"tok_pooling_type": "ALL"}'."""
+            )
+    if tag is not None and not 0 <= tag < checkpoint.vocab_size:
+        raise ConfigError(f"step_tag_id {tag} is none of this model's ids, 0 to {checkpoint.vocab_size - 1}.")
+    return tag

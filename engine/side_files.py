@@ -73,8 +73,13 @@ class PairFiles:
 
 @dataclass(frozen=True, slots=True)
 class SideFiles:
-    """The side files of sentence-transformers, old dialect (before 6) and new."""
+    """The side files of sentence-transformers, old dialect (before 6) and new.
 
+    `folder` holds the model itself, with its config.json, weights and tokenizer: the first releases put it into one of
+    its own, 0_Transformer, which modules.json names.
+    """
+
+    folder: Path
     pooling: tuple[PoolingMode, ...] = ()
     normalize: bool = True  # without modules.json, embeddings are normalised
     dense: tuple[Dense, ...] = ()
@@ -85,6 +90,10 @@ class SideFiles:
     pairs: PairFiles | None = None
     files: Kind | None = None
     leaves_out_prompts: bool = False
+    default_prompt: str | None = (
+        None  # the name of the one that sentence-transformers puts where none is asked for
+    )
+    truncate_dim: int | None = None  # the width that it cuts embeddings to where none is asked for
     splade: Splade = Splade()
     side: Mapping[str, Any] = field(default_factory=dict)  # config_sentence_transformers.json
     transformer: Mapping[str, Any] = field(default_factory=dict)  # the configuration of Transformer
@@ -122,7 +131,8 @@ class SideFiles:
                         "weightedmean pooling without the prompt (include_prompt: false) is not served."
                     )
             elif kind == "Dense":
-                dense.append(_dense(folder, "token" if files == "multi_vector" else "sentence"))
+                own = "token_embeddings" if files == "multi_vector" else "sentence_embedding"
+                dense.append(_dense(folder, own, scores=files == "classify"))
             elif kind == "SpladePooling":
                 splade = _splade(read_json(folder / "config.json"), side)
             elif kind == "MultiVectorMask":
@@ -139,6 +149,11 @@ class SideFiles:
             raise ConfigError(
                 f"modules.json runs {', '.join(steps)} in this order; carpool serves {', '.join(_ORDER)}."
             )
+        if files == "classify" and (len(pooling) > 1 or not dense or "Normalize" in kinds):
+            raise ConfigError(
+                f"modules.json makes a cross-encoder of {', '.join(steps)}; carpool serves Transformer, Pooling by one "
+                "mode and Dense layers, the last of which makes the scores."
+            )
         bert = _sentence_bert_config(transformer)
         if ("MLMTransformer" in kinds or bert.get("transformer_task") == "fill-mask") != (files == "sparse"):
             raise ConfigError(
@@ -148,6 +163,7 @@ class SideFiles:
         if files == "multi_vector" and is_pylate(side):
             longest = None  # PyLate leaves there what it cut at last, a query's length as a rule
         return cls(
+            folder=transformer,
             pooling=pooling,
             normalize=not modules or "Normalize" in kinds or (files == "multi_vector" and is_pylate(side)),
             dense=tuple(dense),
@@ -161,6 +177,8 @@ class SideFiles:
             pairs=_pair_files(side, bert, token_ids),
             files=files,
             leaves_out_prompts=leaves_out_prompts,
+            default_prompt=str(side.get("default_prompt_name") or "") or None,
+            truncate_dim=int(side.get("truncate_dim") or 0) or None,
             splade=splade,
             side=side,
             transformer=bert,
@@ -169,10 +187,13 @@ class SideFiles:
 
 
 def _kind_of_files(side: Mapping[str, Any], types: list[str]) -> Kind | None:
-    """What modules.json and config_sentence_transformers.json make of an embedding model, beyond one vector a text."""
+    """What modules.json and config_sentence_transformers.json make of a model that by its class embeds, if not one
+    vector a text."""
     names = {name.rpartition(".")[2] for name in types}
     if "SpladePooling" in names:
         return "sparse"
+    if side.get("model_type") == "CrossEncoder" and "Pooling" in names:
+        return "classify"
     several = side.get("model_type") == "MultiVectorEncoder" or "MultiVectorMask" in names or is_pylate(side)
     return "multi_vector" if several or any(name.startswith("pylate.") for name in types) else None
 
@@ -239,14 +260,13 @@ def _pooling_modes(config: Mapping[str, Any], folder: Path) -> tuple[PoolingMode
     return tuple(_ST_MODES[name] for name in names)
 
 
-def _dense(folder: Path, of: Literal["sentence", "token"]) -> Dense:
+def _dense(folder: Path, own: str, *, scores: bool) -> Dense:
+    """`own` is what it works on; `scores`: or, as the last of a cross-encoder's, what it makes."""
     config = read_json(folder / "config.json")
-    own = {"sentence": "sentence_embedding", "token": "token_embeddings"}[of]
     for key in ("module_input_name", "module_output_name"):
-        if config.get(key) not in (None, own):
-            raise ConfigError(
-                f"{folder.name} works on {config[key]!r}; carpool serves Dense layers on {of} embeddings here."
-            )
+        named = config.get(key)
+        if named not in (None, own) and not (scores and (key, named) == ("module_output_name", "scores")):
+            raise ConfigError(f"{folder.name} works on {named!r}; carpool serves Dense layers on {own} here.")
     return Dense(
         folder=folder,
         in_features=int(config["in_features"]),

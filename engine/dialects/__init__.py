@@ -18,12 +18,14 @@ from carpool.engine.dialects.llama import BIDIRECTIONAL_LLAMA
 from carpool.engine.dialects.nomic import NOMIC
 from carpool.engine.dialects.nomic_moe import NOMIC_MOE
 from carpool.engine.dialects.qwen import BIDIRECTIONAL_QWEN3, PLAIN_QWEN2
-from carpool.engine.dialects.refused import GRITLM, NV_EMBED
+from carpool.engine.dialects.refused import BIG_BIRD, GRITLM, NV_EMBED, REFORMER
 from carpool.engine.dialects.towers import CLIP, SIGLIP
 
 DIALECTS: tuple[Dialect, ...] = (  # the first that fits
     GRITLM,
     NV_EMBED,
+    BIG_BIRD,
+    REFORMER,
     NOMIC_MOE,
     JINA_BERT_CODE,
     JINA_BERT,

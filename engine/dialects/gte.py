@@ -27,17 +27,22 @@ def _translate(config: Config) -> dict[str, Any]:
         **{key: value for key, value in config.items() if key not in _SPENT},
         "model_type": "gte",
         "architectures": renamed_classes(config, "New", "Gte"),
-        "rope_parameters": config.get("rope_parameters") or _rope(config),
+        "rope_parameters": _rope(config),
     }
 
 
 def _rope(config: Config) -> dict[str, Any]:
-    """Its "ntk" multiplies the base by f and divides each frequency by f^(2/D): linear scaling does that."""
-    theta = float(config.get("rope_theta", 10_000))
-    scaling = config.get("rope_scaling")
-    if not scaling:
+    """Its "ntk" multiplies the base by f and divides each frequency by f^(2/D): linear scaling does that.
+
+    Since version 5 transformers writes base and scaling into one, as `rope_parameters`.
+    """
+    both = config.get("rope_parameters") or {}
+    theta = float(both.get("rope_theta") or config.get("rope_theta", 10_000))
+    scaling = config.get("rope_scaling") or both
+    kind = scaling.get("type") or scaling.get("rope_type") or "default"
+    if kind == "default":
         return {"rope_type": "default", "rope_theta": theta}
-    kind, factor = scaling.get("type") or scaling.get("rope_type"), float(scaling["factor"])
+    factor = float(scaling.get("factor") or 0)
     if kind != "ntk" or scaling.get("mixed_b") is not None or factor < 1:
         raise ConfigError(
             f"config.json has rope_scaling {dict(scaling)}, and carpool's GTE knows only type 'ntk' without mixed_b "

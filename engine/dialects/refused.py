@@ -1,6 +1,7 @@
-"""Checkpoints whose own code computes what no class here does: refused with the reason, before anything is loaded.
+"""Checkpoints that would load and answer wrongly: refused with the reason, before anything is loaded.
 
-Without a row they would load as the model that their config.json names, and give vectors that are not theirs.
+Some have code of their own that computes what no class here does; of some, transformers' class does not answer a text
+by itself alone.
 """
 
 from __future__ import annotations
@@ -34,5 +35,30 @@ def _refuse_nv_embed(config: Config) -> dict[str, Any]:
     )
 
 
+def _refuse_big_bird(config: Config) -> dict[str, Any]:
+    raise ConfigError(
+        "BigBird attends to some blocks only until transformers' class meets a short text, and to everything from then "
+        "on: what it answers would hang on what was asked before. Serve it with all attention, which is the same for "
+        """short texts: --hf-overrides '{"attention_type": "original_full"}'."""
+    )
+
+
+def _refuse_reformer(config: Config) -> dict[str, Any]:
+    raise ConfigError(
+        "Reformer chooses what a token looks at by random hashes: it answers the same text otherwise each time, and "
+        "carpool cannot serve it."
+    )
+
+
+BIG_BIRD = Dialect(
+    "big-bird",
+    lambda config: config.get("model_type") == "big_bird" and config.get("attention_type") != "original_full",
+    _refuse_big_bird,
+)
+REFORMER = Dialect(
+    "reformer",
+    lambda config: config.get("model_type") == "reformer" and "lsh" in (config.get("attn_layers") or ["lsh"]),
+    _refuse_reformer,
+)
 GRITLM = Dialect("gritlm", _speaks_gritlm, _refuse_gritlm)
 NV_EMBED = Dialect("nv-embed", _speaks_nv_embed, _refuse_nv_embed)

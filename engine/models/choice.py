@@ -32,6 +32,8 @@ def choose(
         if fault is None:
             return backbone, _notice(name, way, packed_fault)
         packed_fault, last_fault = packed_fault or fault, fault
+    if packed_fault == last_fault:
+        raise ConfigError(f"{name} cannot be served: {last_fault}.")
     raise ConfigError(f"{name} cannot be served, neither packed ({packed_fault}) nor padded ({last_fault}).")
 
 

@@ -1,22 +1,24 @@
 """Loader: a checkpoint becomes a backbone and, for classifiers, a head; or a sentence that says why not.
 
 Three guards stand here and in `attention.py` and `probe.py`, because each of these faults gives plausible wrong
-numbers: missing weights are fatal, attention arguments that we do not compute raise, and a model whose packed
-sequences see each other is not packed.
+numbers: weights that are missing, or left over inside a layer, are fatal; attention arguments that we do not compute
+raise; and a model whose packed sequences see each other is not packed.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -45,17 +47,25 @@ from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.patches import patch
 from carpool.engine.models.renames import RENAMES
 from carpool.engine.models.tower import text_tower
-from carpool.engine.models.weights import stored
+from carpool.engine.models.weights import stored, unwrapped
 from carpool.engine.poolers.classifier import (
     ReplayedHead,
     head_from_tokens,
     head_from_weights,
     keep_words,
 )
+from carpool.engine.poolers.dense import load_dense
 from carpool.engine.side_files import PoolingMode
 
 # Weights that a published checkpoint may lack: BERT's own pooler is not used, and position ids are computed.
 _MAY_MISS = re.compile(r"(^|\.)(pooler\.|position_ids$)")
+# What older checkpoints store and classes compute: places, angles, masks (GPT's are called bias).
+_COMPUTED = re.compile(
+    r"(^|\.)(position_ids|token_type_ids|(original_)?inv_freq|(cos|sin)_cached|causal_mask|masked_bias"
+    r"|attn(\.attention)?\.bias|version)$"
+)
+# Keys of a configuration that change how a model is run and not what it computes.
+_PLAIN: dict[str, Any] = {"return_dict": True, "chunk_size_feed_forward": 0}
 _REWARD_HEAD = re.compile(r"^(score|v_head)\.")
 _PROJECTION = re.compile(r"^(colbert_)?linear\.(weight|bias)$")
 _PROJECTOR = re.compile(r"^projector\.\d+\.(weight|bias)$")
@@ -77,6 +87,20 @@ class Loaded:
     late: bool = False
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """transformers is silent but for errors: our own checks speak, in one sentence. A script's own settings return."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loader:
     """How to load: everything but what."""
@@ -86,6 +110,7 @@ class Loader:
     max_model_len: int
     trust_remote_code: bool
 
+    @_quietly()
     def load(
         self,
         checkpoint: Checkpoint,
@@ -97,9 +122,6 @@ class Loader:
 
         `token_ids`: whose rows of the language model's head make the `scorer`, or a judge's logits.
         """
-        # Our own checks speak, in one sentence.
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
         config = self._config(checkpoint)
         self._refuse_unread_code(checkpoint)
         match architecture.kind:
@@ -112,11 +134,15 @@ class Loader:
                 return Loaded(self._backbone(model), self._projector(checkpoint))
             case "sparse":
                 full = self._model(AutoModelForMaskedLM, checkpoint, config)
-                return Loaded(self._backbone(full.base_model), ReplayedHead(full, per_token=True))
+                return Loaded(self._backbone(full.base_model), _replayed(full, per_token=True))
             case "classify" if scorer is not None:
                 full = self._language_model(checkpoint, config)
                 rows = full.get_output_embeddings().weight[list(token_ids)].float()
                 return Loaded(self._backbone(full.base_model), head_from_tokens(rows, scorer.method), "last")
+            case "classify" if checkpoint.files == "classify":
+                model = self._model(AutoModel, checkpoint, config, **_without_pooler(config))
+                layers = [load_dense(spec, self.device) for spec in checkpoint.dense]
+                return Loaded(self._backbone(model), nn.Sequential(*layers))
             case "classify":
                 full = self._model(AutoModelForSequenceClassification, checkpoint, config)
                 _honour_bias(full, checkpoint)
@@ -125,11 +151,11 @@ class Loader:
                 return Loaded(backbone, _classifier(full), pooling, late)
             case "token_classify":
                 full = self._model(AutoModelForTokenClassification, checkpoint, config)
-                return Loaded(self._backbone(full.base_model), ReplayedHead(full, per_token=True))
+                return Loaded(self._backbone(full.base_model), _replayed(full, per_token=True))
             case "judge":
                 full = self._language_model(checkpoint, config)
                 keep_words(full, token_ids)
-                return Loaded(self._backbone(full.base_model), ReplayedHead(full, per_token=True))
+                return Loaded(self._backbone(full.base_model), _replayed(full, per_token=True))
             case "reward" | "process_reward":
                 model = self._model(AutoModel, checkpoint, config, **_without_pooler(config))
                 return Loaded(self._backbone(model), self._reward_head(checkpoint))
@@ -178,16 +204,64 @@ class Loader:
         self, auto: Any, checkpoint: Checkpoint, config: PreTrainedConfig, **options: Any
     ) -> PreTrainedModel:
         rename = RENAMES.get(checkpoint.dialect or "")
+        weights = rename(stored(checkpoint.path), config) if rename else None
+        model, info = self._pretrained(auto, checkpoint, config, weights, options)
+        if self._missing(auto, info) and (bare := unwrapped(checkpoint.path)):
+            weights = rename(bare, config) if rename else bare
+            again, its_info = self._pretrained(auto, checkpoint, config, weights, options)
+            if not self._missing(auto, its_info):
+                model, info = again, its_info
+        if misfits := sorted((name, *map(tuple, shapes)) for name, *shapes in info["mismatched_keys"]):
+            name, stored_shape, expected = misfits[0]
+            raise ConfigError(
+                f"{len(misfits)} of the checkpoint's weights do not fit {type(model).__name__} as config.json and "
+                f"overrides describe it: {name} is of shape {stored_shape} and would have to be of {expected}."
+            )
+        if missing := self._missing(auto, info):
+            raise ConfigError(
+                f"The checkpoint lacks {len(missing)} of the weights that {type(model).__name__} needs "
+                f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''})"
+                f"{self._without(checkpoint) or ': it is damaged, or made for another class.'}"
+            )
+        if unplaced := [name for name in sorted(info["unexpected_keys"]) if _within_a_layer(model, name)]:
+            raise ConfigError(
+                f"The checkpoint holds {len(unplaced)} weight{'s' * (len(unplaced) > 1)} that the layers of "
+                f"{type(model).__name__}, as config.json and overrides describe it, have no place for "
+                f"({', '.join(unplaced[:3])}{', …' if len(unplaced) > 3 else ''})"
+                f"{self._without(checkpoint) or ': without them it would compute something else.'}"
+            )
+        model.eval()
+        for weight in model.parameters():
+            weight.requires_grad_(False)
+        loaded: PreTrainedModel = model.to(self.device)
+        return loaded
+
+    @staticmethod
+    def _missing(auto: Any, info: Mapping[str, Any]) -> list[str]:
+        """The weights without which the model would compute something else."""
+        # A head that is replayed does use BERT's pooler.
+        heedless = auto in (AutoModel, AutoModelForTextEncoding, AutoModelForTokenClassification)
+        missing = sorted(name for name in info["missing_keys"] if not (_MAY_MISS.search(name) and heedless))
+        return [name for name in missing if not name.endswith("position_ids")]
+
+    def _pretrained(
+        self,
+        auto: Any,
+        checkpoint: Checkpoint,
+        config: PreTrainedConfig,
+        weights: Mapping[str, Tensor] | None,
+        options: Mapping[str, Any],
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model with `weights`, or with those in the folder, and transformers' account of them."""
+        own: dict[str, Any]
         try:
-            own: dict[str, Any]
-            if rename is None:
+            if weights is None:
                 source, own = auto, {"trust_remote_code": self.trust_remote_code}
             else:
-                source = auto._model_mapping[type(config)]
-                own = {"state_dict": rename(stored(checkpoint.path), config)}
+                source, own = auto._model_mapping[type(config)], {"state_dict": weights}
             load = partial(
                 source.from_pretrained,
-                str(checkpoint.path) if rename is None else None,
+                str(checkpoint.path) if weights is None else None,
                 config=config,
                 dtype=self.dtype,
                 output_loading_info=True,
@@ -196,37 +270,17 @@ class Loader:
                 **options,
             )
             try:
-                model, info = load(attn_implementation=NAME)
+                made: tuple[PreTrainedModel, dict[str, Any]] = load(attn_implementation=NAME)
             except KeyError as unknown:
                 if unknown.args != (NAME,):
                     raise
                 # One of the oldest classes, which has a table of layers by it. The probe will say that it is one.
-                model, info = load(attn_implementation="eager")
+                made = load(attn_implementation="eager")
+            return made
         except Exception as error:  # transformers raises whatever went wrong inside
             raise ConfigError(
                 f"The model in {checkpoint.path} cannot be loaded: {first_line(error)}{self._without(checkpoint)}"
             ) from error
-        if misfits := sorted((name, *map(tuple, shapes)) for name, *shapes in info["mismatched_keys"]):
-            name, stored_shape, expected = misfits[0]
-            raise ConfigError(
-                f"{len(misfits)} of the checkpoint's weights do not fit {type(model).__name__} as config.json and "
-                f"overrides describe it: {name} is of shape {stored_shape} and would have to be of {expected}."
-            )
-        # A head that is replayed does use BERT's pooler.
-        heedless = auto in (AutoModel, AutoModelForTextEncoding, AutoModelForTokenClassification)
-        missing = sorted(name for name in info["missing_keys"] if not (_MAY_MISS.search(name) and heedless))
-        missing = [name for name in missing if not name.endswith("position_ids")]
-        if missing:
-            raise ConfigError(
-                f"The checkpoint lacks {len(missing)} of the weights that {type(model).__name__} needs "
-                f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''})"
-                f"{self._without(checkpoint) or ': it is damaged, or made for another class.'}"
-            )
-        model.eval()
-        for weight in model.parameters():
-            weight.requires_grad_(False)
-        loaded: PreTrainedModel = model.to(self.device)
-        return loaded
 
     def _backbone(self, module: PreTrainedModel) -> Backbone:
         module = text_tower(module)
@@ -255,8 +309,11 @@ class Loader:
                     AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=self.trust_remote_code)
                 )
             values = dict(checkpoint.config)
+            # Of a loss, to transformers, which refuses combinations that were published; activations are our own.
+            values.pop("problem_type", None)
             if values.get("auto_map") is None:  # as an override has it; transformers looks into it
                 values.pop("auto_map", None)
+            values |= {key: plain for key, plain in _PLAIN.items() if key in values}
             merged: PreTrainedConfig = config_class.from_dict(values)
             return merged
         except Exception as error:
@@ -287,6 +344,26 @@ class Loader:
         return f". It was published with code of its own ({checkpoint.own_code}), and cannot be served without it."
 
 
+def _within_a_layer(model: PreTrainedModel, name: str) -> bool:
+    """Whether the weight `name`, for which `model` has no place, belongs to a layer of its backbone that runs.
+
+    Beside the layers there may be anything (heads, another tower), and behind the last one, too: config.json says how
+    many are meant.
+    """
+    inner = _innermost(model.base_model, name.removeprefix(f"{model.base_model_prefix}."))
+    return not (_COMPUTED.search(name) or isinstance(inner, (PreTrainedModel, nn.ModuleList)))
+
+
+def _innermost(module: nn.Module, path: str) -> nn.Module:
+    """The module that lies furthest along the path."""
+    for step in path.split("."):
+        child = module._modules.get(step)
+        if child is None:
+            break
+        module = child
+    return module
+
+
 def _class_pooling(full: PreTrainedModel) -> tuple[PoolingMode | None, bool]:
     """Which rows a classifier's class feeds to its head, and whether it does so behind the head."""
     match getattr(full.config, "classifier_pooling", None):
@@ -306,8 +383,13 @@ def _classifier(full: PreTrainedModel) -> nn.Module:
     """The head of a sequence classifier, which must be one of single rows."""
     if isinstance(own := getattr(full, "classification_head", None), nn.Module):
         return own.float()
+    return _replayed(full, per_token=False)
+
+
+def _replayed(full: PreTrainedModel, *, per_token: bool) -> ReplayedHead:
+    """The head of `full`, which has been tried on one row."""
     name, width = type(full).__name__, int(full.config.get_text_config().hidden_size)
-    head = ReplayedHead(full, per_token=False)
+    head = ReplayedHead(full, per_token=per_token)
     try:
         with torch.inference_mode():
             head(torch.zeros(1, width, device=next(head.parameters()).device))

@@ -103,15 +103,17 @@ def _describe(*_: Any, mask_function: Sees, **__: Any) -> Described:
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
     told = _told.get()
-    if told is not None and isinstance(mask, Described):
+    if told is not None and isinstance(attention_mask, Described):
         causal = options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        told.append(Told(type(module).__name__, mask.sees, bool(causal), options.get("sliding_window")))
-        mask = None
-    return attention.packed_attention(module, query, key, value, mask, **options)
+        told.append(
+            Told(type(module).__name__, attention_mask.sees, bool(causal), options.get("sliding_window"))
+        )
+        attention_mask = None
+    return attention.packed_attention(module, query, key, value, attention_mask, **options)
 
 
 AttentionInterface.register(NAME, _attend)

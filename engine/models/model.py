@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 from carpool.engine.architecture import Architecture, Scorer
-from carpool.engine.checkpoint import Checkpoint
+from carpool.engine.checkpoint import BGE_M3_HEADS, Checkpoint
 from carpool.engine.config import EngineConfig
 from carpool.engine.models.adapters import Adapters, check_adapters, load_adapters
 from carpool.engine.models.backbone import Backbone
@@ -15,7 +16,12 @@ from carpool.engine.models.choice import choose
 from carpool.engine.models.loader import Loaded, Loader
 from carpool.engine.models.quantize import quantize
 from carpool.engine.models.surgery import operate
-from carpool.engine.models.weights import unmap
+from carpool.engine.models.weights import stored, unmap
+
+# As classifiers, reward models and ColBERTs name theirs.
+_HEAD = re.compile(
+    r"(classifier|pre_classifier|score|v_head|value_head|reward_head|regression_head|linear)\."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,13 +77,30 @@ class Model:
                 max_model_len=loader.max_model_len,
             )
         foreign = None if loader.trust_remote_code else _foreign_code(checkpoint, backbone)
+        headless = _unread_head(checkpoint, architecture) if config.convert == "auto" else None
         return cls(
             loaded=replace(loaded, backbone=backbone),
             adapters=adapters,
             parameters=parameters,
             surgery=swapped,
-            notices=tuple(sentence for sentence in (padded, *coarse, foreign) if sentence),
+            notices=tuple(sentence for sentence in (padded, *coarse, foreign, headless) if sentence),
         )
+
+
+def _unread_head(checkpoint: Checkpoint, architecture: Architecture) -> str | None:
+    """An embedding model reads no head. Where there is one, config.json may have lost the class that does."""
+    if architecture.kind != "embed":
+        return None
+    read = tuple(dense.prefix for dense in checkpoint.dense if dense.prefix)
+    unread = sorted(name for name in stored(checkpoint.path, _HEAD) if not name.startswith(read))
+    unread += [name for name in BGE_M3_HEADS if (checkpoint.path / name).is_file()]  # one without the other
+    if not unread:
+        return None
+    return (
+        f"The checkpoint brings a head ({', '.join(unread[:2])}{', …' if len(unread) > 2 else ''}) that an embedding "
+        "model does not read, and is served as one, without it. If it is something else, name its class with "
+        """--hf-overrides '{"architectures": ["…"]}'; if it is not, confirm that with --convert embed."""
+    )
 
 
 def _foreign_code(checkpoint: Checkpoint, backbone: Backbone) -> str | None:

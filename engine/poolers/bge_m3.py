@@ -24,13 +24,15 @@ from carpool.engine.sequence import Sequence
 class Marks:
     """The tokens that the tokenizer begins and ends a text with; `unweighted` are all that say nothing of a text.
 
-    `listed` stand behind the documents and the query of a listwise reranker's prompt.
+    `listed` stand behind the documents and the query of a listwise reranker's prompt, `step` behind a step of a
+    process reward model's.
     """
 
     first: int | None
     last: int | None
     unweighted: frozenset[int]
     listed: frozenset[int] = frozenset()
+    step: int | None = None
 
     @classmethod
     def of(cls, fast: Any) -> Marks:

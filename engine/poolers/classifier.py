@@ -54,25 +54,33 @@ class _Stub(nn.Module):
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
-        pooler = getattr(backbone, "pooler", None)
-        if isinstance(pooler, nn.Linear):  # Albert keeps the layer and its activation apart
-            pooler = nn.Sequential(_First(), pooler, getattr(backbone, "pooler_activation", nn.Tanh()))
-        self.pooler = pooler
-        if pooler is not None:
+        self.pooler = getattr(backbone, "pooler", None)  # under its own name, which adapters know it by
+        self._activation = getattr(backbone, "pooler_activation", nn.Tanh())
+        if isinstance(self.pooler, nn.Linear):
             backbone.pooler = None  # type: ignore[assignment]
+        elif self.pooler is not None:
+            backbone.pooler = _Nothing()
 
     def forward(
         self, input_ids: Tensor | None = None, *args: object, inputs_embeds: Tensor, **others: object
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         return BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=inputs_embeds,
-            pooler_output=None if self.pooler is None else self.pooler(inputs_embeds),
+            last_hidden_state=inputs_embeds, pooler_output=self._pooled(inputs_embeds)
         )
 
+    def _pooled(self, hidden: Tensor) -> Tensor | None:
+        """[R, L, H] → [R, H]"""
+        if isinstance(self.pooler, nn.Linear):  # Albert keeps the layer and its activation apart
+            pooled: Tensor = self._activation(self.pooler(hidden[:, 0]))
+            return pooled
+        return None if self.pooler is None else self.pooler(hidden)
 
-class _First(nn.Module):
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden[:, 0]
+
+class _Nothing(nn.Module):
+    """Where a pooler was: some classes call theirs without a look whether it is there."""
+
+    def forward(self, hidden: Tensor) -> None:
+        return None
 
 
 def head_from_weights(tensors: Mapping[str, Tensor], prefixes: Seq[str] = ("score", "v_head")) -> nn.Module:

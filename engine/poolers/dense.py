@@ -69,13 +69,14 @@ def _bypass(spec: Dense, tensors: Mapping[str, Tensor], device: torch.device) ->
 def activation(dotted: str) -> nn.Module:
     """An activation by the dotted name in a config; only torch's own classes are let in."""
     module, _, name = dotted.rpartition(".")
-    if not module.startswith("torch.nn.modules"):
-        raise ConfigError(f"Activation {dotted!r} is refused: only classes of torch.nn.modules are loaded.")
+    if module != "torch.nn" and not f"{module}.".startswith("torch.nn.modules."):
+        raise ConfigError(f"Activation {dotted!r} is refused: only torch.nn's own classes are loaded.")
     try:
         made = getattr(import_module(module), name)()
     except (ImportError, AttributeError, TypeError) as error:
         raise ConfigError(f"Activation {dotted!r} cannot be made: {error}.") from error
-    assert isinstance(made, nn.Module)
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"Activation {dotted!r} is none: {type(made).__name__} is no module of torch's.")
     return made
 
 

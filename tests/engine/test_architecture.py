@@ -204,6 +204,8 @@ def test_half_a_scorer_is_refused(config: dict[str, Any], sentence: str) -> None
         ({"sentence_transformers": {"activation_fn": TANH}}, TANH, TANH),
         ({"sentence_transformers": {"version": "4.1.0"}}, "sigmoid", "softmax"),
         ({"sbert_ce_default_activation_function": IDENTITY}, "identity", "identity"),
+        ({"sbert_ce_default_activation_function": "torch.nn.Sigmoid"}, "sigmoid", "softmax"),
+        ({"sentence_transformers": {"activation_fn": "torch.nn.Tanh"}}, "torch.nn.Tanh", "torch.nn.Tanh"),
         (
             {
                 "sentence_transformers": {"activation_fn": IDENTITY},
@@ -229,7 +231,7 @@ def test_the_problem_decides_then_the_cross_encoders_files_then_the_number_of_la
     "dotted", ["os.system", "torch.nn.modules", "torch.nn.functional.relu", "my.torch.nn.modules.X"]
 )
 def test_no_activation_from_elsewhere_is_imported(dotted: str) -> None:
-    with pytest.raises(ConfigError, match=r"only classes of torch\.nn\.modules"):
+    with pytest.raises(ConfigError, match=r"only torch\.nn's own classes"):
         activation_of({"sbert_ce_default_activation_function": dotted}, 1)
 
 
@@ -238,6 +240,7 @@ def test_no_activation_from_elsewhere_is_imported(dotted: str) -> None:
     [
         ({"id2label": {"0": "no", "1": "yes"}}, ("no", "yes")),
         ({"id2label": {0: "no", 1: "yes"}}, ("no", "yes")),
+        ({"id2label": {"0": 0, "1": 1}}, ("0", "1")),
         ({"id2label": {"1": "yes"}}, (None, "yes")),
         ({}, ("LABEL_0", "LABEL_1")),  # as transformers has it: config.json leaves these out
         ({"id2label": None}, ("LABEL_0", "LABEL_1")),

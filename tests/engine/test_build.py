@@ -485,6 +485,19 @@ def test_the_default_dimensions_of_the_pooler_config_are_cut_to(checkpoint: Call
     np.testing.assert_allclose(cut, whole[:8] / np.linalg.norm(whole[:8]), rtol=0, atol=1e-6)
 
 
+def test_what_sentence_transformers_does_unasked_is_done_or_said(
+    checkpoint: Callable[[str], Path], fresh: Callable[[str], Path]
+) -> None:
+    folder = fresh("bert")
+    prompts = {"prompts": {"query": "find: "}, "default_prompt_name": "query"}
+    tiny.edit_json(folder / "config_sentence_transformers.json", truncate_dim=8, **prompts)
+    parts = made(folder)
+    whole, cut = embed(made(checkpoint("bert")), "a cat"), embed(parts, "a cat")
+    np.testing.assert_allclose(cut, whole[:8] / np.linalg.norm(whole[:8]), rtol=0, atol=1e-6)
+    assert any("puts this model's prompt 'query' before every text" in said for said in parts.model.notices)
+    assert not any("before every text" in said for said in made(checkpoint("bert")).model.notices)
+
+
 # ── Dense layers on disk ─────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -216,6 +216,14 @@ ROPE = {"rope_theta": 10000.0}
         ({"model_type": "luke", "max_position_embeddings": 514, "pad_token_id": 1}, 512),
         ({"model_type": "ibert", "max_position_embeddings": 514, "pad_token_id": 1}, 512),
         ({"model_type": "mpnet", "max_position_embeddings": 514}, 512),  # the first two rows are never used
+        ({"model_type": "mpnet", "max_position_embeddings": 514, "pad_token_id": 0}, 512),
+        ({"model_type": "layoutlmv3", "max_position_embeddings": 514, "pad_token_id": 1}, 512),
+        ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 0}, 513),
+        (  # transformers writes its rotary keys for all of them
+            {"model_type": "esm", "max_position_embeddings": 1026, "pad_token_id": 1,
+             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            1024,
+        ),
         ({**ROPE, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 1024),
         (  # the length is named as it was before: it has the factor in it
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": 256}},
@@ -228,8 +236,6 @@ ROPE = {"rope_theta": 10000.0}
         ({**ROPE, "rope_scaling": {"type": "su", "factor": 8.0}}, 512),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1.0}}, 1024),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}, 512),
-        ({**ROPE, "rope_scaling": {"rope_type": "longrope", "factor": 32.0},
-          "original_max_position_embeddings": 128}, 128),
         ({"model_type": "gemma3_text", **ROPE, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, 512),
     ],
 )  # fmt: skip
@@ -254,11 +260,23 @@ def test_the_tokenizer_limits_learned_positions_only(
     assert read(tmp_path).max_model_len == expected
 
 
+def test_a_prompt_may_be_stretched_by_longrope_where_the_user_asks_for_it(tmp_path: Path) -> None:
+    rope = {**ROPE, "rope_scaling": {"rope_type": "longrope"}, "original_max_position_embeddings": 128}
+    checkpoint = read(folder(tmp_path, model_type="phi3", **rope))
+    assert (checkpoint.max_model_len, checkpoint.longest) == (128, 512)
+
+
 @pytest.mark.parametrize(("asked", "longest"), [(128, 512), (600, 600)])
 def test_sentence_transformers_length_replaces_the_configs(asked: int, longest: int, tmp_path: Path) -> None:
-    tiny.sentence_transformers_files(folder(tmp_path), max_seq_length=asked)
+    tiny.sentence_transformers_files(folder(tmp_path, model_type="qwen2", **ROPE), max_seq_length=asked)
     checkpoint = read(tmp_path)
     assert (checkpoint.max_model_len, checkpoint.longest) == (asked, longest)
+
+
+def test_no_file_makes_a_table_of_positions_longer(tmp_path: Path) -> None:
+    tiny.sentence_transformers_files(folder(tmp_path), max_seq_length=600)
+    checkpoint = read(tmp_path)
+    assert (checkpoint.max_model_len, checkpoint.longest) == (512, 512)
 
 
 # ── Matryoshka ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -491,3 +509,44 @@ def test_the_prompt_is_left_out_of_pooling_where_the_files_say_so(tmp_path: Path
     tiny.edit_json(tmp_path / "1_Pooling" / "config.json", include_prompt=False)
     with pytest.raises(ConfigError, match="weightedmean pooling without the prompt"):
         read(tmp_path)
+
+
+# ── what sentence-transformers does where nobody asks ────────────────────────────────────────────────────────
+
+
+def test_the_width_that_the_files_cut_to_is_the_default_and_allowed(tmp_path: Path) -> None:
+    tiny.sentence_transformers_files(folder(tmp_path))
+    tiny.edit_json(tmp_path / "config_sentence_transformers.json", truncate_dim=16)
+    checkpoint = read(tmp_path)
+    assert (checkpoint.truncate_dim, checkpoint.matryoshka) == (16, Matryoshka(32, False, (16,)))
+    assert read(tmp_path, {"is_matryoshka": True}).matryoshka == Matryoshka(32, True, ())
+    tiny.edit_json(tmp_path / "config_sentence_transformers.json", truncate_dim=32)
+    assert read(tmp_path).truncate_dim is None
+
+
+@pytest.mark.parametrize(("name", "expected"), [("query", "query"), ("document", None), (None, None)])
+def test_a_default_prompt_is_one_that_says_something(
+    name: str | None, expected: str | None, tmp_path: Path
+) -> None:
+    tiny.sentence_transformers_files(folder(tmp_path), prompts={"query": "find: ", "document": ""})
+    tiny.edit_json(tmp_path / "config_sentence_transformers.json", default_prompt_name=name)
+    assert read(tmp_path).default_prompt == expected
+
+
+# ── what is no model ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "pytorch_model.bin", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(name: str, tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (folder(tmp_path) / name).write_text(pointer)
+    with pytest.raises(ConfigError, match=f"{name} is a pointer of Git LFS .*git lfs pull"):
+        read(tmp_path)
+
+
+def test_an_adapter_alone_is_told_what_to_be_served_with(tmp_path: Path) -> None:
+    tiny.write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": "some/base"})
+    with pytest.raises(ConfigError, match=r"adapter and no model: .*\(some/base\) with --lora-modules"):
+        read(tmp_path)
+    tiny.write_json(tmp_path / "config.json", CONFIG)  # a merged model may keep the file
+    assert read(tmp_path).max_model_len == 512

@@ -63,6 +63,12 @@ def test_a_name_is_asked_of_the_hub_and_its_refusal_is_one_line(no_network: list
         ),
         (["config.json", "model.safetensors", "2_Dense/pytorch_model.bin"],
          ["config.json", "model.safetensors", "2_Dense/pytorch_model.bin"]),
+        (  # as the first releases of sentence-transformers wrote it
+            ["modules.json", "0_Transformer/config.json", "0_Transformer/pytorch_model.bin"],
+            ["modules.json", "0_Transformer/config.json", "0_Transformer/pytorch_model.bin"],
+        ),
+        (["modules.json", "0_Transformer/model.safetensors", "0_Transformer/pytorch_model.bin"],
+         ["modules.json", "0_Transformer/model.safetensors"]),
         (["adapter_config.json", "adapter_model.bin", "pytorch_model.bin"],
          ["adapter_config.json", "adapter_model.bin"]),
         (["model.safetensors", "artifact.metadata", "adapters/retrieval/adapter_model.safetensors"],

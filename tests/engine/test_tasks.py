@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.base.modules.dense import Dense
+from sentence_transformers.base.modules.transformer import Transformer
+from sentence_transformers.sentence_transformer.modules.pooling import Pooling
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -397,7 +400,7 @@ def test_a_process_reward_model_judges_each_step(
     logits = reward_head(checkpoint("qwen2_prm"), theirs.hidden(ids))
     steps = [i for i, token in enumerate(ids) if token == tag]
     assert len(steps) == 3
-    both = serve("qwen2_prm", pooler_config=PoolerConfig(step_tag_id=tag))
+    both = serve("qwen2_prm")
     (found,) = both.rows([text], "token_classify")
     assert close(found, logits[steps].softmax(-1))
     (found,) = both.rows([text], "token_classify", PLAIN)
@@ -412,10 +415,32 @@ def test_a_process_reward_model_judges_each_step(
     assert close(found, logits.softmax(-1))
 
 
-def test_a_process_reward_model_knows_the_tag_of_its_family(serve: Callable[..., Engine]) -> None:
-    """Which this tiny vocabulary has no id for, so that no row is one of a step."""
-    (found,) = serve("qwen2_prm").rows(["the cat sat"], "token_classify")
+def test_a_step_may_end_with_another_token_than_its_familys(serve: Callable[..., Engine]) -> None:
+    engine = serve("qwen2_prm", pooler_config=PoolerConfig(step_tag_id=3))
+    (found,) = engine.rows([f"the cat{tiny_heads.STEP}sat"], "token_classify")
     assert found.shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("pooler", "sentence"),
+    [
+        ({}, "tokenizer has no <extra_0> to end a step with"),
+        ({"step_tag_id": 10**6}, "step_tag_id 1000000 is none of this model's ids"),
+        (
+            {"step_tag_id": 3, "returned_token_ids": [0, 2]},
+            r"returned_token_ids \[0, 2\] go beyond .* 2 labels",
+        ),
+    ],
+)
+def test_steps_that_would_never_be_found_are_refused(
+    pooler: dict[str, Any], sentence: str, fresh: Callable[[str], Path]
+) -> None:
+    """They would make every result empty without a word."""
+    path = fresh("qwen2_prm")
+    words = path / "tokenizer.json"
+    words.write_text(words.read_text().replace(tiny_heads.STEP, "<other>"))
+    with pytest.raises(ConfigError, match=sentence):
+        build(EngineConfig(model=str(path), pooler_config=PoolerConfig(**pooler)))
 
 
 @pytest.mark.parametrize("family", ["qwen3_lm", "gemma2_lm"])
@@ -543,6 +568,7 @@ def _activation_fn(name: str) -> dict[str, Any]:
         ({"problem_type": "regression"}, lambda x: x),
         (_activation_fn("linear.Identity"), lambda x: x),
         (_activation_fn("activation.Tanh"), torch.tanh),
+        ({"problem_type": None, "sentence_transformers": {"activation_fn": "torch.nn.Tanh"}}, torch.tanh),
         (_activation_fn("activation.Sigmoid"), lambda x: x.softmax(-1)),
     ],
 )
@@ -564,6 +590,8 @@ def test_the_user_can_name_another_activation(
         "torch.nn.modules.linear.Linear",
         "torch.nn.modules.nothing.Here",
         "torch.nn.modules.activation.X",
+        "torch.nn.modules.linear.Tensor",
+        "torch.nn.Linear",
     ],
 )
 def test_an_activation_that_is_none_is_refused(name: str, checkpoint: Callable[[str], Path]) -> None:
@@ -594,6 +622,49 @@ def test_a_cross_encoder_saved_by_sentence_transformers_scores_as_it_does_there(
     ]  # it makes a pair of an empty text, others do not
     expected = torch.from_numpy(saved.predict([(QUERY, document) for document in documents]))
     assert close(scores(start(tmp_path / "saved").score([QUERY], documents).scores), expected)
+
+
+def _of_modules(base: Path, folder: Path, mode: Any, *, layers: int = 1) -> CrossEncoder:
+    """A cross-encoder with pooling and `layers` of its own behind a model that has no head, saved in `folder`."""
+    torch.manual_seed(4)
+    wider = [Dense(tiny.HIDDEN, tiny.HIDDEN, activation_function=torch.nn.GELU()) for _ in range(layers - 1)]
+    last = Dense(tiny.HIDDEN, 1, activation_function=torch.nn.Identity(), module_output_name="scores")
+    modules = [Transformer(str(base)), Pooling(tiny.HIDDEN, pooling_mode=mode), *wider, last]
+    saved = CrossEncoder(modules=modules, device="cpu")
+    saved.save_pretrained(str(folder))
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("family", "mode", "layers"), [("bert", "cls", 2), ("modernbert", "mean", 1), ("qwen2", "lasttoken", 1)]
+)
+def test_a_cross_encoder_made_of_modules_scores_as_it_does_there(
+    family: str,
+    mode: str,
+    layers: int,
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    start: Callable[..., Engine],
+) -> None:
+    """By its class it is an embedding model; its files put a layer behind the pooling that makes one number."""
+    saved = _of_modules(checkpoint(family), tmp_path / "saved", mode, layers=layers)
+    engine = start(tmp_path / "saved")
+    documents = [document for document in DOCUMENTS if document]
+    expected = torch.from_numpy(saved.predict([(QUERY, document) for document in documents]))
+    assert close(scores(engine.score([QUERY], documents).scores), expected)
+    assert engine.model.tasks == {"classify", "token_classify"}
+    assert engine.model.labels == ("LABEL_0",)
+
+
+def test_a_cross_encoder_of_other_modules_is_refused(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    _of_modules(checkpoint("bert"), tmp_path / "saved", "cls")
+    tiny.edit_json(tmp_path / "saved/1_Pooling/config.json", pooling_mode=["cls", "mean"])
+    with pytest.raises(
+        ConfigError, match=r"makes a cross-encoder of Transformer, Pooling, Dense; carpool serves"
+    ):
+        build(EngineConfig(model=str(tmp_path / "saved")))
 
 
 def test_a_classifier_saved_by_sentence_transformers_keeps_its_logits(

@@ -81,6 +81,16 @@ def test_the_class_turns_by_the_published_frequencies(theta: int, scaling: dict[
     torch.testing.assert_close(model.rotary_emb.inv_freq, published, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("scaling", [{"rope_type": "ntk", "factor": 8.0}, {"rope_type": "default"}])
+def test_both_spellings_of_its_rotary_embedding_are_one(scaling: dict[str, Any]) -> None:
+    """As transformers wrote it before version 5 and does since."""
+    base = {key: value for key, value in config().items() if key not in ("rope_theta", "rope_scaling")}
+    older = None if scaling["rope_type"] == "default" else scaling
+    before, _ = translate({**base, "rope_theta": 20000, "rope_scaling": older})
+    since, _ = translate({**base, "rope_parameters": {"rope_theta": 20000, **scaling}})
+    assert since == before
+
+
 def test_its_length_is_not_stretched_by_what_its_rotary_embedding_is(tmp_path: Path) -> None:
     tiny.write_json(tmp_path / "config.json", config())
     assert Checkpoint.read(tmp_path, {}, PoolerConfig()).longest == 8192

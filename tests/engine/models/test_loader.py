@@ -39,6 +39,12 @@ def rewrite(path: Path, change: Callable[[str], str | None]) -> None:
     save_file(renamed, path / "model.safetensors", metadata={"format": "pt"})
 
 
+def add(path: Path, name: str, shape: tuple[int, ...]) -> None:
+    """Store one more weight."""
+    weights = {**load_file(path / "model.safetensors"), name: torch.ones(shape)}
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_any_single_missing_weight_is_fatal_and_named(family: str, fresh: Callable[[str], Path]) -> None:
     folder = fresh(family)
@@ -53,6 +59,48 @@ def test_any_single_missing_weight_is_fatal_and_named(family: str, fresh: Callab
 def test_the_pooler_that_nobody_reads_may_be_missing(fresh: Callable[[str], Path]) -> None:
     folder = fresh("bert")
     rewrite(folder, lambda name: None if name.startswith("pooler.") else name)
+    load(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "shape"),
+    [
+        ("qwen3", "model.layers.0.self_attn.q_proj.bias", (32,)),  # config.json says that there is none
+        ("qwen3", "model.layers.1.mlp.up_proj.weight_scale_inv", (1, 1)),  # of 8-bit floats
+        ("bert", "encoder.layer.1.attention.self.distance_embedding.weight", (9, 8)),  # of relative positions
+        ("bert", "bert.encoder.layer.0.attention.self.gate.weight", (32, 32)),
+        ("bert", "embeddings.projection.weight", (32, 32)),
+    ],
+)
+def test_a_weight_that_a_layer_has_no_place_for_is_fatal_and_named(
+    family: str, name: str, shape: tuple[int, ...], fresh: Callable[[str], Path]
+) -> None:
+    """Left out, it would change results and nothing else."""
+    folder = fresh(family)
+    add(folder, name, shape)
+    with pytest.raises(ConfigError, match=r"holds 1 weight that .* no place for") as refused:
+        load(folder)
+    assert name.removeprefix("model.").removeprefix("bert.") in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "shape"),
+    [
+        ("bert", "cls.predictions.transform.dense.weight", (32, 32)),  # a head
+        ("bert", "pooler.other.weight", (32, 32)),
+        ("bert", "embeddings.position_ids", (1, 64)),
+        ("bert", "encoder.layer.0.attention.self.rotary_emb.inv_freq", (4,)),
+        ("qwen3", "model.layers.1.attn.attention.bias", (1, 1, 8, 8)),  # GPT Neo's causal mask
+        ("qwen3", "model.layers.2.mlp.up_proj.weight", (48, 32)),  # one layer more than config.json wants
+        ("qwen3", "visual.patch_embed.weight", (32, 32)),
+        ("qwen3", "lm_head.weight", (60, 32)),
+    ],
+)
+def test_what_lies_beside_the_layers_is_no_fault(
+    family: str, name: str, shape: tuple[int, ...], fresh: Callable[[str], Path]
+) -> None:
+    folder = fresh(family)
+    add(folder, name, shape)
     load(folder)
 
 
@@ -255,3 +303,31 @@ def test_barts_head_scores_the_last_token_of_its_decoder(tmp_path: Path) -> None
     assert loaded.pooling == "last"
     assert loaded.head is not None
     assert loaded.head(torch.zeros(2, 32)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("key", [{"return_dict": False}, {"chunk_size_feed_forward": 7}])
+def test_how_a_model_was_run_when_it_was_saved_does_not_matter(
+    key: dict[str, Any], checkpoint: Callable[[str], Path], fresh: Callable[[str], Path]
+) -> None:
+    folder = fresh("bert")
+    tiny.edit_json(folder / "config.json", **key)
+    batch = pack_ids([[5, 6, 7], [8, 9]], CPU)
+    torch.testing.assert_close(load(folder).forward(batch), load(checkpoint("bert")).forward(batch))
+
+
+def test_what_transformers_tells_a_script_is_left_as_it_was(fresh: Callable[[str], Path]) -> None:
+    folder, speech = fresh("bert"), transformers.utils.logging
+    before = speech.get_verbosity(), speech.is_progress_bar_enabled()
+    try:
+        speech.set_verbosity_info()
+        speech.enable_progress_bar()
+        load(folder)
+        assert (speech.get_verbosity(), speech.is_progress_bar_enabled()) == (speech.INFO, True)
+        rewrite(folder, lambda name: None)
+        with pytest.raises(ConfigError):
+            load(folder)
+        assert (speech.get_verbosity(), speech.is_progress_bar_enabled()) == (speech.INFO, True)
+    finally:
+        speech.set_verbosity(before[0])
+        if not before[1]:
+            speech.disable_progress_bar()

@@ -175,7 +175,9 @@ def test_a_head_that_cannot_be_is_refused(own: Path, name: str, damage: Any, sen
 
 def test_without_its_heads_it_is_an_embedding_model_or_refused(own: Path) -> None:
     (own / "sparse_linear.pt").unlink()
-    assert made(own).model.tasks == {"embed", "token_embed"}
+    without = made(own).model
+    assert without.tasks == {"embed", "token_embed"}
+    assert any("brings a head (colbert_linear.pt)" in sentence for sentence in without.notices)
     with pytest.raises(ConfigError, match=r"BGE-M3's sparse_linear.pt cannot be read: FileNotFoundError"):
         made(own, hf_overrides={"architectures": ["BgeM3EmbeddingModel"]})
 

@@ -12,9 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 import tiny
 import tiny_heads
@@ -189,6 +194,57 @@ def test_the_bias_of_a_causal_classifier_is_honoured(
     (without,) = answer(parts("qwen2_3"), ids, params=LOGITS)
     (biased,) = answer(made(path), ids, params=LOGITS)
     assert close(biased, without + weights["score.bias"])
+
+
+def test_one_label_that_applies_alone_is_a_sigmoid_though_transformers_refuses_to_train_it(
+    fresh: Callable[[str], Path],
+) -> None:
+    """Such cross-encoders were published before it did, and its tokenizers go by the same config.json."""
+    path = fresh("bert_cross")
+    tiny.edit_json(path / "config.json", sentence_transformers=None)
+    plain = made(path)
+    tiny.edit_json(path / "config.json", problem_type="single_label_classification")
+    told = made(path)
+    (ids,) = told.tokenizer.encode([TEXTS[0]])
+    logits = answer(plain, [ids], params=LOGITS)[0]
+    assert told.model.score_type == "cross-encoder"
+    assert close(answer(told, [ids])[0], logits.sigmoid())
+
+
+def test_a_class_that_calls_its_pooler_without_a_look_is_served(tmp_path: Path) -> None:
+    """SqueezeBERT's does, whose pooler belongs to the head here."""
+    tiny_heads._save(tmp_path, AutoModelForSequenceClassification, "squeezebert", 3, embedding_size=tiny.HIDDEN,
+                     vocab_size=tiny.wordpiece().get_vocab_size(), pad_token_id=0)  # fmt: skip
+    tiny_heads._save_wordpiece(tiny.wordpiece(), tmp_path)
+    parts, theirs = made(tmp_path), HeadOracle(tmp_path)
+    batch = parts.tokenizer.encode(TEXTS[:3])
+    found = answer(parts, batch, params=LOGITS)
+    assert all(close(ours, theirs.logits(ids)) for ids, ours in zip(batch, found, strict=True))
+
+
+@pytest.mark.parametrize("auto", ["AutoModelForMaskedLM", "AutoModelForTokenClassification"])
+def test_a_head_of_tokens_that_reads_more_of_its_backbone_is_refused(auto: str, tmp_path: Path) -> None:
+    tiny_heads._save(tmp_path, getattr(transformers, auto), "longformer", 3, attention_window=[8, 8],
+                     vocab_size=tiny.wordpiece().get_vocab_size(), pad_token_id=0)  # fmt: skip
+    tiny_heads._save_wordpiece(tiny.wordpiece(), tmp_path)
+    sparse = {"architectures": ["LongformerSpladeSparseEmbeddingModel"]} if "Masked" in auto else {}
+    with pytest.raises(ConfigError, match="cannot be served: its head wants more than the hidden state"):
+        made(tmp_path, hf_overrides=sparse)
+
+
+@pytest.mark.parametrize("architectures", [["BertModel"], None])
+def test_a_head_that_an_embedding_model_does_not_read_is_said(
+    architectures: list[str] | None, fresh: Callable[[str], Path]
+) -> None:
+    path = fresh("bert_3")
+    tiny.edit_json(path / "config.json", architectures=architectures)
+    (notice,) = (sentence for sentence in made(path).model.notices if "brings a head" in sentence)
+    assert "classifier.bias, classifier.weight" in notice
+    for settled in (
+        {"convert": "embed"},
+        {"hf_overrides": {"architectures": ["BertForSequenceClassification"]}},
+    ):
+        assert not any("brings a head" in sentence for sentence in made(path, **settled).model.notices)
 
 
 def test_a_model_without_the_weights_of_a_classifier_is_refused(checkpoint: Callable[[str], Path]) -> None:
