@@ -27,6 +27,7 @@ sys.path.extend(
 import numpy as np
 import torch
 
+from carpool.engine.errors import ConfigError
 from carpool.engine.llm import LLM
 from report import ROOT, table
 from zoo import MEMBERS, Member
@@ -51,6 +52,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="compare this folder instead")
     parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
     args = parser.parse_args()
+    if args.only and args.write:
+        parser.error("--write takes all families: with --only it would leave the others out of the page")
+    if args.only and not any(_has(member, args.only) for member in MEMBERS):
+        parser.error(f"no family's line has {args.only!r} in it")
     torch.set_num_threads(1)
     if args.model:
         failed = _folder(args.model)
@@ -84,9 +89,13 @@ def number(value: float) -> str:
     return re.sub(r"e-0*(\d)", r"e-\1", f"{value:.0e}") if value else "0"
 
 
+def _has(member: Member, word: str) -> bool:
+    return word.lower() in f"{member.name} {member.family}".lower()
+
+
 def _measured(members: Iterable[Member], only: str) -> Iterable[Line]:
     for member in members:
-        if only.lower() not in f"{member.name} {member.family}".lower():
+        if not _has(member, only):
             continue
         with tempfile.TemporaryDirectory() as folder:
             line = measure(member, Path(folder))
@@ -109,7 +118,10 @@ def _precision() -> str:
 
 
 def _folder(folder: Path) -> bool:
-    rows = list(compare_folder(folder))
+    try:
+        rows = list(compare_folder(folder))
+    except ConfigError as refused:
+        raise SystemExit(str(refused)) from None
     print(table(("beside", "alone", "in company"), [(what, number(a), number(b)) for what, a, b in rows]))
     return any(max(a, b) > TOLERANCE for _, a, b in rows)
 

@@ -20,6 +20,7 @@ from carpool.engine.errors import ConfigError
 from carpool.engine.hub import locate
 from carpool.engine.models.adapter import Adapter, read_peft, refusal
 from carpool.engine.models.backbone import Backbone
+from carpool.engine.models.difference import apart
 from carpool.engine.models.loader import Loaded
 from carpool.engine.models.lora import Delta, attach, base_layer, idle_layers, merge, weight_shape
 from carpool.engine.models.task_adapters import read_task_adapters
@@ -28,7 +29,7 @@ from carpool.engine.params import TaskAdapter
 from carpool.engine.poolers.classifier import ReplayedHead
 
 # BERT's own pooler belongs to the head; for embeddings nobody reads it.
-_POOLER = re.compile(r"(^|\.)pooler\.")
+_POOLER = re.compile(r"(^|\.)pooler(\.|$)")
 # Layers of jina-embeddings-v3 as its own code names them, and as transformers does.
 _FLASH = re.compile(r"^encoder\.layers\.(\d+)\.(mixer\.Wqkv|mixer\.out_proj|mlp\.fc[12])$")
 _FLASH_LAYERS = {
@@ -88,9 +89,7 @@ def check_adapters(backbone: Backbone, count: int, *, vocab_size: int, max_model
             f"{name} cannot be served with adapters on {min(idle)}: it takes that layer's weights without running it."
         )
     for together, single in zip(mixed, alone, strict=True):
-        difference = float(
-            (together.float() - single.float()).norm() / single.float().norm().clamp_min(1e-12)
-        )
+        difference = apart(together, single)
         if not difference <= (1e-3 if single.dtype == torch.float32 else 3e-2):
             raise ConfigError(
                 f"{name} cannot be served with adapters: texts on different ones change each other's results "
@@ -122,7 +121,7 @@ def _fitted(adapter: Adapter, loaded: Loaded) -> tuple[dict[str, Delta], nn.Modu
                 adapter.name, f"it targets {path}, which {type(model).__name__} has no such layer for"
             )
     for path, weight in adapter.saved.items():
-        if _is_copy(model, path, weight):
+        if _is_copy(model, path, weight) or (head is None and _POOLER.search(path)):
             continue
         if not isinstance(head, ReplayedHead):
             raise refusal(

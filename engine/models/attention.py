@@ -33,8 +33,6 @@ _HARMLESS = frozenset(
         "cache_position",
         "deterministic",
         "dropout",
-        "head_mask",
-        "layer_head_mask",
         "output_attentions",
         "output_hidden_states",
         "position_ids",

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from carpool.engine.errors import first_line
 from carpool.engine.models.backbone import Backbone
+from carpool.engine.models.difference import apart
 from carpool.engine.models.stretching import StretchingBackbone
 from carpool.engine.packing import PackedBatch, pack_ids
 
@@ -236,8 +237,8 @@ def _fault(
                 ],
                 device,
             )
-            expected, played = inner.forward(batch).float(), backbone.forward(batch).float()
-            off = float((played - expected).norm() / expected.norm().clamp_min(1e-12))
+            expected = inner.forward(batch)
+            off = apart(backbone.forward(batch), expected)
             if not off <= (_MAY_DIFFER if whole else _MAY_DIFFER_16_BIT):
                 return f"played back, its results differ (relative difference {off:.1e})"
     return None

@@ -18,6 +18,7 @@ from carpool.engine.cache.storage import KeptLayer, Storage
 from carpool.engine.errors import first_line
 from carpool.engine.models import attention
 from carpool.engine.models.backbone import Backbone
+from carpool.engine.models.difference import apart
 from carpool.engine.models.stretching import StretchingBackbone
 from carpool.engine.packing import Keeping, pack_ids
 from carpool.kernels.attention import Choice
@@ -117,7 +118,7 @@ def _tried(
         for start, end in pairwise(cuts)
         if start < end
     ]
-    if not (off := _difference(torch.cat(chunks), whole)) <= _TOLERANCE.get(whole.dtype, 1e-3):
+    if not (off := apart(torch.cat(chunks), whole)) <= _TOLERANCE.get(whole.dtype, 1e-3):
         raise CannotPage(
             f"a prompt comes out otherwise in chunks than as a whole (relative difference {off:.1e})"
         )
@@ -129,7 +130,7 @@ def _tried(
     )
     for tail, part in zip(tails, behind, strict=True):
         (alone,) = run((prompt[:start] + tail, None, 0))
-        if not (off := _difference(part, alone[start:])) <= _TOLERANCE.get(whole.dtype, 1e-3):
+        if not (off := apart(part, alone[start:])) <= _TOLERANCE.get(whole.dtype, 1e-3):
             raise CannotPage(
                 f"a prompt comes out otherwise behind another's beginning (relative difference {off:.1e})"
             )
@@ -146,7 +147,3 @@ def paged_attention_chosen(backbone: Backbone, storage: Storage) -> Counter[Choi
     with attention.choices() as made, torch.inference_mode():
         backbone.forward(pack_ids([[0]], device, keeping=keeping))
     return Counter(made)
-
-
-def _difference(one: Tensor, other: Tensor) -> float:
-    return float((one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-12))

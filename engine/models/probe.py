@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from carpool.engine.errors import first_line
 from carpool.engine.models import attention
 from carpool.engine.models.backbone import Backbone
+from carpool.engine.models.difference import apart, tokens_apart
 from carpool.engine.models.masks import attending_by, mask_fault
 from carpool.engine.models.padded import PaddedBackbone
 from carpool.engine.models.patches import patch, unpatch
@@ -60,11 +61,15 @@ class Probe:
         device = next(backbone.module.parameters()).device
         first = _forward(backbone, pack_ids(self.sequences[:1], device))
         company = _forward(backbone, pack_ids(self.sequences, device))
+        if not company.isfinite().all():
+            return f"what it computes in {str(company.dtype).removeprefix('torch.')} is not finite"
+        if company.eq(company[0]).all() and len({token for ids in self.sequences for token in ids}) > 1:
+            return "it makes the same of every token, so its weights are empty or damaged"
         alone = [_forward(backbone, pack_ids([ids], device)) for ids in self.sequences]
         for together, single in zip(torch.split(company, [len(x) for x in alone]), alone, strict=True):
-            if not (off := _difference(together, single)) <= _TOLERANCE.get(single.dtype, 1e-3):
+            if not (off := apart(together, single)) <= _TOLERANCE.get(single.dtype, 1e-3):
                 return f"texts of one batch change each other's results (relative difference {off:.1e})"
-        if not (off := _difference(alone[0], first)) <= _TOLERANCE.get(first.dtype, 1e-3):
+        if not (off := apart(alone[0], first)) <= _TOLERANCE.get(first.dtype, 1e-3):
             return f"a text's result changes with what was asked before (relative difference {off:.1e})"
         return None
 
@@ -80,9 +85,9 @@ class Probe:
             return None
         batch = pack_ids(self.sequences[1:2], next(backbone.module.parameters()).device)
         ours, theirs = backbone.forward(batch), _stock(backbone, batch)
-        apart = (ours.float() - theirs.float()).norm(dim=-1) / theirs.float().norm(dim=-1).clamp_min(1e-12)
+        each = tokens_apart(ours, theirs)
         # A few tokens may differ by more, since rounding may send them to other experts; half lie beyond a limit.
-        if not (off := float(apart.quantile(0.75))) <= (1e-3 if theirs.dtype == torch.float32 else 0.1):
+        if not (off := float(each.quantile(0.75))) <= (1e-3 if theirs.dtype == torch.float32 else 0.1):
             return f"results differ from those of transformers' own attention (relative difference {off:.1e})"
         return None
 
@@ -98,7 +103,7 @@ def keeps_unseen(backbone: Backbone, vocab_size: int) -> bool:
     with torch.inference_mode():
         rows = [backbone.forward(pack_ids([ids], device, unseen=[2])) for ids in (one, other)]
     seen, same = [0, 1, 3], _TOLERANCE.get(rows[0].dtype, 1e-3)
-    return _difference(rows[0][seen], rows[1][seen]) <= same
+    return apart(rows[0][seen], rows[1][seen]) <= same
 
 
 def attention_chosen(backbone: Backbone, vocab_size: int, *, unseen: bool = False) -> Counter[Choice]:
@@ -147,7 +152,3 @@ def _attends(module: nn.Module) -> bool:
     """transformers' attention layers say whether they are causal; so do ours."""
     nature: Any = getattr(module, "is_causal", None)
     return isinstance(nature, bool) and next(module.parameters(), None) is not None
-
-
-def _difference(one: Tensor, other: Tensor) -> float:
-    return float((one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-12))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from carpool.engine.errors import ConfigError
 from carpool.engine.models.attention import layout
 from carpool.engine.models.backbone import Backbone
+from carpool.engine.models.surgery import turn_round
 from carpool.engine.models.surgery.activation import ACTIVATIONS, APPROXIMATION, Gelu
 from carpool.engine.models.surgery.agreement import agree
 from carpool.engine.models.surgery.leaves import replace_linears
@@ -91,6 +92,7 @@ def quantize(backbone: Backbone, *, vocab_size: int) -> tuple[int, list[str]]:
     batch = small_batch(vocab_size, torch.device("cpu"))
     with torch.inference_mode(False), torch.no_grad():
         said: list[Tensor] = []
+        turn_round(model)  # which surgery has done, unless it was not to be
         rehearsal = Rehearsal.of(
             model, lambda: said.append(backbone.forward(batch).float()), scene=lambda: layout(batch)
         )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from carpool.engine.errors import ConfigError
 from carpool.engine.models.attention import layout
 from carpool.engine.models.backbone import Backbone
+from carpool.engine.models.difference import tokens_apart
 from carpool.engine.models.surgery.conv1d import as_linear
 from carpool.engine.models.surgery.gated_mlp import GatedMLP, gated
 from carpool.engine.models.surgery.joint_linear import join
@@ -109,7 +110,7 @@ def swap_modules(model: nn.Module, rehearsal: Rehearsal, *, pack: bool = True) -
         if module is None:
             continue
         parent, name = _parent(path)
-        fused: nn.Module | None = gated(path, module, rehearsal) or fused_norm(module)
+        fused: nn.Module | None = gated(path, module, rehearsal) or fused_norm(path, module, rehearsal)
         if fused is None:
             fused = residual_norm(path, module, rehearsal, fits if pack else fits8)
         if fused is not None and path:
@@ -131,6 +132,5 @@ def _parent(path: str) -> tuple[str, str]:
 
 def _fault(after: Tensor, before: Tensor, bound: float) -> str | None:
     """By the median token: where there are experts, rounding may send a token to others of them."""
-    apart = (after.float() - before.float()).norm(dim=-1) / before.float().norm(dim=-1).clamp_min(1e-12)
-    difference = float(apart.median())
+    difference = float(tokens_apart(after, before).median())
     return None if difference <= bound else f"its results change by {difference:.1e}"

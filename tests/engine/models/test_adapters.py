@@ -175,7 +175,7 @@ def test_words_and_token_types_of_a_replica_are_still_seen(
 # ── heads ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("family", ["bert_3", "xlmr_cross", "qwen2_3"])
+@pytest.mark.parametrize("family", ["bert_3", "albert_3", "xlmr_cross", "qwen2_3"])
 def test_each_adapter_has_its_own_head(
     checkpoint: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
@@ -188,6 +188,8 @@ def test_each_adapter_has_its_own_head(
         ).eval()
 
     layers = ["q_proj"] if family == "qwen2_3" else ["query", "dense"]
+    if family == "albert_3":  # whose pooler is a layer and no module that holds one
+        layers = ["query", "pooler"]
     if family == "xlmr_cross":  # its head has a layer `dense`, which is saved whole
         layers = ["query"]
     for seed, name in enumerate("ab"):
@@ -226,6 +228,21 @@ def test_a_head_for_a_model_without_one_is_refused(checkpoint: Callable[[str], P
     write_lora(tmp_path, classifier, target_modules=["query"], task_type="SEQ_CLS")
     with pytest.raises(ConfigError, match=r"brings classifier.*serves no head.*ForSequenceClassification"):
         serve(checkpoint("bert"), {"a": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    "options", [{"modules_to_save": ["pooler"]}, {"target_modules": ["query", "pooler.dense"]}]
+)
+def test_an_embedders_pooler_may_be_adapted_since_nobody_reads_it(
+    options: dict[str, Any], checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = checkpoint("bert")
+    write_lora(tmp_path / "a", stock(base), **{"target_modules": ["query"], **options})
+    own = embed(serve(base, {"a": str(tmp_path / "a")}), ["a"] * len(IDS))
+    theirs = with_lora(stock(base), tmp_path / "a")
+    for row, ids in zip(own, IDS, strict=True):
+        mean = hidden(theirs, ids).mean(0)
+        assert close(row, mean / mean.norm())
 
 
 # ── what does not fit ────────────────────────────────────────────────────────────────────────────────────────

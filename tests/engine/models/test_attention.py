@@ -90,7 +90,7 @@ def test_an_argument_decides_on_causality_then_the_layer(
     torch.testing.assert_close(attend(Layer(layers), is_causal=argument), expected(causal=causal))
 
 
-@pytest.mark.parametrize("name", ["block_mask", "something_new"])
+@pytest.mark.parametrize("name", ["block_mask", "head_mask", "alibi", "something_new"])
 def test_an_argument_that_is_not_known_raises(name: str) -> None:
     with pytest.raises(UnknownAttentionArgument, match=f"Layer passes {name}"):
         attend(None, **{name: torch.ones(1)})

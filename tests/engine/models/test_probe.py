@@ -254,12 +254,21 @@ def test_the_model_is_left_as_it_was(parts: Callable[[str], Parts]) -> None:
     assert config._attn_implementation == attention.NAME
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_numbers_that_are_none_do_not_pass(
-    parts: Callable[[str], Parts], monkeypatch: pytest.MonkeyPatch
+    number: float, parts: Callable[[str], Parts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = Backbone.forward
-    monkeypatch.setattr(Backbone, "forward", lambda self, batch: honest(self, batch) * float("nan"))
-    assert LEAK in fault(copy_of(parts, "bert"), "bert")
+    monkeypatch.setattr(Backbone, "forward", lambda self, batch: honest(self, batch) * number)
+    assert "computes in float32 is not finite" in fault(copy_of(parts, "bert"), "bert")
+
+
+def test_a_model_that_tells_no_token_from_another_does_not_pass(parts: Callable[[str], Parts]) -> None:
+    """Weights that were never written, as sparse files and broken downloads have them, are zeros."""
+    backbone = copy_of(parts, "bert")
+    for weight in backbone.module.parameters():
+        weight.data = torch.zeros_like(weight)
+    assert "makes the same of every token" in fault(backbone, "bert")
 
 
 def test_what_raises_says_why_in_one_line(

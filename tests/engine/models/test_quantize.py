@@ -39,6 +39,7 @@ from carpool.kernels import native_linear8, panels8
 from carpool.kernels.panels8 import quantized
 from carpool.kernels.twins_cpu import leveled
 from head_oracle import answer
+from zoo import MEMBERS
 
 try:
     quantization._check_arithmetic()
@@ -276,6 +277,15 @@ def test_without_surgery_layers_are_quantised_one_by_one(checkpoint: Callable[[s
     fused = built(checkpoint("bert"), quantization="int8")
     assert fused.model.surgery["int8"] == 8
     torch.testing.assert_close(hidden(parts, IDS), hidden(fused, IDS), rtol=1e-3, atol=1e-3)
+
+
+def test_layers_that_lie_the_other_way_round_are_quantised_without_surgery_too(tmp_path: Path) -> None:
+    """GPT-2's, which are no linear layers of torch's."""
+    next(member for member in MEMBERS if member.name == "openai-community/gpt2").make(tmp_path)
+    plain = built(tmp_path, surgery=False)
+    parts = built(tmp_path, quantization="int8", surgery=False)
+    assert parts.model.surgery["int8"] == 4 * 2
+    assert F.cosine_similarity(hidden(parts, IDS), hidden(plain, IDS), dim=-1).min() > 0.98
 
 
 @pytest.mark.parametrize("family", ["bert_3", "qwen2_3", "xlmr_cross"])

@@ -302,8 +302,8 @@ def test_a_swap_that_nobody_checked_is_seen_in_the_end(
 ) -> None:
     """Planted: every RMSNorm becomes one of other weights."""
 
-    def wrong(module: nn.Module) -> RMSNorm | None:
-        norm = honest(module)
+    def wrong(*asked: Any) -> RMSNorm | None:
+        norm = honest(*asked)
         return norm and RMSNorm(norm.weight * 1.5 + 0.2, norm.eps)
 
     honest = fused_norm

@@ -33,6 +33,15 @@ def test_stands_in_the_table_as_it_is(line: Line) -> None:
     rows = [row.strip("| ").split(" | ") for row in PAGE.splitlines() if row.startswith("| ")]
     (row,) = [row for row in rows if row[:2] == [line.name, line.family]]
     assert row[2:6] == [", ".join(line.tasks), line.packing, line.attention, line.pooling]
+    assert row[8:] == ([line.note] if line.note else [])
+    for told, measured in zip(row[6:8], (line.alone, line.company), strict=True):
+        assert measured <= 10 * max(float(told), 1e-7)
+
+
+def test_nothing_stands_in_the_table_beside_the_members() -> None:
+    table = PAGE.partition("<!-- parity: begin")[2].partition("\n\n")[0].splitlines()[3:]
+    named = [tuple(row.strip("| ").split(" | ")[:2]) for row in table]
+    assert named == [(member.name, member.family) for member in MEMBERS]
 
 
 def test_no_two_members_are_of_one_name() -> None:

@@ -13,7 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from carpool.engine.models.surgery.rms_norm import fused_norm
+from carpool.engine.models.surgery.rehearsal import Rehearsal
+from carpool.engine.models.surgery.rms_norm import RMSNorm, fused_norm
 from carpool.kernels import native, native_rows
 from emu.backend import Emulated
 
@@ -34,6 +35,12 @@ def seeded(norm: nn.Module) -> Any:
     return norm.requires_grad_(False)
 
 
+def fused(norm: nn.Module, *given: Tensor) -> RMSNorm | None:
+    """As surgery asks, where `given` was what the norm got in the rehearsal."""
+    rehearsal = Rehearsal.of(norm, lambda: [norm(x) for x in given])
+    return fused_norm("", norm, rehearsal)
+
+
 @pytest.mark.parametrize("make", STOCK)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("natively", [True, False])
@@ -43,7 +50,7 @@ def test_it_says_what_the_original_says(
     if not natively:
         monkeypatch.setattr(native, "library", None)
     norm = seeded(make()).to(dtype)
-    twin = fused_norm(norm)
+    twin = fused(norm)
     assert twin is not None
     x = X.to(dtype)
     ours, theirs = twin(x), norm(x)
@@ -59,7 +66,7 @@ def test_on_a_device_torchs_kernel_serves_unless_the_weight_is_wider(
     make: Callable[[], nn.Module], dtype: torch.dtype, emulated: Emulated
 ) -> None:
     norm = seeded(make()).to(dtype)
-    twin = fused_norm(norm)
+    twin = fused(norm)
     assert twin is not None
     emulated.ran.clear()
     ours, theirs = twin(X.to(dtype)), norm(X.to(dtype))
@@ -76,7 +83,7 @@ def test_on_a_device_torchs_kernel_serves_unless_the_weight_is_wider(
 def test_on_a_cpu_a_kernel_serves(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads too, which are parts of wider rows."""
     norm = seeded(LlamaRMSNorm(16)).to(dtype)
-    twin = fused_norm(norm)
+    twin = fused(norm)
     assert twin is not None
     asked: list[tuple[int, ...]] = []
     honest = native_rows.norm_rows
@@ -95,7 +102,7 @@ def test_on_a_cpu_a_kernel_serves(dtype: torch.dtype, monkeypatch: pytest.Monkey
 
 def test_its_weights_are_the_originals() -> None:
     norm = seeded(LlamaRMSNorm(16))
-    twin = fused_norm(norm)
+    twin = fused(norm)
     assert twin is not None
     assert twin.weight.data_ptr() == norm.weight.data_ptr()
 
@@ -127,4 +134,11 @@ class InGroups(LlamaRMSNorm):  # type: ignore[misc]
     "norm", [Centred(16), EpsOutside(16), InGroups(16), nn.LayerNorm(16), nn.Linear(16, 16), nn.Identity()]
 )
 def test_what_is_another_norm_is_left(norm: nn.Module) -> None:
-    assert fused_norm(seeded(norm)) is None
+    assert fused(seeded(norm)) is None
+
+
+def test_one_that_answers_in_another_dtype_than_it_is_given_is_left() -> None:
+    """T5's, behind a feed-forward that is kept in float32."""
+    norm = seeded(T5LayerNorm(16)).half()
+    assert fused(norm, X) is None
+    assert fused(norm, X.half()) is not None
