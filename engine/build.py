@@ -392,8 +392,8 @@ def _attention_notices(device: torch.device, chosen: Iterable[Choice]) -> Iterat
     """Fallbacks are loud: such a server is right, and slower than it need be."""
     if device.type == "cpu" and native.library is None:
         yield (
-            "The native CPU kernels were not built (no C++ compiler at install, or another CPU), or of other sources than "
-            "these: torch serves, slower. Reinstall carpool where there is a compiler."
+            "The native CPU kernels were not built (no C++ compiler at install, or another CPU), or of other sources "
+            "than these: torch serves, slower. Reinstall carpool where there is a compiler."
         )
     if device.type == "cpu" and native.setback is not None:
         yield native.setback

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import tokenizers
 
+from carpool.engine.affixes import NONE, Affixes
+from carpool.engine.cutting import cut, cut_pair, give_way
 from carpool.engine.errors import (
     ConfigError,
     EmptyInput,
@@ -32,18 +33,6 @@ from carpool.engine.words import Words
 
 Pair = tuple[str, str]
 Prompts = list[str] | list[list[int]] | list[Pair] | list[Framed] | list[RoleText]
-
-
-@dataclass(frozen=True, slots=True)
-class Affixes:
-    """The special tokens that the tokenizer puts around a text, or around and between a pair of texts."""
-
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
-    middle: tuple[int, ...] = ()
-
-
-_NOTHING = Affixes((), ())
 
 
 class Tokenizer:
@@ -75,8 +64,8 @@ class Tokenizer:
         self._side: Side = truncation_side
         self._pad_id = pad_id
         self._pads = pads
-        self._affixes = _find_affixes(backend)
-        self._pair_affixes, type_offset = _find_pair_affixes(backend)
+        self._affixes = Affixes.of_text(backend)
+        self._pair_affixes, type_offset = Affixes.of_pair(backend)
         self._type_offset = type_offset if token_types else None
         self.scribes: Mapping[Role, Scribe] = scribes or {}
         self._leaves_out_prompts = leaves_out_prompts
@@ -133,7 +122,7 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError):
             _check_text(texts)
             raise
-        around = self._affixes if add_special_tokens else _NOTHING
+        around = self._affixes if add_special_tokens else NONE
         return [next(others) if ids is None else [*around.prefix, *ids, *around.suffix] for ids in known]
 
     def _by_library(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
@@ -165,7 +154,7 @@ class Tokenizer:
         else:
             batch = cast("list[list[int]]", prompts)
             if limit is not None:
-                batch = [_cut(ids, limit, params.truncation_side or "right") for ids in batch]
+                batch = [cut(ids, limit, params.truncation_side or "right") for ids in batch]
         if self._exceeds_model or not (prompts and isinstance(prompts[0], str | tuple | Framed)):
             self._check_vocabulary(batch)
         self._check_lengths(batch, longest)
@@ -198,8 +187,8 @@ class Tokenizer:
             texts = [scribe.prompt + prompts[i].text for i in places]
             encoded = self._encode_for(texts, params, room, longest)
             for i, ids in zip(places, encoded, strict=True):
-                cut = ids if room is None else self._truncate_text(ids, room, params)
-                batch[i], unseen[i] = scribe.write(cut, self._max_model_len)
+                kept = ids if room is None else self._truncate_text(ids, room, params)
+                batch[i], unseen[i] = scribe.write(kept, self._max_model_len)
         return batch, unseen
 
     def _encode_pairs(
@@ -218,18 +207,17 @@ class Tokenizer:
             around = (
                 self._pair_affixes if document else self._affixes
             )  # as transformers has it: no text, no pair
-            specials = len(around.prefix) + len(around.middle) + len(around.suffix)
-            if limit is not None and params.truncation_side is None and specials <= limit:
-                first, second = self._truncate_pair(first, second, limit - specials)
+            if limit is not None and params.truncation_side is None and len(around) <= limit:
+                first, second = cut_pair(first, second, limit - len(around), self._side)
             whole = [*around.prefix, *first, *around.middle, *second, *around.suffix]
             start = len(whole)
             if self._type_offset is not None and document:
                 start = len(around.prefix) + len(first) + self._type_offset
             if limit is not None and len(whole) > limit:
-                cut = len(whole) - limit
+                gone = len(whole) - limit
                 side = params.truncation_side or self._side
-                whole = _cut(whole, limit, side)
-                start = max(0, start - cut) if side == "left" else start
+                whole = cut(whole, limit, side)
+                start = max(0, start - gone) if side == "left" else start
             batch.append(whole)
             starts.append(start if start < len(whole) else None)
         return batch, starts
@@ -242,25 +230,13 @@ class Tokenizer:
         ids = dict(zip(distinct, self.encode(distinct, add_special_tokens=False), strict=True))
         batch = []
         for prompt in prompts:
-            around = self._affixes if prompt.specials else _NOTHING
+            around = self._affixes if prompt.specials else NONE
             parts = [ids[part] for part in prompt.parts]
             if limit is not None and params.truncation_side != "left":
-                specials = len(around.prefix) + len(around.suffix)
-                parts = _give_way(parts, prompt.yields, ids[prompt.tail], limit, specials)
+                parts = give_way(parts, prompt.yields, ids[prompt.tail], limit, len(around))
             whole = [*around.prefix, *(token for part in parts for token in part), *around.suffix]
-            batch.append(whole if limit is None else _cut(whole, limit, "left"))
+            batch.append(whole if limit is None else cut(whole, limit, "left"))
         return batch
-
-    def _truncate_pair(self, first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
-        """Cut the longer side first, as the tokenizers library's longest_first does."""
-        if len(first) + len(second) <= room:
-            return first, second
-        short, long = sorted((len(first), len(second)))
-        long = short if short > room else max(short, room - short)
-        if short + long > room:
-            short, long = room // 2, room // 2 + room % 2
-        keep_first, keep_second = (long, short) if len(first) > len(second) else (short, long)
-        return _cut(first, keep_first, self._side), _cut(second, keep_second, self._side)
 
     def shorten(self, texts: list[str], limit: int) -> list[str]:
         """Each text cut, between characters, so that it has at most `limit` tokens (special ones not counted)."""
@@ -328,16 +304,8 @@ class Tokenizer:
 
     def _truncate_text(self, ids: list[int], limit: int, params: TokenizationParams) -> list[int]:
         """To `limit` ids: sparing the special tokens by default, blindly when the caller chose a side."""
-        if len(ids) <= limit:
-            return ids
-        if params.truncation_side is not None or not params.add_special_tokens:
-            return _cut(ids, limit, params.truncation_side or self._side)
-        prefix, suffix = self._affixes.prefix, self._affixes.suffix
-        keep = limit - len(prefix) - len(suffix)
-        if keep < 0:  # not even the special tokens fit
-            return _cut(ids, limit, self._side)
-        content = ids[len(prefix) : len(ids) - len(suffix)]
-        return [*prefix, *_cut(content, keep, self._side), *suffix]
+        blindly = params.truncation_side is not None or not params.add_special_tokens
+        return cut(ids, limit, params.truncation_side or self._side, NONE if blindly else self._affixes)
 
     # ── checks ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -382,53 +350,6 @@ class Tokenizer:
     def _is_known(self, token: int) -> bool:
         """Whether the library can be asked about it: it raises for numbers that are not 32-bit."""
         return 0 <= token < self._backend.get_vocab_size(with_added_tokens=True)
-
-
-def _find_affixes(backend: tokenizers.Tokenizer) -> Affixes:
-    """Which ids stand before and after a text's own: learned by looking at one."""
-    bare = backend.encode("a", add_special_tokens=False).ids
-    full = backend.encode("a", add_special_tokens=True).ids
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return Affixes(tuple(full[:start]), tuple(full[start + len(bare) :]))
-    return Affixes((), ())
-
-
-def _find_pair_affixes(backend: tokenizers.Tokenizer) -> tuple[Affixes, int | None]:
-    """What stands around and between a pair, and where after the first text type 1 begins (None: nowhere)."""
-    bare = backend.encode("a", add_special_tokens=False).ids
-    full = backend.encode("a", "a", add_special_tokens=True)
-    ids, n = full.ids, len(bare)
-    starts = [i for i in range(len(ids) - n + 1) if ids[i : i + n] == bare]
-    first, second = starts[0], next(i for i in starts if i >= starts[0] + n)
-    affixes = Affixes(tuple(ids[:first]), tuple(ids[second + n :]), tuple(ids[first + n : second]))
-    return affixes, full.type_ids.index(1) - (first + n) if 1 in full.type_ids else None
-
-
-def _cut(ids: list[int], limit: int, side: Side) -> list[int]:
-    if len(ids) <= limit:
-        return ids
-    return ids[:limit] if side == "right" else ids[len(ids) - limit :]
-
-
-def _give_way(
-    parts: list[list[int]], yields: tuple[int, ...], tail: list[int], limit: int, specials: int
-) -> list[list[int]]:
-    """The parts with as much cut from the ends of those at `yields`, in this order, as `limit` has no room for."""
-    parts = list(parts)
-    excess = sum(map(len, parts)) + specials - limit
-    for place in yields:
-        if excess > 0:
-            keep = max(0, len(parts[place]) - len(tail) - excess)
-            excess -= len(parts[place]) - len(tail) - keep
-            parts[place] = parts[place][:keep] + tail
-    if excess > 0:
-        raise InvalidParameter(
-            f"truncate_prompt_tokens {limit} leaves no room for a query and a document: the model's prompt around them "
-            f"alone has {limit + excess} tokens.",
-            "truncate_prompt_tokens",
-        )
-    return parts
 
 
 def _head(text: str, most: int) -> str:

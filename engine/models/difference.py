@@ -1,4 +1,4 @@
-"""How far apart two results are that ought to be the same, relative to the second. Each guard has a bound of its own."""
+"""How far apart two results are that ought to be the same, relative to the second. Each guard has its own bound."""
 
 from __future__ import annotations
 
