@@ -4,12 +4,18 @@ It has a plain C interface and is loaded through ctypes, so one build fits every
 the install goes on without it, the torch twins of its kernels serve, and the server says so when it starts.
 """
 
+from hashlib import sha256
+from pathlib import Path
+
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = ("amx", "attention", "attention_amx", "crew", "encoder", "linear", "linear8", "linear_amx", "rows")
 HEADERS = ("amx", "attention", "crew", "linear", "linear_blocks", "linear_shares", "transpose", "vector")
+# With it kernels/native.py tells a library that was left from before an upgrade.
+TREE = sorted(Path("src/carpool/kernels/cpu").glob("*.[ch]*"))
+DIGEST = sha256(b"".join(path.read_bytes() for path in TREE)).hexdigest()
 
 
 class NativeLibrary(build_ext):
@@ -30,6 +36,7 @@ setup(
             "carpool.kernels._native",
             [f"src/carpool/kernels/cpu/{name}.cpp" for name in SOURCES],
             depends=[f"src/carpool/kernels/cpu/{name}.h" for name in HEADERS],
+            define_macros=[("CARPOOL_SOURCES", f'"{DIGEST}"')],
             extra_compile_args=[
                 "-O3",
                 "-std=c++17",

@@ -136,15 +136,17 @@ def room_for_weights(device: torch.device) -> Iterator[None]:
     except Exception as error:
         if not is_shortage(error):
             raise
+        other = "or more memory" if device.type == "cpu" else "a larger GPU, or --device cpu"
         raise ConfigError(
-            f"The model's weights do not fit in the memory of {device}: take a 16-bit --dtype, a larger GPU, or "
-            "--device cpu."
+            f"The model's weights do not fit in the memory of {device}: take a 16-bit --dtype, {other}."
         ) from error
 
 
+_SHORT = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # the last is torch's word for a CPU's
+
+
 def is_shortage(error: BaseException) -> bool:
-    """Whether a device is out of memory: torch's allocator says so in a class, the libraries under it in words."""
-    words = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in words or "ALLOC_FAILED" in words)
+    """Whether a device is out of memory: in a class of torch's, Python's or none, where only its words say so."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORT)
     )

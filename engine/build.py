@@ -26,7 +26,7 @@ from carpool.engine.errors import ConfigError
 from carpool.engine.fast_tokenizer import end_notice, load_fast
 from carpool.engine.hub import locate
 from carpool.engine.listwise import MARKS, Listwise
-from carpool.engine.memory import bound_primitive_cache
+from carpool.engine.memory import bound_primitive_cache, keep_buffers
 from carpool.engine.model_info import ModelInfo, PairShape
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.loader import Loaded
@@ -69,7 +69,9 @@ def build(config: EngineConfig) -> Parts:
     folder = locate(config.model, config.revision)
     plan = Blueprint.of(config, folder)
     with threads.spread(plan.checkpoint.path) if plan.device.type == "cpu" else nullcontext():
-        return _built(plan, folder)
+        parts = _built(plan, folder)
+    keep_buffers()
+    return parts
 
 
 def _built(plan: Blueprint, folder: Path) -> Parts:

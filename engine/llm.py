@@ -121,8 +121,14 @@ class LLM:
         `lora_modules` may be a dict of a path a name. `task` and `override_pooler_config` are older spellings. Raises
         ConfigError for unknown options and for models that cannot be served.
         """
+        config = _config(model, task, options)
         self._loop = LoopThread("carpool-llm")
-        self._engine = self._loop.run(_start(_config(model, task, options)))
+        self._engine = AsyncEngine(config)
+        try:
+            self._loop.run(self._engine.start())
+        except BaseException:  # also Ctrl-C while it loads
+            _close(self._loop, self._engine)
+            raise
         self._close = weakref.finalize(self, _close, self._loop, self._engine)
 
     def embed(
@@ -277,12 +283,6 @@ class LLM:
                 for i, answer in zip(places, _answers(result, places, tasks), strict=True):
                     answers[i] = answer
         return [answer for answer in answers if answer is not None]
-
-
-async def _start(config: EngineConfig) -> AsyncEngine:
-    engine = AsyncEngine(config)
-    await engine.start()
-    return engine
 
 
 def _close(loop: LoopThread, engine: AsyncEngine) -> None:

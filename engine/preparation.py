@@ -79,7 +79,9 @@ def told(parts: Known, request: Request, prompts: Prepared) -> Prepared:
             )
     prompts.keys = result_keys(prompts, request.tasks, request.params, request.adapter, request.salt)
     if cache is not None and not prompts.unseen:
-        prompts.prompts = cache.prompts(prompts.token_ids, request.tasks, request.adapter, request.salt)
+        prompts.prompts = cache.prompts(
+            prompts.token_ids, request.tasks, request.adapter, request.salt, prompts.type_starts
+        )
     return prompts
 
 

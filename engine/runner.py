@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from carpool.engine.batch import Batch
+from carpool.engine.budget import is_shortage
 from carpool.engine.cache.storage import Storage
 from carpool.engine.chunks import finished, last_only
 from carpool.engine.errors import InferenceFailed, Undone
@@ -136,7 +137,7 @@ class ModelRunner:
         """After a failure: each half alone, or all undone. Raises if the device is lost: no next try can succeed."""
         self._carrier.recover()
         alone = len(batch.sequences) == 1
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_shortage(error):
             _log.warning(
                 "A batch of %d tokens does not fit in memory%s. To keep such batches out, lower %s.",
                 batch.num_tokens,
@@ -155,7 +156,7 @@ class ModelRunner:
 
 
 def _reason(error: Exception, tokens: int) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_shortage(error):
         return f"{tokens} tokens do not fit in memory, even alone: start the server with a lower --max-model-len."
     return f"{type(error).__name__}: {error}"
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from carpool.engine.batch import Batch
 from carpool.engine.errors import InferenceFailed
-from carpool.engine.memory import HeapTrimmer
+from carpool.engine.memory import heap
 
 Row = NDArray[Any] | InferenceFailed | None  # None: the rest of its prompt is still to be run
 Landing = Callable[[], list[Row]]  # waits for a batch that was launched: one result a sequence
@@ -108,7 +108,6 @@ class Worker:
 
     def _serve(self) -> None:
         """Launch what there is up to the runner's depth; else land the oldest; with nothing under way, wait."""
-        heap = HeapTrimmer()
         depth = self._runner.depth
         under_way: deque[tuple[Batch, Landing, float]] = deque()
         landed_at = 0.0

@@ -1,6 +1,7 @@
 """The native CPU kernels (kernels/cpu/) and attention's Python face: check shapes, pass pointers. ctypes frees the GIL.
 
-`library` is None where they were not built or this CPU has no instructions for them; then the torch twins serve.
+`library` is None where they were not built, or of other sources than lie here, or this CPU has no instructions for
+them; then the torch twins serve.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
@@ -16,11 +18,12 @@ from torch import Tensor
 
 LEVELS = ("none", "AVX2", "AVX-512", "AVX-512 BF16", "AMX BF16")  # what `carpool_cpu_level` counts
 AVX512, AMX = 2, 4
+_FAR = 1 << 30  # tokens: no text is as long, and a place in one plus this is still an int
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}  # as kernels/cpu/vector.h has them
 
 
 class Shape(ctypes.Structure):
-    """As kernels/cpu/attention.cpp has it."""
+    """As kernels/cpu/attention.h has it."""
 
     _fields_ = (
         ("heads", ctypes.c_int),
@@ -38,7 +41,7 @@ class Shape(ctypes.Structure):
 
 
 class Batch(ctypes.Structure):
-    """As kernels/cpu/attention.cpp has it."""
+    """As kernels/cpu/attention.h has it."""
 
     _fields_ = (
         ("cu_seqlens", ctypes.c_void_p),
@@ -50,24 +53,42 @@ class Batch(ctypes.Structure):
     )
 
 
-def _load() -> ctypes.CDLL | None:
-    path = Path(__file__).with_name("_native.so")
-    if not path.is_file():
-        return None
+def load(folder: Path) -> ctypes.CDLL | None:
+    """The library that lies in `folder`, beside the `cpu` that its sources are in."""
     try:
-        found = ctypes.CDLL(str(path))
-    except OSError:  # made for another machine
+        found = ctypes.CDLL(str(folder / "_native.so"))
+        made_of = found.carpool_cpu_sources
+    except (OSError, AttributeError):  # not there, made for another machine, or older than what it is asked
         return None
-    return found if found.carpool_cpu_level() else None
+    made_of.restype = ctypes.c_char_p
+    # One that was left from before an upgrade may read other structures than it is given.
+    current = made_of().decode() == _digest(folder / "cpu")
+    return found if current and found.carpool_cpu_level() else None
 
 
-library = _load()
+def _digest(sources: Path) -> str:
+    """Of all that the library is made of: as setup.py tells the compiler."""
+    return sha256(b"".join(path.read_bytes() for path in sorted(sources.glob("*.[ch]*")))).hexdigest()
+
+
+library = load(Path(__file__).parent)
 level = library.carpool_cpu_level() if library else 0
 
 
 def pointer(x: Tensor | None) -> ctypes.c_void_p:
     """To the first element; null for none. The tensor has to outlive the call."""
     return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def reach(window: int | None) -> int:
+    """A window as Shape has it."""
+    return min(window or 0, _FAR)
+
+
+def check(lacks_memory: int) -> None:
+    """What a kernel that needs memory of its own has returned."""
+    if lacks_memory:
+        raise MemoryError("there is no memory for what a native kernel lays out")
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -135,15 +156,17 @@ def _attention(
         scale,
         softcap or 0.0,
         causal,
-        window or 0,
+        reach(window),
     )
     is_float = query.dtype == torch.float32
     kernel = library.carpool_attention_f32 if is_float else library.carpool_attention_bf16
-    kernel(
-        *map(pointer, (query, key, value, out)),
-        ctypes.byref(batch),
-        ctypes.byref(shape),
-        level if by is None else by,
+    check(
+        kernel(
+            *map(pointer, (query, key, value, out)),
+            ctypes.byref(batch),
+            ctypes.byref(shape),
+            level if by is None else by,
+        )
     )
     return out
 

@@ -80,9 +80,11 @@ class Encoder:
         out = torch.empty_like(hidden)
         cu_seqlens = cu_seqlens_of(tuple(runs))
         batch = Batch(ctypes.addressof(cu_seqlens), None, None, len(cu_seqlens) - 1)
-        run(
-            *(self._described, count, self.width, self._wide),
-            *(pointer(hidden), tokens, ctypes.byref(batch), pointer(room), pointer(out), native.level),
+        native.check(
+            run(
+                *(self._described, count, self.width, self._wide),
+                *(pointer(hidden), tokens, ctypes.byref(batch), pointer(room), pointer(out), native.level),
+            )
         )
         return out
 
@@ -109,8 +111,8 @@ class Encoder:
     def _describe(self, layer: EncoderLayer) -> _Layer:
         width, size = self.width, self.width // layer.heads
         strides = (3 * width, 3 * width, 3 * width, width)
-        window = layer.window or 0
-        shape = (layer.heads, layer.heads, size, *strides, layer.scale, layer.softcap or 0.0, False, window)
+        window, cap = native.reach(layer.window), layer.softcap or 0.0
+        shape = (layer.heads, layer.heads, size, *strides, layer.scale, cap, False, window)
         products = ((layer.joint, None), (layer.out, None), (layer.up, layer.activation), (layer.down, None))
         return _Layer(
             *(self._product(*product) for product in products),

@@ -18,7 +18,7 @@ _BFLOAT16 = 3  # the level that multiplies it
 
 
 class _Linear(ctypes.Structure):
-    """As linear.cpp has it."""
+    """As linear.h has it."""
 
     _fields_ = (
         ("weight", ctypes.c_void_p),
@@ -29,7 +29,7 @@ class _Linear(ctypes.Structure):
 
 
 class Finish(ctypes.Structure):
-    """As linear.cpp has it."""
+    """As linear.h has it."""
 
     _fields_ = (
         ("residual", ctypes.c_void_p),
@@ -78,7 +78,7 @@ def described(layer: Panels) -> ctypes.Structure:
 
 
 def called(
-    multiply: Callable[..., None],
+    multiply: Callable[..., int],
     layer: ctypes.Structure,
     x: Tensor,
     outputs: int,
@@ -88,12 +88,14 @@ def called(
 ) -> Tensor:
     """What a function of linear*.cpp makes of x [T, in]: [T, outputs] in x's dtype."""
     out = x.new_empty(len(x), outputs)
-    multiply(
-        ctypes.byref(layer),
-        activation,
-        None if finish is None else ctypes.byref(finish),
-        *(pointer(x), ctypes.c_int64(x.stride(0)), len(x), pointer(out), ctypes.c_int64(out.stride(0))),
-        *level,
+    native.check(
+        multiply(
+            ctypes.byref(layer),
+            activation,
+            None if finish is None else ctypes.byref(finish),
+            *(pointer(x), ctypes.c_int64(x.stride(0)), len(x), pointer(out), ctypes.c_int64(out.stride(0))),
+            *level,
+        )
     )
     return out
 

@@ -16,7 +16,7 @@ from carpool.kernels.twins_cpu import Norm
 
 
 class _Linear(ctypes.Structure):
-    """As linear8.cpp has it."""
+    """As linear.h has it."""
 
     _fields_ = (
         ("weight", ctypes.c_void_p),

@@ -78,6 +78,15 @@ def test_the_wheel_holds_the_rooms_and_nothing_else(wheel: Path) -> None:
     assert "-py3-none-linux_" in wheel.name
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_the_wheels_library_is_that_of_its_sources(elsewhere: Path, tmp_path: Path) -> None:
+    """Else it would not be called, here or anywhere, and everyone would be served more slowly."""
+    code = "import carpool.kernels.native as module; print(module.__file__, module.library)"
+    printed = run(sys.executable, "-c", code, path=elsewhere, cwd=tmp_path)
+    assert printed.startswith(str(elsewhere))
+    assert "CDLL" in printed
+
+
 def test_the_source_archive_holds_the_rooms_and_nothing_else(dist: Path) -> None:
     [path] = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:

@@ -45,7 +45,6 @@ class BlockTable:
     """
 
     prompt: Prompt
-    hashes: Seq[bytes]
     blocks: list[int]
     cached: int
     upto: int = 0
@@ -96,10 +95,6 @@ class BlockPool:
         """Tokens at the prompt's beginning that `allocate` would find now, always fewer than it has."""
         return len(self._find(prompt, behind)) * self.block_size
 
-    def can_allocate(self, prompt: Prompt, behind: BlockTable | None = None) -> bool:
-        """Whether `allocate` would give a table now."""
-        return self._cost(prompt, self._find(prompt, behind)) <= self.num_available
-
     def allocate(self, prompt: Prompt, upto: int, behind: BlockTable | None = None) -> BlockTable | None:
         """Begin a prompt: its longest known prefix and blocks for its tokens up to `upto`; the rest is promised.
 
@@ -117,7 +112,7 @@ class BlockPool:
         for block in found:
             self._references[block] += 1
             self._free.pop(block, None)
-        table = BlockTable(prompt, prompt.hashes, found, len(found) * self.block_size)
+        table = BlockTable(prompt, found, len(found) * self.block_size)
         self._tables.add(table)
         self._promised += self._blocks(prompt.num_tokens) - len(found)
         self._take(table, max(upto, table.cached))
@@ -141,9 +136,9 @@ class BlockPool:
         self._require(table)
         if upto > table.upto:
             raise ValueError(f"{upto} tokens are said to be computed, and {table.upto} have blocks")
-        full = min(upto // self.block_size, len(table.hashes))
+        full = min(upto // self.block_size, len(table.prompt.hashes))
         for place in range(table.committed, full):
-            block, name = table.blocks[place], table.hashes[place]
+            block, name = table.blocks[place], table.prompt.hashes[place]
             if self._block_of.setdefault(name, block) == block:
                 self._hash_of[block] = name
         table.committed = max(table.committed, full)
@@ -158,13 +153,6 @@ class BlockPool:
             if not self._references[block]:
                 self._free[block] = None
                 self._free.move_to_end(block, last=self._hash_of[block] is not None)
-
-    def reset(self) -> None:
-        """Forget what the blocks hold, as when weights have changed. Prompts under way go on, and are never found."""
-        self._block_of.clear()
-        self._hash_of = [None] * self.num_blocks
-        for table in self._tables:
-            table.hashes = ()
 
     def slots(self, table: BlockTable, start: int, stop: int) -> list[int]:
         """Where the prompt's tokens from `start` to before `stop` are kept: block * block_size + place."""
@@ -189,9 +177,9 @@ class BlockPool:
             found.append(block)
         if behind is not None:
             self._require(behind)
-            common = min(shareable, len(behind.hashes), behind.upto // self.block_size)
+            common = min(shareable, len(behind.prompt.hashes), behind.upto // self.block_size)
             for place in range(len(found), common):
-                if prompt.hashes[place] != behind.hashes[place]:
+                if prompt.hashes[place] != behind.prompt.hashes[place]:
                     break
                 found.append(behind.blocks[place])
         return found

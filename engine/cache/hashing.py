@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence as Seq
 from hashlib import blake2b
 
-# What beside the tokens changes keys and values: the adapter, a salt, token types, the hashes of images.
+# What beside the tokens changes keys and values, or must not be shared: the adapter, a salt, where token types change.
 Extra = tuple["int | str | bytes | Extra | None", ...]
 
 _DIGEST_BYTES = 16

@@ -2,13 +2,13 @@
 
 In every layer all keys and values are written before any are read, so a prompt can use what another of its own batch
 computes. The first to have a prefix computes it along with the rest of its own; those behind it compute only what is
-theirs. That takes no row more than there are prompts, and no token more than once: see `plan`. What is shared is full
-blocks, since those are what a table can point to.
+theirs. That takes no row more than there are prompts and, where the shorter come before the longer, no block more than
+once, but that each prompt computes its own last token. What is shared is full blocks, since those are what a table can
+point to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from carpool.engine.cache.blocks import Prompt
@@ -57,17 +57,3 @@ class Prefixes:
         for name in prompt.hashes[: tokens // self._block_size]:
             self._owner.setdefault(name, place)
         return place
-
-
-def plan(prompts: Iterable[Prompt], block_size: int) -> list[Ride]:
-    """How each prompt rides when they come aboard whole and in this order. O(blocks of them all).
-
-    Shorter before longer, as a Batch has them, fewest tokens are computed: every shared block once. Only prompts that
-    are equal and end with a block compute that last block each, for each must compute its own last token.
-    """
-    prefixes = Prefixes(block_size)
-    rides = []
-    for prompt in prompts:
-        rides.append(prefixes.find(prompt))
-        prefixes.add(prompt)
-    return rides

@@ -54,7 +54,8 @@ class LexicalPool:
         return Pooled((weights,), unpack)
 
     def _of_text(self, weights: NDArray[np.float32], token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        kept = (weights > 0) & ~np.isin(token_ids, self._unweighted)
+        # NaN is not below either, and is kept: `maximum` hands it on, and the text fails instead of losing a word.
+        kept = ~(weights <= 0) & ~np.isin(token_ids, self._unweighted)
         entries, owner = np.unique(token_ids[kept], return_inverse=True)
         largest = np.zeros(len(entries), np.float32)
         np.maximum.at(largest, owner, weights[kept])

@@ -15,6 +15,10 @@
 #include "crew.h"
 #include "transpose.h"
 
+#ifndef CARPOOL_SOURCES
+#define CARPOOL_SOURCES ""
+#endif
+
 namespace {
 
 constexpr int ROWS = 6;           // queries a block in float32: 6 x 2 accumulators leave registers for operands
@@ -446,6 +450,9 @@ void attend_in_lanes(const Shape& s, const uint16_t* q, const uint16_t* k, const
 
 extern "C" {
 
+// Of which sources this was made: as kernels/native.py digests them.
+const char* carpool_cpu_sources() { return CARPOOL_SOURCES; }
+
 int carpool_has_amx();  // amx.cpp
 
 // The best instruction set this CPU has for the kernels: 0 none that serves, 1 AVX2, 2 AVX-512, 3 AVX-512 BF16, 4 that and
@@ -459,19 +466,20 @@ int carpool_cpu_level() {
     return carpool_has_amx() > 0 ? 4 : 3;
 }
 
-void carpool_attention_f32(const float* q, const float* k, const float* v, float* o, const Batch* batch,
-                           const Shape* shape, int level) {
+int carpool_attention_f32(const float* q, const float* k, const float* v, float* o, const Batch* batch,
+                          const Shape* shape, int level) {
     Kernel<float> kernel = level >= AVX512 ? in_f32_avx512<float> : in_f32_avx2<float>;
-    in_parts(kernel, LEAST, *shape, q, k, v, o, *batch);
+    return in_memory([&] { in_parts(kernel, LEAST, *shape, q, k, v, o, *batch); });
 }
 
-void carpool_attention_bf16(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o, const Batch* batch,
-                            const Shape* shape, int level) {
+int carpool_attention_bf16(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o, const Batch* batch,
+                           const Shape* shape, int level) {
     Kernel<uint16_t> kernel = level >= AMX           ? attend_in_tiles
                               : level == AVX512_BF16 ? in_bf16
                               : level == AVX512      ? in_f32_avx512<uint16_t>
                                                      : in_f32_avx2<uint16_t>;
-    in_parts(kernel, level >= AMX ? LEAST_IN_TILES : LEAST, *shape, q, k, v, o, *batch);
+    const int64_t least = level >= AMX ? LEAST_IN_TILES : LEAST;
+    return in_memory([&] { in_parts(kernel, least, *shape, q, k, v, o, *batch); });
 }
 
 // The first sequence of a batch in pages that does not fit itself, or all `queries`, or a cache of `pages`; -1: none.

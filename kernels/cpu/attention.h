@@ -54,11 +54,11 @@ extern "C" {
 
 // query [T, heads, head_size], key and value [rows, kv_heads, head_size], out as query; strides in elements, heads and
 // head_size contiguous. head_size is a multiple of 16, at most 256. Keys and values in pages are attended causally.
-// `level` as `carpool_cpu_level` has it.
-void carpool_attention_f32(const float* q, const float* k, const float* v, float* o, const Batch* batch,
+// `level` as `carpool_cpu_level` has it. Returned is what `in_memory` does.
+int carpool_attention_f32(const float* q, const float* k, const float* v, float* o, const Batch* batch,
+                          const Shape* shape, int level);
+int carpool_attention_bf16(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o, const Batch* batch,
                            const Shape* shape, int level);
-void carpool_attention_bf16(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o, const Batch* batch,
-                            const Shape* shape, int level);
 }
 
 // The same, by this thread alone.

@@ -31,8 +31,9 @@ constexpr auto REST = std::chrono::milliseconds(100);
 // Where a call lies while it is shared. Not on the caller's stack, which a helper that comes late would find gone.
 struct alignas(64) Desk {
     std::atomic<bool> taken{false}, open{false};
-    std::atomic<int> inside{0};  // helpers who may look at what follows
-    std::atomic<int> next{0};    // the first part that nobody has taken
+    std::atomic<int> inside{0};       // helpers who may look at what follows
+    std::atomic<int> next{0};         // the first part that nobody has taken
+    std::atomic<bool> lacked{false};  // whether some part found no memory
     void (*part)(void* call, int i) = nullptr;
     void* call = nullptr;
     int parts = 0;
@@ -62,6 +63,15 @@ bool makes_way() {
     return false;
 }
 
+// What it throws must end neither a helper's thread nor the caller's wait for the helpers.
+void compute(Desk& desk, int i) {
+    try {
+        desk.part(desk.call, i);
+    } catch (const std::bad_alloc&) {
+        desk.lacked.store(true);
+    }
+}
+
 enum Outcome { NOTHING, HELPED, MADE_WAY };
 
 Outcome help_at(Desk& desk) {
@@ -76,7 +86,7 @@ Outcome help_at(Desk& desk) {
             }
             const int i = desk.next.fetch_add(1);
             if (i >= desk.parts) break;
-            desk.part(desk.call, i);
+            compute(desk, i);
             crew.helped.fetch_add(1, std::memory_order_relaxed);
             outcome = HELPED;
         }
@@ -199,16 +209,18 @@ void share(int parts, void (*part)(void* call, int i), void* call) {
         return;
     }
     desk->part = part, desk->call = call, desk->parts = parts;
-    desk->next.store(0);
+    desk->next.store(0), desk->lacked.store(false);
     desk->open.store(true);
     invite(parts - 1);
     const auto begun = Clock::now();
     int own = 0;
-    for (int i; (i = desk->next.fetch_add(1)) < parts; own++) part(call, i);
+    for (int i; (i = desk->next.fetch_add(1)) < parts; own++) compute(*desk, i);
     // In one order for all: a helper that found it open is seen inside, one that comes now finds it closed.
     desk->open.store(false);
     if (desk->inside.load()) wait_for(*desk, (Clock::now() - begun) / std::max(own, 1));
+    const bool lacked = desk->lacked.load();
     desk->taken.store(false);
+    if (lacked) throw std::bad_alloc();
 }
 
 extern "C" {

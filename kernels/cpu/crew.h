@@ -9,7 +9,8 @@
 // Cores on which nobody computes: 0 unless a batch is led (`carpool_crew_lead`).
 int idle_cores();
 
-// part(call, i) for each i < parts, once: by whoever calls, and those idle. Returns when all are done.
+// part(call, i) for each i < parts, once: by whoever calls, and those idle. Returns when all are done, or then throws
+// bad_alloc if a part did.
 void share(int parts, void (*part)(void* call, int i), void* call);
 
 template <typename F>

@@ -27,29 +27,29 @@ struct EncoderLayer {
     Shape attention;               // over what `joint` makes; out of it come rows of `width`
 };
 
-void multiply(const Product& p, const FinishOf<float>* f, const float* x, int64_t inputs, int tokens, float* out,
-              int64_t outputs, int level) {
+int multiply(const Product& p, const FinishOf<float>* f, const float* x, int64_t inputs, int tokens, float* out,
+             int64_t outputs, int level) {
     if (p.laid == IN_8_BITS)
-        carpool_linear_int8_f32(static_cast<const Linear8*>(p.layer), p.activation, f, x, inputs, tokens, out, outputs);
-    else
-        carpool_linear_f32(static_cast<const LinearOf<float>*>(p.layer), p.activation, f, x, inputs, tokens, out,
-                           outputs, level);
+        return carpool_linear_int8_f32(static_cast<const Linear8*>(p.layer), p.activation, f, x, inputs, tokens, out,
+                                       outputs);
+    return carpool_linear_f32(static_cast<const LinearOf<float>*>(p.layer), p.activation, f, x, inputs, tokens, out,
+                              outputs, level);
 }
-void multiply(const Product& p, const Finish* f, const uint16_t* x, int64_t inputs, int tokens, uint16_t* out,
-              int64_t outputs, int) {
+int multiply(const Product& p, const Finish* f, const uint16_t* x, int64_t inputs, int tokens, uint16_t* out,
+             int64_t outputs, int) {
     if (p.laid == IN_8_BITS)
         return carpool_linear_int8_bf16(static_cast<const Linear8*>(p.layer), p.activation, f, x, inputs, tokens, out,
                                         outputs);
     auto kernel = p.laid == IN_TILES ? carpool_linear_amx : carpool_linear_bf16;
-    kernel(static_cast<const Linear*>(p.layer), p.activation, f, x, inputs, tokens, out, outputs);
+    return kernel(static_cast<const Linear*>(p.layer), p.activation, f, x, inputs, tokens, out, outputs);
 }
 
-void attend(const float* q, const float* k, const float* v, float* o, const Batch* batch, const Shape* s, int level) {
-    carpool_attention_f32(q, k, v, o, batch, s, level);
+int attend(const float* q, const float* k, const float* v, float* o, const Batch* batch, const Shape* s, int level) {
+    return carpool_attention_f32(q, k, v, o, batch, s, level);
 }
-void attend(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o, const Batch* batch, const Shape* s,
-            int level) {
-    carpool_attention_bf16(q, k, v, o, batch, s, level);
+int attend(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o, const Batch* batch, const Shape* s,
+           int level) {
+    return carpool_attention_bf16(q, k, v, o, batch, s, level);
 }
 
 // norm(residual + row); rows without gaps.
@@ -59,22 +59,24 @@ FinishOf<T> onto(const T* residual, const Norm& norm, int width) {
 }
 
 template <typename T>
-void encode(const EncoderLayer* layers, int count, int width, int wide, const T* x, int tokens, const Batch* batch,
-            T* room, T* out, int level) {
+int encode(const EncoderLayer* layers, int count, int width, int wide, const T* x, int tokens, const Batch* batch,
+           T* room, T* out, int level) {
+    const FinishOf<T>* plain = nullptr;
     T* rows = room;  // what `joint` makes and, when attention has read it, what `up` does
     T* mixed = rows + int64_t(tokens) * std::max(3 * width, wide);
     T* attended = mixed + int64_t(tokens) * width;
     for (int i = 0; i < count; i++) {
         const EncoderLayer& l = layers[i];
-        multiply(l.joint, static_cast<FinishOf<T>*>(nullptr), x, width, tokens, rows, 3 * width, level);
-        attend(rows, rows + width, rows + 2 * width, mixed, batch, &l.attention, level);
-        const FinishOf<T> first = onto(x, l.attended, width);
-        multiply(l.out, &first, mixed, width, tokens, attended, width, level);
-        multiply(l.up, static_cast<FinishOf<T>*>(nullptr), attended, width, tokens, rows, wide, level);
-        const FinishOf<T> second = onto(attended, l.done, width);
-        multiply(l.down, &second, rows, wide, tokens, out, width, level);
+        const FinishOf<T> first = onto(x, l.attended, width), second = onto(attended, l.done, width);
+        if (multiply(l.joint, plain, x, width, tokens, rows, 3 * width, level) ||
+            attend(rows, rows + width, rows + 2 * width, mixed, batch, &l.attention, level) ||
+            multiply(l.out, &first, mixed, width, tokens, attended, width, level) ||
+            multiply(l.up, plain, attended, width, tokens, rows, wide, level) ||
+            multiply(l.down, &second, rows, wide, tokens, out, width, level))
+            return 1;
         x = out;  // read for the last time before it is written again
     }
+    return 0;
 }
 
 }  // namespace
@@ -83,12 +85,13 @@ extern "C" {
 
 // x [tokens, width] → out, of the same shape and apart from it, through `count` layers, one at least, whose feed-forward
 // blocks are `wide`. `room` has tokens * (max(3 width, wide) + 2 width) elements. bfloat16 from level AVX512_BF16 on.
-void carpool_encoder_f32(const EncoderLayer* layers, int count, int width, int wide, const float* x, int tokens,
-                         const Batch* batch, float* room, float* out, int level) {
-    encode(layers, count, width, wide, x, tokens, batch, room, out, level);
+// Returned is what `in_memory` does.
+int carpool_encoder_f32(const EncoderLayer* layers, int count, int width, int wide, const float* x, int tokens,
+                        const Batch* batch, float* room, float* out, int level) {
+    return encode(layers, count, width, wide, x, tokens, batch, room, out, level);
 }
-void carpool_encoder_bf16(const EncoderLayer* layers, int count, int width, int wide, const uint16_t* x, int tokens,
-                          const Batch* batch, uint16_t* room, uint16_t* out, int level) {
-    encode(layers, count, width, wide, x, tokens, batch, room, out, level);
+int carpool_encoder_bf16(const EncoderLayer* layers, int count, int width, int wide, const uint16_t* x, int tokens,
+                         const Batch* batch, uint16_t* room, uint16_t* out, int level) {
+    return encode(layers, count, width, wide, x, tokens, batch, room, out, level);
 }
 }

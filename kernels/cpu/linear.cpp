@@ -124,16 +124,17 @@ FOR_BF16 void in_bf16(const Linear& l, int activation, const Finish* f, const ui
 
 extern "C" {
 
-void carpool_linear_f32(const LinearOf<float>* l, int activation, const FinishOf<float>* f, const float* x,
-                        int64_t x_stride, int tokens, float* out, int64_t out_stride, int level) {
+int carpool_linear_f32(const LinearOf<float>* l, int activation, const FinishOf<float>* f, const float* x,
+                       int64_t x_stride, int tokens, float* out, int64_t out_stride, int level) {
     const bool wide = level >= AVX512;
-    linear_in_parts(wide ? in_f32_avx512 : in_f32_avx2, LEAST, wide ? Float32Avx512::COLUMNS : Float32Avx2::COLUMNS,
-                    ROWS, l->inputs, *l, activation, f, x, x_stride, tokens, out, out_stride);
+    const auto kernel = wide ? in_f32_avx512 : in_f32_avx2;
+    const int panel = wide ? Float32Avx512::COLUMNS : Float32Avx2::COLUMNS;
+    return linear_in_parts(kernel, LEAST, panel, ROWS, l->inputs, *l, activation, f, x, x_stride, tokens, out, out_stride);
 }
 
-void carpool_linear_bf16(const Linear* l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride,
-                         int tokens, uint16_t* out, int64_t out_stride) {
-    linear_in_parts(in_bf16, LEAST, Bfloat16::COLUMNS, ROWS, l->inputs, *l, activation, f, x, x_stride, tokens, out,
-                    out_stride);
+int carpool_linear_bf16(const Linear* l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride,
+                        int tokens, uint16_t* out, int64_t out_stride) {
+    return linear_in_parts(in_bf16, LEAST, Bfloat16::COLUMNS, ROWS, l->inputs, *l, activation, f, x, x_stride, tokens,
+                           out, out_stride);
 }
 }

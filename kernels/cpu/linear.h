@@ -38,17 +38,17 @@ extern "C" {
 
 // out [tokens, outputs] = activation(x · weightᵀ + bias); with `finish`, no activation, and the residual and norm it
 // names. Strides in elements. `level` as `carpool_cpu_level` has it: below AVX512 panels of float32 are 16 columns wide,
-// else 64. bfloat16 rows only from level AVX512_BF16 on; `amx`: of weights in tiles.
-void carpool_linear_f32(const LinearOf<float>* l, int activation, const FinishOf<float>* f, const float* x,
-                        int64_t x_stride, int tokens, float* out, int64_t out_stride, int level);
-void carpool_linear_bf16(const Linear* l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride,
-                         int tokens, uint16_t* out, int64_t out_stride);
-void carpool_linear_amx(const Linear* l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride,
+// else 64. bfloat16 rows only from level AVX512_BF16 on; `amx`: of weights in tiles. Returned is what `in_memory` does.
+int carpool_linear_f32(const LinearOf<float>* l, int activation, const FinishOf<float>* f, const float* x,
+                       int64_t x_stride, int tokens, float* out, int64_t out_stride, int level);
+int carpool_linear_bf16(const Linear* l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride,
                         int tokens, uint16_t* out, int64_t out_stride);
-void carpool_linear_int8_f32(const Linear8* l, int activation, const FinishOf<float>* f, const float* x,
-                             int64_t x_stride, int tokens, float* out, int64_t out_stride);
-void carpool_linear_int8_bf16(const Linear8* l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride,
-                              int tokens, uint16_t* out, int64_t out_stride);
+int carpool_linear_amx(const Linear* l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride,
+                       int tokens, uint16_t* out, int64_t out_stride);
+int carpool_linear_int8_f32(const Linear8* l, int activation, const FinishOf<float>* f, const float* x,
+                            int64_t x_stride, int tokens, float* out, int64_t out_stride);
+int carpool_linear_int8_bf16(const Linear8* l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride,
+                             int tokens, uint16_t* out, int64_t out_stride);
 }
 
 namespace {

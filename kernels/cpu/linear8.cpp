@@ -126,10 +126,10 @@ FOR_INT8 void in_int8(const Linear8& l, int activation, const FinishOf<T>* f, co
 }
 
 template <typename T>
-void in_parts(const Linear8& l, int activation, const FinishOf<T>* f, const T* x, int64_t x_stride, int tokens, T* out,
-              int64_t out_stride) {
-    linear_in_parts(in_int8<T>, LEAST, Int8<T>::COLUMNS, ROWS, l.inputs, l, activation, f, x, x_stride, tokens, out,
-                    out_stride);
+int in_parts(const Linear8& l, int activation, const FinishOf<T>* f, const T* x, int64_t x_stride, int tokens, T* out,
+             int64_t out_stride) {
+    return linear_in_parts(in_int8<T>, LEAST, Int8<T>::COLUMNS, ROWS, l.inputs, l, activation, f, x, x_stride, tokens,
+                           out, out_stride);
 }
 
 }  // namespace
@@ -142,12 +142,12 @@ int carpool_cpu_multiplies_int8() {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 }
 
-void carpool_linear_int8_f32(const Linear8* l, int activation, const FinishOf<float>* f, const float* x,
-                             int64_t x_stride, int tokens, float* out, int64_t out_stride) {
-    in_parts(*l, activation, f, x, x_stride, tokens, out, out_stride);
+int carpool_linear_int8_f32(const Linear8* l, int activation, const FinishOf<float>* f, const float* x,
+                            int64_t x_stride, int tokens, float* out, int64_t out_stride) {
+    return in_parts(*l, activation, f, x, x_stride, tokens, out, out_stride);
 }
-void carpool_linear_int8_bf16(const Linear8* l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride,
-                              int tokens, uint16_t* out, int64_t out_stride) {
-    in_parts(*l, activation, f, x, x_stride, tokens, out, out_stride);
+int carpool_linear_int8_bf16(const Linear8* l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride,
+                             int tokens, uint16_t* out, int64_t out_stride) {
+    return in_parts(*l, activation, f, x, x_stride, tokens, out, out_stride);
 }
 }

@@ -153,9 +153,9 @@ FOR_AMX void linear(const Linear& l, int activation, const Finish* f, const uint
 
 extern "C" {
 
-void carpool_linear_amx(const Linear* l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride,
-                        int tokens, uint16_t* out, int64_t out_stride) {
-    linear_in_parts(linear, LEAST_IN_TILES, BLOCK, BLOCK, round_up(l->inputs, DEPTH), *l, activation, f, x, x_stride,
-                    tokens, out, out_stride);
+int carpool_linear_amx(const Linear* l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride,
+                       int tokens, uint16_t* out, int64_t out_stride) {
+    return linear_in_parts(linear, LEAST_IN_TILES, BLOCK, BLOCK, round_up(l->inputs, DEPTH), *l, activation, f, x,
+                           x_stride, tokens, out, out_stride);
 }
 }

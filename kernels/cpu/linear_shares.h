@@ -27,16 +27,16 @@ inline FinishOf<T> tokens_of(const FinishOf<T>& f, int begin) {
 }
 
 // `panel` outputs lie together, in `deep` elements each; a part of many tokens is whole blocks of `block`;
-// none is below `least`.
+// none is below `least`. Returned is what `in_memory` does.
 template <typename Layer, typename T, typename Kernel>
-void linear_in_parts(Kernel kernel, int64_t least, int panel, int block, int deep, const Layer& l, int activation,
-                     const FinishOf<T>* f, const T* x, int64_t x_stride, int tokens, T* out, int64_t out_stride) {
+int linear_in_parts(Kernel kernel, int64_t least, int panel, int block, int deep, const Layer& l, int activation,
+                    const FinishOf<T>* f, const T* x, int64_t x_stride, int tokens, T* out, int64_t out_stride) {
     const bool by_tokens = f || tokens >= FEW * (idle_cores() + 1);  // a norm wants whole rows
     const int count = by_tokens ? tokens : l.outputs, together = by_tokens ? block : panel;
     const int parts = parts_of(int64_t(tokens) * l.inputs * l.outputs, (count + together / 2) / together, least);
-    if (parts <= 1) return kernel(l, activation, f, x, x_stride, tokens, out, out_stride);
+    if (parts <= 1) return in_memory([&] { kernel(l, activation, f, x, x_stride, tokens, out, out_stride); });
     const int even = (count + parts - 1) / parts, piece = by_tokens && even < FEW ? even : round_up(even, together);
-    share((count + piece - 1) / piece, [&](int i) {
+    const auto part = [&](int i) {
         const int begin = i * piece, end = std::min(begin + piece, count);
         if (!by_tokens) {
             kernel(outputs_of(l, begin, end, deep), activation, f, x, x_stride, tokens, out + begin, out_stride);
@@ -45,7 +45,8 @@ void linear_in_parts(Kernel kernel, int64_t least, int panel, int block, int dee
         const FinishOf<T> finish = f ? tokens_of(*f, begin) : FinishOf<T>{};
         kernel(l, activation, f ? &finish : nullptr, x + begin * x_stride, x_stride, end - begin,
                out + begin * out_stride, out_stride);
-    });
+    };
+    return in_memory([&] { share((count + piece - 1) / piece, part); });
 }
 
 }  // namespace

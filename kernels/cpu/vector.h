@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <vector>
 
 #define INLINE inline __attribute__((always_inline))
@@ -57,12 +58,24 @@ inline uint16_t narrow(float x) {  // to bfloat16, to nearest even
 inline void store(float* to, float x) { *to = x; }
 inline void store(uint16_t* to, float x) { *to = narrow(x); }
 
-// Memory that grows to the largest a thread has needed and is then reused; a cache line's alignment.
+// Memory that grows to the largest a thread has needed and is then reused; a cache line's alignment. Throws bad_alloc.
 template <typename T>
 T* scratch(std::vector<T>& held, size_t count) {
     if (held.size() < count + 64) held.resize(count + 64);
     auto address = reinterpret_cast<uintptr_t>(held.data());
     return reinterpret_cast<T*>((address + 63) / 64 * 64);
+}
+
+// What a function of the C interface returns that needs such memory: 0, or 1 where there was none, and its results are
+// not to be read. No exception crosses that interface.
+template <typename F>
+int in_memory(F compute) {
+    try {
+        compute();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
 }
 
 INLINE vec splat(float x) { return vec{} + x; }

@@ -283,6 +283,19 @@ def test_closing_ends_its_threads_and_may_be_done_twice(checkpoint: Callable[[st
     assert left == set()
 
 
+@pytest.mark.parametrize("options", [{"dtyp": "float32"}, {"max_model_len": 10**9}])
+def test_one_that_cannot_be_made_leaves_nothing_behind(
+    options: dict[str, Any], checkpoint: Callable[[str], Path]
+) -> None:
+    before = set(threading.enumerate())
+    with pytest.raises(ConfigError):
+        LLM(str(checkpoint("bert")), **options)
+    left = set(threading.enumerate()) - before
+    for thread in left:  # what ends is not waited for
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in left)
+
+
 def test_it_may_be_collected_as_garbage_in_its_own_loops_thread(checkpoint: Callable[[str], Path]) -> None:
     """Python collects cycles in whichever thread is at it; that one must not wait for itself."""
     llm = LLM(str(checkpoint("bert")), cpu_workers=1)

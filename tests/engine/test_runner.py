@@ -37,8 +37,9 @@ NAN, INFINITE, BREAKS, WEIGHTS = 90, 91, 92, torch.tensor([1.0, -2.0, 0.5, 3.0])
 class StandIn:
     """Row t is `ids[t] * WEIGHTS`; some ids do what broken models do."""
 
-    def __init__(self, room: int = 10**9) -> None:
+    def __init__(self, room: int = 10**9, shortage: type[Exception] = torch.OutOfMemoryError) -> None:
         self.room = room
+        self.shortage = shortage
         self.batches: list[int] = []
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -47,7 +48,7 @@ class StandIn:
         if BREAKS in batch.input_ids:
             raise IndexError("index out of range in self")
         if batch.num_tokens > self.room:
-            raise torch.OutOfMemoryError("out of memory")
+            raise self.shortage("out of memory")
         hidden = batch.input_ids[:, None] * WEIGHTS
         hidden[batch.input_ids == NAN] = float("nan")
         hidden[batch.input_ids == INFINITE] = float("inf")
@@ -105,8 +106,12 @@ def test_memory_that_only_the_whole_batch_lacks_fails_nobody() -> None:
     assert [float(cast(np.ndarray[tuple[int], np.dtype[np.float32]], row)[0]) for row in rows] == [1, 2, 3, 4]
 
 
-def test_a_whole_that_lacks_memory_is_told_of_once_each_time(caplog: pytest.LogCaptureFixture) -> None:
-    runner = make(StandIn(room=4))
+@pytest.mark.parametrize("shortage", [torch.OutOfMemoryError, MemoryError, RuntimeError])
+def test_a_whole_that_lacks_memory_is_told_of_once_each_time(
+    shortage: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever says so: a GPU's allocator, a native kernel, or torch of a CPU."""
+    runner = make(StandIn(4, shortage))
     rows = runner.run(batch([1, 1], [2, 2, 2], [3, 3, 3, 3, 3]))
     assert [isinstance(row, InferenceFailed) for row in rows] == [False, False, True]
     assert str(rows[2]) == (

@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from carpool.engine import memory, worker
 from carpool.engine.batch import Batch
 from carpool.engine.errors import InferenceFailed
+from carpool.engine.memory import HeapTrimmer
 from carpool.engine.params import PoolingParams
 from carpool.engine.sequence import Sequence
 from carpool.engine.worker import Landing, Row, Worker
@@ -320,3 +322,19 @@ def test_what_lies_in_the_inbox_is_launched_before_the_next_one_is_waited_for() 
         gate.set()
     recorder.worker.stop()
     recorder.worker._thread.join(5)
+
+
+def test_one_trims_the_heap_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes through what every thread left: by each of many workers it would be done as many times too often."""
+    trims: list[int] = []
+    monkeypatch.setattr(memory, "_EVERY_S", 1e9)
+    monkeypatch.setattr(worker, "heap", HeapTrimmer(trims.append))
+    for _ in range(3):
+        recorder = Recorder()
+        recorder.worker.start()
+        for batch in batches(4):
+            recorder.worker.submit(batch)
+            recorder.told.get(timeout=5)
+        recorder.worker.stop()
+        recorder.worker._thread.join(5)
+    assert trims == [0]

@@ -74,6 +74,9 @@ FAULTS = {
     "who does not wait for helpers": ("if (desk->inside.load()) wait_for", "if (false) wait_for"),
     "a part taken twice": ("const int i = desk.next.fetch_add(1);", "const int i = desk.next.load();"),
     "a crew that does not rest": ("crew.rests_until =", "Clock::duration planted ="),
+    "a helper that dies of a lack of memory": ("catch (const std::bad_alloc&)", "catch (const char*)"),
+    "a lack of memory that nobody hears of": ("if (lacked) throw std::bad_alloc();", ""),
+    "a lack of memory that outlives its call": (", desk->lacked.store(false)", ""),
 }
 
 

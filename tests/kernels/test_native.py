@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from carpool.kernels import native, ops, reference
+from carpool.kernels import native, native_linear8, ops, reference
 from carpool.kernels.attention import Choice
 from rows import laid_out
 
@@ -168,6 +173,23 @@ def test_a_number_that_is_none_does_not_get_lost(
     expected = torch.zeros(42, 2, dtype=torch.bool)
     expected[5, 0] = expected[33:, 1] = True
     assert torch.equal(lost, expected)
+
+
+@needs_native
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**40])
+def test_a_window_that_no_text_fills_is_none(
+    level: int, dtype: torch.dtype, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a token's place and the window are more than the kernels' integers hold."""
+    monkeypatch.setattr(native, "level", level)
+    query, key, value = make([33, 9], 2, 2, 32, dtype)
+    runs = [(33, 1), (9, 1)]
+    for causal in (False, True):
+        plain = native.varlen_attention(query, key, value, runs, scale=0.2, causal=causal)
+        out = native.varlen_attention(query, key, value, runs, scale=0.2, causal=causal, window=window)
+        assert torch.equal(out, plain)
 
 
 def test_without_the_library_the_twin_serves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,3 +492,62 @@ def test_pages_without_the_library_are_the_twins(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(given.key_cache[0, 3], tokens[0])
     out = ops.paged_attention(*given.taken, scale=1.0)
     assert torch.equal(out, reference.paged_attention(*given.taken, scale=1.0))
+
+
+@needs_native
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_a_lack_of_memory_is_an_exception_and_not_the_end_of_the_process(tmp_path: Path) -> None:
+    """Also in a thread that helps; and whoever asks again when there is some gets what it asked for."""
+    here, library = Path(__file__).parent, tmp_path / "no_memory.so"
+    source = here / "emu" / "no_memory.cpp"
+    subprocess.run(["g++", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "emu.no_memory", str(library)],
+        env={**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(here)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    said = [line.rpartition(": ") for line in done.stdout.splitlines()]
+    lacked, without = "lacked memory and said so", "did without memory"
+    assert {last for name, _, last in said if name.endswith("alone")} == {lacked}
+    # Helpers that have what they need may come first.
+    assert {last for name, _, last in said if name.endswith("with helpers")} <= {lacked, without}
+    assert len(said) == (20 if native.level >= 3 else 12) - (0 if native_linear8.multiplies else 8)
+
+
+# ── the library and its sources ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A folder with the library and what it was made of."""
+    kernels = Path(native.__file__).parent
+    shutil.copy(kernels / "_native.so", tmp_path)
+    shutil.copytree(kernels / "cpu", tmp_path / "cpu")
+    return tmp_path
+
+
+@needs_native
+def test_a_library_goes_with_its_sources(copied: Path) -> None:
+    assert native.load(copied) is not None
+
+
+@needs_native
+def test_one_of_other_sources_is_not_called(copied: Path) -> None:
+    """As after an upgrade of a checkout, which leaves the library where it was."""
+    source = copied / "cpu" / "linear.h"
+    source.write_text(source.read_text() + "// changed\n")
+    assert native.load(copied) is None
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc")
+def test_neither_is_one_that_does_not_know_its_sources(tmp_path: Path) -> None:
+    library = tmp_path / "_native.so"
+    code = b"int carpool_cpu_level() { return 1; }"
+    subprocess.run(["gcc", "-shared", "-x", "c", "-", "-o", str(library)], input=code, check=True)
+    assert native.load(tmp_path) is None
+    library.unlink()
+    assert native.load(tmp_path) is None
+    library.write_bytes(b"of another machine")
+    assert native.load(tmp_path) is None

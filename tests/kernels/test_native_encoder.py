@@ -34,7 +34,7 @@ def layer(
     width: int,
     wide: int,
     dtype: torch.dtype,
-    kinds: Sequence[Any],
+    kinds: list[Any],
     *,
     size: int = 16,
     activation: Activation | None = "gelu",
@@ -47,11 +47,12 @@ def layer(
         kind.of((randn(*shape, seed=seed) * shape[1] ** -0.5).to(dtype), randn(shape[0], seed=seed))
         for kind, shape in zip(kinds * (4 // len(kinds)), shapes, strict=True)
     )
-    norms = [
+    attended, done = (
         Norm(randn(width, seed=i) + 2, randn(width, seed=i), 1e-6, centred=True) for i in (seed, seed + 1)
-    ]
-    heads = width // size
-    return EncoderLayer(joint, out, up, down, *norms, activation, heads, scale=size**-0.5, **attention)
+    )
+    return EncoderLayer(
+        joint, out, up, down, attended, done, activation, width // size, scale=size**-0.5, **attention
+    )
 
 
 def one_by_one(hidden: Tensor, layers: Sequence[EncoderLayer], runs: list[tuple[int, int]]) -> Tensor:
@@ -61,9 +62,10 @@ def one_by_one(hidden: Tensor, layers: Sequence[EncoderLayer], runs: list[tuple[
         return native_linear if isinstance(product, Panels) else native_linear8
 
     for one in layers:
-        heads = of(one.joint).linear(hidden, one.joint).view(len(hidden), 3, one.heads, -1).unbind(1)
+        heads = of(one.joint).linear(hidden, one.joint).view(len(hidden), 3, one.heads, -1)
+        query, key, value = heads.unbind(1)
         kind: dict[str, Any] = {"scale": one.scale, "window": one.window, "softcap": one.softcap}
-        mixed = native.varlen_attention(*heads, runs, **kind).flatten(1)
+        mixed = native.varlen_attention(query, key, value, runs, **kind).flatten(1)
         attended = of(one.out).linear_norm(mixed, one.out, hidden, one.attended)
         wide = of(one.up).linear(attended, one.up, one.activation)
         hidden = of(one.down).linear_norm(wide, one.down, attended, one.done)
@@ -110,6 +112,17 @@ def test_it_computes_what_its_twin_does(runs: list[tuple[int, int]], kind: Any) 
     bound = 2e-5 if kind is Panels else 2e-2
     twins = twins_cpu.encoder(hidden, layers, runs)
     assert (mine - twins).norm() <= bound * twins.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_window_that_no_text_fills_is_none(dtype: torch.dtype) -> None:
+    """Also where a token's place and the window are more than the kernels' integers hold."""
+    hidden, runs = randn(40, 32).to(dtype), [(40, 1)]
+    plain, wide = (
+        native_encoder.Encoder([layer(32, 64, dtype, [Panels], window=window)], dtype)
+        for window in (None, 2**31 - 1)
+    )
+    assert torch.equal(wide(hidden, runs), plain(hidden, runs))
 
 
 def test_a_copy_goes_on_with_the_same_weights() -> None:

@@ -3,14 +3,13 @@
     first(x)  computes all at once, returns its own part and lays the others out
     next(x)   picks its part up; the last one leaves nothing behind
 
-The parts lie in a context variable between the calls: each thread has its own, it holds one layer's at most, and a
-replica copies nothing of it.
+The parts hang on the tensor x between the calls, and go when it goes: each thread has its own, a replica copies nothing
+of it, and of a batch that fails half-way nothing is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +20,13 @@ from carpool.engine.models.surgery.rehearsal import Rehearsal
 
 @dataclass(slots=True)
 class _Parts:
-    """What `owner` made of `x` and nobody has picked up yet, in order: each [..., own width]."""
+    """What `owner` made of a tensor and nobody has picked up yet, in order: each [..., own width]."""
 
     owner: FirstLinear
-    x: Tensor
     left: list[Tensor]
 
 
-_laid_out: ContextVar[_Parts | None] = ContextVar("carpool_joint_linear", default=None)
+_LAID_OUT = "_carpool_joint_parts"  # the tensor's attribute
 
 
 class FirstLinear(nn.Module):
@@ -42,7 +40,7 @@ class FirstLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         own: Tensor
         own, *others = self.linear(x).split(self.widths, -1)
-        _laid_out.set(_Parts(self, x, others))
+        setattr(x, _LAID_OUT, _Parts(self, others))
         return own
 
 
@@ -57,14 +55,14 @@ class NextLinear(nn.Module):
         self.left = left
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = _laid_out.get()
-        if parts is None or parts.owner is not self.first or parts.x is not x or len(parts.left) != self.left:
+        parts: _Parts | None = getattr(x, _LAID_OUT, None)
+        if parts is None or parts.owner is not self.first or len(parts.left) != self.left:
             raise RuntimeError(
                 "joint linear layers were called in another order than at load: use --no-surgery"
             )
         own = parts.left.pop(0)
         if not parts.left:
-            _laid_out.set(None)
+            delattr(x, _LAID_OUT)
         return own
 
 

@@ -61,7 +61,6 @@ class Ridden:
     computed: int
     committed: int = 0  # blocks that have been told once: a duplicate stays one, even when the other is gone
     riding: bool = False
-    found: bool = True  # whether what is computed of it may still be found: until a reset
 
     def content(self, end: int) -> Content:
         return (self.extra, *self.tokens[:end])
@@ -116,12 +115,7 @@ class AnyHistory(RuleBasedStateMachine):
             in_cache = in_cache and prefix in self.known
             if in_cache:
                 found.append(self.known[prefix])
-            elif (
-                behind is not None
-                and behind.found
-                and end <= behind.table.upto
-                and behind.content(end) == prefix
-            ):
+            elif behind is not None and end <= behind.table.upto and behind.content(end) == prefix:
                 found.append(behind.table.blocks[end // self.SIZE - 1])
             else:
                 break
@@ -167,7 +161,6 @@ class AnyHistory(RuleBasedStateMachine):
         assert self.pool.match(prompt, table_behind) == past < len(tokens)
         revived = [block for block in found if not self.holders(block)]
         fits = -(-len(tokens) // self.SIZE) - len(found) + len(revived) <= len(self.free) - self.promised()
-        assert self.pool.can_allocate(prompt, table_behind) == fits
         upto = data.draw(st.integers(past + 1, len(tokens)), label="first chunk ends")
         table = self.pool.allocate(prompt, upto, table_behind)
         assert (table is not None) == fits
@@ -205,9 +198,8 @@ class AnyHistory(RuleBasedStateMachine):
             self.pool.commit(ridden.table, upto)
             ridden.computed = upto
             told, ridden.committed = ridden.committed, upto // self.SIZE
-            if ridden.found:
-                for place in range(told, upto // self.SIZE):
-                    self.known.setdefault(ridden.content((place + 1) * self.SIZE), ridden.table.blocks[place])
+            for place in range(told, upto // self.SIZE):
+                self.known.setdefault(ridden.content((place + 1) * self.SIZE), ridden.table.blocks[place])
         for ridden, _, _ in batch.rows:
             if not fails and ridden.computed == len(ridden.tokens):
                 self._ends(ridden)
@@ -240,14 +232,6 @@ class AnyHistory(RuleBasedStateMachine):
         waiting = [ridden for ridden in self.under_way if not ridden.riding]
         if waiting:
             self._ends(data.draw(st.sampled_from(waiting)))
-
-    @rule(really=st.sampled_from([False, False, True]))
-    def all_is_forgotten(self, really: bool) -> None:
-        if really:
-            self.pool.reset()
-            self.known.clear()
-            for ridden in self.under_way:
-                ridden.found = False
 
     # ── what holds ──
 
@@ -505,7 +489,6 @@ def test_a_block_in_use_is_never_taken() -> None:
     pool = BlockPool(3, 2)
     held = begun(pool, [1, 2, 3])
     pool.commit(held, 3)
-    assert not pool.can_allocate(asked([7, 8, 9], 2))
     assert pool.allocate(asked([7, 8, 9], 2), 3) is None
     assert not set(begun(pool, [7]).blocks) & set(held.blocks)
 
@@ -520,7 +503,7 @@ def test_a_prompt_that_does_not_fit_changes_nothing() -> None:
     )
     assert {name: str(value) for name, value in vars(pool).items()} == before
     pool.free(held)
-    assert pool.can_allocate(asked([1, 2, 3, 4, 5], 2))
+    assert pool.allocate(asked([1, 2, 3, 4, 5], 2), 3) is not None
 
 
 def test_a_found_block_that_was_free_is_a_block_less_for_others() -> None:
@@ -528,9 +511,11 @@ def test_a_found_block_that_was_free_is_a_block_less_for_others() -> None:
     done(pool, [1, 2])
     held = begun(pool, [5])
     assert pool.match(asked([1, 2, 3], 2)) == 2
-    assert not pool.can_allocate(asked([1, 2, 3], 2)), "one block is free, and it is the one that was found"
+    assert pool.allocate(asked([1, 2, 3], 2), 3) is None, (
+        "one block is free, and it is the one that was found"
+    )
     pool.free(held)
-    assert pool.can_allocate(asked([1, 2, 3], 2))
+    assert pool.allocate(asked([1, 2, 3], 2), 3) is not None
 
 
 def test_who_has_begun_is_never_kept_waiting() -> None:
@@ -552,26 +537,6 @@ def test_who_leaves_early_gives_back_what_was_promised() -> None:
     assert pool.num_available == 4
 
 
-# ── forgetting ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_after_a_reset_nothing_from_before_is_found() -> None:
-    pool = BlockPool(12, 2)
-    done(pool, [1, 2, 3])
-    halfway = pool.allocate(asked([4, 5, 6, 7, 8], 2), 2)
-    assert halfway is not None
-    pool.commit(halfway, 2)
-    pool.reset()
-    pool.extend(halfway, 5)
-    pool.commit(halfway, 5)
-    assert pool.match(asked([1, 2, 3], 2)) == 0
-    assert pool.match(asked([4, 5, 6, 7, 8], 2), halfway) == 0, "its keys and values are of the old weights"
-    pool.free(halfway)
-    assert pool.num_available == 12
-    done(pool, [1, 2, 3])
-    assert pool.match(asked([1, 2, 3], 2)) == 2
-
-
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -579,8 +544,6 @@ def test_a_prompt_longer_than_the_cache_is_refused_and_does_not_wait() -> None:
     pool = BlockPool(2, 2)
     with pytest.raises(ValueError, match="5 tokens does not fit a cache of 4"):
         pool.allocate(Prompt(5), 1)
-    with pytest.raises(ValueError, match="5 tokens"):
-        pool.can_allocate(Prompt(5))
 
 
 def test_hashes_of_another_block_size_are_refused() -> None:

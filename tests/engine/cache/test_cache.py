@@ -48,11 +48,22 @@ def test_what_the_cache_cannot_hold_is_not_run_in_chunks() -> None:
     assert cache().num_tokens == BLOCKS * SIZE
 
 
-def test_adapters_and_salts_do_not_share() -> None:
+def test_adapters_salts_and_token_types_do_not_share() -> None:
     ids = [[1] * 30]
     told = [
-        cache("embed").prompts(ids, ("embed",), adapter, salt)[0]
-        for adapter, salt in [(0, None), (1, None), (0, "a"), (0, "b"), (0, "")]
+        cache("embed").prompts(ids, ("embed",), adapter, salt, starts)[0]
+        for adapter, salt, starts in [
+            (0, None, None),
+            (1, None, None),
+            (0, "a", None),
+            (0, "b", None),
+            (0, "", None),
+            (0, None, [3]),
+            (0, None, [4]),
+        ]
     ]
     hashes = [tuple(prompt.hashes) for prompt in told if prompt is not None]
-    assert len(set(hashes)) == 5
+    assert len(set(hashes)) == 7
+    [same] = cache("embed").prompts(ids, ("embed",), type_starts=[3])
+    assert same is not None
+    assert tuple(same.hashes) == hashes[5]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from carpool.engine.cache.blocks import Prompt
 from carpool.engine.cache.hashing import block_hashes
-from carpool.engine.cache.prefixes import Prefixes, Ride, plan
+from carpool.engine.cache.prefixes import Prefixes, Ride
 
 Asked = tuple[list[int], str, bool]  # token ids, salt, whether it may use what others compute
 
@@ -24,6 +24,16 @@ ASKED = st.tuples(TOKENS, st.sampled_from(["", "", "salt"]), st.sampled_from([Tr
 def prompt(asked: Asked, block_size: int) -> Prompt:
     tokens, salt, reuse = asked
     return Prompt(len(tokens), block_hashes(tokens, block_size, (salt,)), reuse)
+
+
+def plan(prompts: list[Prompt], block_size: int) -> list[Ride]:
+    """How each rides when they come aboard whole and in this order."""
+    prefixes = Prefixes(block_size)
+    rides = []
+    for one in prompts:
+        rides.append(prefixes.find(one))
+        prefixes.add(one)
+    return rides
 
 
 def planned(asked: list[Asked], block_size: int) -> list[Ride]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -40,3 +42,11 @@ def test_what_weighs_nothing_is_left_out() -> None:
 
 def test_token_ids_of_the_largest_vocabularies_are_exact() -> None:
     assert weigh([(250_001, 1.0), (250_000, 1.0)]) == [[[250_000, 1.0], [250_001, 1.0]]]
+
+
+def test_a_weight_that_is_no_number_stays_in_its_own_text() -> None:
+    """So that this text fails, and those beside it do not."""
+    broken, whole = weigh([(5, 1.0), (7, 2.0), (7, math.nan), (7, 3.0)], [(7, 1.0)])
+    assert [entry for entry, _ in broken] == [5, 7]
+    assert math.isnan(broken[1][1])
+    assert whole == [[7, 1.0]]

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdio>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -88,6 +89,25 @@ void after_one_that_was_late() {
     if (idle_cores() != CORES - 1) fail("the crew did not come back");
 }
 
+// Whoever computes the part; more calls than there are desks.
+void without_memory() {
+    for (int round = 0; round < 100; round++) {
+        std::atomic<int> computed{0};
+        bool thrown = false;
+        try {
+            share(8, [&](int i) {
+                computed++;
+                if (i % 2) throw std::bad_alloc();
+            });
+        } catch (const std::bad_alloc&) {
+            thrown = true;
+        }
+        if (!thrown) fail("a part lacked memory and nobody was told");
+        if (computed != 8) fail("a call was left while parts of it were not computed");
+    }
+    shared_once(8, 100, 0us);
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -99,6 +119,8 @@ int main(int, char** arguments) {
         if (idle_cores() != CORES - 1) fail("cores are idle and not said to be");
         if (parts_of(1, 8) != 1 || parts_of(int64_t(1) << 40, 8) != 8) fail("small work is cut, or large work is not");
         if (helped_by(16, 5ms) == 0) fail("nobody helped");
+        without_memory();
+        if (helped_by(16, 5ms) == 0) fail("nobody helps any more");
         const Leading second, third, fourth;
         if (idle_cores() != 0 || parts_of(int64_t(1) << 40, 8) != 1) fail("cores that lead are said to be idle");
     }

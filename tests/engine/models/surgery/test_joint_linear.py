@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import traceback
+import weakref
 from collections.abc import Callable
-from contextvars import copy_context
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 import tiny
 from carpool.engine.models.surgery import swap_modules
-from carpool.engine.models.surgery.joint_linear import FirstLinear, NextLinear, _laid_out, joined
+from carpool.engine.models.surgery.joint_linear import FirstLinear, NextLinear, joined
 from carpool.engine.models.surgery.rehearsal import Rehearsal
 
 X = torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(1))
@@ -152,13 +154,33 @@ def test_another_order_than_at_load_is_an_error_and_no_number(wrong: Callable[[A
     with pytest.raises(RuntimeError, match="another order than at load"):
         wrong(module)
     module(X)  # and nothing is left of it
-    assert _laid_out.get() is None
+    assert not vars(X)
 
 
 def test_nothing_is_kept_after_the_last_layer() -> None:
     module = made()
     module(X)
-    assert _laid_out.get() is None
+    assert not vars(X)
+
+
+def test_nothing_is_kept_of_a_batch_that_failed_half_way() -> None:
+    """Its halves, run next, are to have the room."""
+    module = made()
+    held: list[weakref.ref[Tensor]] = []
+
+    def fails(x: Tensor) -> None:
+        module.q_proj(x)
+        held.extend(weakref.ref(one) for one in gc.get_objects() if type(one) is Tensor and one._is_view())
+        raise torch.OutOfMemoryError("in between")
+
+    before = {id(one) for one in gc.get_objects() if type(one) is Tensor and one._is_view()}
+    try:
+        fails(X.clone())
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)
+    left = [view for one in held if (view := one()) is not None and id(view) not in before]
+    assert len(held) >= len(before) + 2, "key and value were there"
+    assert not left
 
 
 def test_each_thread_has_its_own() -> None:
@@ -177,7 +199,7 @@ def test_each_thread_has_its_own() -> None:
         step.wait()
         results[module] = torch.cat((q, k * 2, module.v_proj(x) * 3), -1)
 
-    threads = [threading.Thread(target=copy_context().run, args=(run, module)) for module in inputs]
+    threads = [threading.Thread(target=run, args=(module,)) for module in inputs]
     for thread in threads:
         thread.start()
     for thread in threads:
