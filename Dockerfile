@@ -13,7 +13,6 @@
 #   TORCH_INDEX_URL   an index with the build of torch to take, e.g. CPU-only; without it, the default index's
 #   CUDA              12 or 13: CuPy for that CUDA. It must be the one that torch is built for, or the build ends:
 #                     PyPI's torch is for 13, and one for 12 has an index of its own, given as TORCH_INDEX_URL
-#   EXTRAS            carpool's optional parts, with commas: otel, ray
 #   PYTHON            3.11 is what is tested
 
 ARG PYTHON=3.11
@@ -32,11 +31,10 @@ COPY kernels kernels
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir wheels .
 # What the wheel asks for, as a file of its own: it rarely changes, so the next stage's large layer is kept.
 ARG CUDA=
-ARG EXTRAS=
 RUN python -c "import sys, tomllib; \
 project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-extras = [project['optional-dependencies'][name] for name in sys.argv[1].split(',') if name]; \
-print(*sum(extras, project['dependencies']), sep='\n')" "$EXTRAS,${CUDA:+cuda$CUDA}" > requirements.txt
+extras = [project['optional-dependencies'][name] for name in sys.argv[1:] if name]; \
+print(*sum(extras, project['dependencies']), sep='\n')" "${CUDA:+cuda$CUDA}" > requirements.txt
 
 FROM python:${PYTHON}-slim
 # PYTHONSAFEPATH keeps the working directory off sys.path; unbuffered, so that no log line waits.
@@ -60,6 +58,8 @@ RUN pip install --no-cache-dir --no-deps /install/wheels/*.whl
 # By number, so that an orchestrator can see that it is not root.
 USER 1000
 EXPOSE 8000
+# Is a restart due? Not while the model loads, nor when too much is asked. For another port set CARPOOL_PORT; with TLS
+# or a Unix socket give a check of your own (docs/operations.md).
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"CARPOOL_PORT\"]}/health', timeout=4)"]
-ENTRYPOINT ["carpool", "serve", "--host", "0.0.0.0"]
+    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"CARPOOL_PORT\"]}/health/live', timeout=4)"]
+ENTRYPOINT ["carpool", "serve"]

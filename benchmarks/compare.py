@@ -203,7 +203,7 @@ def _markdown(
     ]
     if peers:
         blocks += [
-            "How many times as fast as each peer, at its best batch size, round by round, least – median – most:",
+            "How many times as fast as each peer at its best batch size above, by rounds, least – median – most:",
             table(("as fast as", *(str(standing.entry) for standing in ours)), ratios),
         ]
     blocks += noise_warning(max(standing.cores_busy_elsewhere for standing in standings))

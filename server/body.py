@@ -18,6 +18,7 @@ T = TypeVar("T", bound=Struct)
 D = TypeVar("D")
 
 IDLE_SECONDS = 60.0  # a sender that is silent for so long has gone
+LEAST_RATE = 8192  # bytes a second, which a sender has to keep up after the first minute
 LARGE = 1 << 20  # bytes; decoding more on the event loop would hold up everybody
 
 
@@ -45,7 +46,8 @@ async def read_json_body(request: web.Request) -> bytes:
         body = await _read(request, limit)
     except TimeoutError:
         raise UnreadableBody(
-            f"The rest of the body did not come within {IDLE_SECONDS:.0f} seconds."
+            f"The body did not come in time: a sender may be silent for {IDLE_SECONDS:.0f} seconds at most, and takes "
+            f"no longer than {IDLE_SECONDS:.0f} seconds and one more for each {LEAST_RATE} bytes."
         ) from None
     except (web.RequestPayloadError, ConnectionError) as error:
         raise UnreadableBody("The body cannot be read: its coding or its framing is broken.") from error
@@ -63,8 +65,10 @@ async def _read(request: web.Request, limit: int) -> bytes:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # aiohttp takes written bytes for the start of the answer
     body = bytearray()
+    now = asyncio.get_running_loop().time
+    latest = now() + IDLE_SECONDS
     while len(body) <= limit:
-        async with asyncio.timeout(IDLE_SECONDS):
+        async with asyncio.timeout_at(min(now() + IDLE_SECONDS, latest + len(body) / LEAST_RATE)):
             chunk = await content.readany()
         if not chunk:
             break

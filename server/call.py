@@ -6,14 +6,14 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from aiohttp import web
 
 from carpool.engine.errors import InvalidInput, UnsupportedTask
 from carpool.server.errors import InvalidRequest, UnknownModel
-from carpool.server.headers import label, timeout_seconds
-from carpool.server.keys import CLIENT, CONFIG, ENGINE, METRICS, REQUEST_ID
+from carpool.server.headers import label
+from carpool.server.keys import CLIENT, CONFIG, DEADLINE, ENGINE, METRICS, REQUEST_ID
 from carpool.server.protocol import PromptTokensDetails, Usage
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from carpool.engine.params import PoolingParams, Task, TokenizationParams
     from carpool.server.protocol import Conversation
     from carpool.server.protocol.model_request import TextRequest
+
+
+R = TypeVar("R", bound=web.StreamResponse)
 
 
 class Asked(Protocol):
@@ -45,7 +48,6 @@ class Call:
         self._engine = app[ENGINE]
         self.model = self._engine.model
         self._adapter = self.name if self.name in self.model.lora_modules else None
-        self._timeout = timeout_seconds(request)
         self._tokens = 0
         self._timings: Timings | None = None
         self._answered = 0.0
@@ -87,6 +89,10 @@ class Call:
 
     async def render(self, conversations: Sequence[Conversation], options: Mapping[str, Any]) -> list[str]:
         return await rendered(self._app, conversations, options)
+
+    async def tokenize(self, texts: list[str], tokenization: TokenizationParams) -> list[list[int]]:
+        """What `pool` would run on, uncut."""
+        return await self._engine.tokenize(texts, tokenization)
 
     async def pair_prompts(self, pairs: list[tuple[str, str]]) -> Prompts:
         """Pairs of texts as prompts for `pool`."""
@@ -139,9 +145,15 @@ class Call:
             "adapter": self._adapter,
             "client": self._request[CLIENT],
             "priority": self._asked.priority or 0,
-            "timeout": self._timeout,
+            "timeout": self._seconds_left(),
             "cache_salt": self._asked.cache_salt,
         }
+
+    def _seconds_left(self) -> float | None:
+        """Until the client's own deadline; what is left may be next to nothing, and is never 0."""
+        if "X-Request-Timeout" not in self._request.headers:
+            return None
+        return max(1e-3, self._request[DEADLINE] - asyncio.get_running_loop().time())
 
     def _note(self, result: PoolingResult | ScoreResult) -> None:
         self._tokens += result.prompt_tokens
@@ -155,8 +167,8 @@ class Call:
         details = PromptTokensDetails(result.cached_tokens) if told else None
         return Usage(tokens, tokens, prompt_tokens_details=details)
 
-    def finish(self, response: web.Response) -> web.Response:
-        """Account for the answer, and say in it where the time went."""
+    def finish(self, response: R) -> R:
+        """Account for the answer, and say in it where the time went; of a large one, up to its first bytes."""
         assert self._timings is not None, "the model ran"
         encode = perf_counter() - self._answered
         self._app[METRICS].answered(self._tokens, self._timings, encode)

@@ -15,7 +15,15 @@ from carpool.engine.errors import ConfigError
 from carpool.server import logs
 from carpool.server.config import ServerConfig
 from carpool.server.options import ENGINE_OPTIONS, SERVER_OPTIONS, Option, build_config, nearest
-from carpool.server.sources import CONFIG_FILE, Settings, from_arguments, from_environment, from_yaml, merged
+from carpool.server.sources import (
+    CONFIG_FILE,
+    Settings,
+    from_arguments,
+    from_environment,
+    from_yaml,
+    merged,
+    refuse_ambiguous,
+)
 
 log = structlog.get_logger()
 
@@ -71,6 +79,7 @@ def read_config(
     paths = [settings.values.pop(CONFIG_FILE.name, None) for settings in sources]
     if path := paths[1] or paths[0]:
         sources.insert(0, from_yaml(path))
+    refuse_ambiguous(sources)
     return build_config(merged(sources)), sources
 
 

@@ -74,6 +74,10 @@ class ServerConfig:
             raise ConfigError("--ssl-keyfile needs --ssl-certfile beside it.")
         if "" in self.api_key:
             raise ConfigError("--api-key must not be empty.")
+        if any(key != key.strip() for key in self.api_key):
+            raise ConfigError(
+                "--api-key must not begin or end with a blank: in a header blanks around it get lost."
+            )
         if "" in self.served_model_name:
             raise ConfigError("--served-model-name must not be empty.")
         for module in self.engine.lora_modules:

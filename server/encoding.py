@@ -1,19 +1,17 @@
-"""Vectors on their way out: float text, base64, or raw bytes. The only file of this room that knows arrays.
+"""Results on their way out: float text, base64, or raw bytes. The only file of this room that knows arrays of numbers.
 
-For base64 and bytes a request's vectors are joined into one array and cast once. Large answers are written
-in another thread and a slice of rows at a time, so that 2,048 vectors do not hold up the event loop: within a
-slice orjson keeps Python to itself, between slices others run.
+Its writers make text of any run of items, so that large answers are written slice by slice (`slices.py`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from binascii import b2a_base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -23,13 +21,11 @@ from numpy.typing import NDArray
 from carpool.engine.errors import InferenceFailed
 from carpool.server.errors import InvalidRequest
 from carpool.server.protocol import EmbedDType, Endianness, VectorPlace
+from carpool.server.slices import CHARACTERS, ITEM, LATER, SLICE, Array
 
 Row = NDArray[Any]  # float32, or what a request for 16-bit numbers gets from the engine as such
 Rows = Sequence[Row]
-T = TypeVar("T")
 
-LARGE = 1 << 16  # numbers in an answer; fewer are written in a millisecond or two
-SLICE = 1 << 14  # numbers written in one go
 DTYPES: dict[EmbedDType, Any] = {
     "float32": np.float32,
     "float16": np.float16,
@@ -51,61 +47,139 @@ EMBEDDING = ItemStyle("embedding", "embedding")
 POOLING = ItemStyle("pooling", "data")
 
 
-async def in_good_time(write: Callable[..., T], rows: Rows, *how: Any) -> T:
-    """`write(rows, *how)`, on the event loop if it is quick and beside it if not."""
-    if sum(row.size for row in rows) < LARGE:
-        return write(rows, *how)
-    return await asyncio.get_running_loop().run_in_executor(None, write, rows, *how)
+# ── arrays, by what is in them ───────────────────────────────────────────────────────────────────────────────
 
 
-def float_items(rows: Rows, style: ItemStyle = EMBEDDING) -> bytes:
-    """The `data` array of an answer; each number is the shortest text that parses to the same float32."""
-    return _json_array([np.ascontiguousarray(row) for row in rows], _slice_of(rows), style)
+def float_array(rows: Rows, style: ItemStyle) -> Array:
+    return Array(float_items, rows, (style,), cut=_float_slices)
+
+
+def base64_array(rows: Rows, dtype: EmbedDType, endianness: Endianness, style: ItemStyle) -> Array:
+    cut = partial(_base64_slices, dtype=dtype, endianness=endianness)
+    return Array(
+        base64_items, rows, (dtype, endianness, style), cut=cut, check=partial(_check_range, rows, dtype)
+    )
+
+
+def array_by_task(
+    rows: Rows, tasks: Sequence[str], layout: tuple[EmbedDType, Endianness] | None = None
+) -> Array:
+    """Of several results a prompt, each under its task's name. `layout` is of base64; None: as numbers."""
+    if layout is None:
+        return Array(items_by_task, rows, (tasks, None), width=len(tasks), cut=_float_slices)
+    cut = partial(_base64_slices, dtype=layout[0], endianness=layout[1])
+    check = partial(_check_range, rows, layout[0])
+    return Array(items_by_task, rows, (tasks, layout), width=len(tasks), cut=cut, check=check)
+
+
+def bare_array(rows: Rows) -> Array:
+    """Vectors and nothing else."""
+    return Array(bare_items, rows, cut=_float_slices)
+
+
+def class_array(rows: Rows, labels: Sequence[str | None]) -> Array:
+    return Array(class_items, rows, (labels,))
+
+
+def list_array(items: Sequence[str] | Sequence[int]) -> Array:
+    """Texts, or token ids, as they are."""
+    return Array(plain_items, items, weigh=_weight)
+
+
+def score_array(write: Callable[..., bytes], scores: Sequence[float]) -> Array:
+    return Array(write, scores, weigh=lambda _: ITEM)
+
+
+def ranked_array(
+    write: Callable[..., bytes], best: Sequence[tuple[int, float]], documents: Sequence[str] | None
+) -> Array:
+    """Places and scores, with the documents' texts where they are shown."""
+    if documents is None:
+        return Array(write, best, (documents,), weigh=lambda _: ITEM)
+    return Array(write, best, (documents,), weigh=lambda ranked: ITEM + _weight(documents[ranked[0]]))
+
+
+def _weight(item: str | int) -> int:
+    return 1 + len(item) // CHARACTERS if isinstance(item, str) else 1
+
+
+# ── what they write ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def float_items(rows: Rows, style: ItemStyle = EMBEDDING, first: int = 0) -> bytes:
+    """Items of the `data` array; each number is the shortest text that parses to the same float32."""
+    return _items(_contiguous(rows), style, first)
 
 
 def base64_items(
-    rows: Rows, dtype: EmbedDType, endianness: Endianness, style: ItemStyle = EMBEDDING
+    rows: Rows,
+    dtype: EmbedDType,
+    endianness: Endianness,
+    style: ItemStyle = EMBEDDING,
+    first: int = 0,
 ) -> bytes:
-    """The `data` array of an answer, each result as base64 of its numbers, row by row."""
-    texts = base64_texts(rows, dtype, endianness)
-    return _json_array(texts, len(texts), style)
+    """Items of the `data` array, each result as base64 of its numbers, row by row."""
+    return _items(base64_texts(rows, dtype, endianness), style, first)
 
 
-def items_by_task(rows: Rows, tasks: Sequence[str], layout: tuple[EmbedDType, Endianness] | None) -> bytes:
-    """The `data` array of an answer of several results a prompt, each under its task's name.
-
-    `layout` is of base64; None: as numbers.
-    """
-    results: Rows | list[str] = [np.ascontiguousarray(row) for row in rows]
-    if layout is not None:
-        results = base64_texts(rows, *layout)
+def items_by_task(
+    rows: Rows, tasks: Sequence[str], layout: tuple[EmbedDType, Endianness] | None, first: int = 0
+) -> bytes:
+    """Items of the `data` array with a result a task."""
+    results = _contiguous(rows) if layout is None else base64_texts(rows, *layout)
     width = len(tasks)
     prompts = [dict(zip(tasks, results[i : i + width], strict=True)) for i in range(0, len(results), width)]
-    return _json_array(prompts, _slice_of(rows), POOLING)
+    return _items(prompts, POOLING, first)
 
 
-def base64_texts(rows: Rows, dtype: EmbedDType, endianness: Endianness) -> list[str]:
+def base64_texts(rows: Rows, dtype: EmbedDType, endianness: Endianness) -> list[Any]:
+    """A text a row; LATER stays."""
     if dtype == "float32" and endianness in ("native", sys.byteorder):  # straight from the rows as they lie
         return [
-            b2a_base64(np.ascontiguousarray(row, np.float32).data, newline=False).decode() for row in rows
+            row
+            if row is LATER
+            else b2a_base64(np.ascontiguousarray(row, np.float32).data, newline=False).decode()
+            for row in rows
         ]
-    buffer = memoryview(raw_vectors(rows, dtype, endianness))
-    return [b2a_base64(buffer[start:end], newline=False).decode() for start, end in _extents(rows, dtype)]
-
-
-def bare_items(rows: Rows) -> bytes:
-    """The vectors as a JSON array of arrays and nothing else, each number its shortest text."""
-    step = _slice_of(rows)
-    slices = [
-        orjson.dumps(
-            [np.ascontiguousarray(row) for row in rows[i : i + step]], option=orjson.OPT_SERIALIZE_NUMPY
-        )
-        for i in range(0, len(rows), step)
+    here = [row for row in rows if row is not LATER]
+    buffer = memoryview(raw_vectors(here, dtype, endianness)) if here else memoryview(b"")
+    extents = iter(_extents(here, dtype))
+    return [
+        row if row is LATER else b2a_base64(buffer[slice(*next(extents))], newline=False).decode()
+        for row in rows
     ]
-    return b"[%b]" % b",".join(part[1:-1] for part in slices)
 
 
-def sparse_items(rows: Rows) -> bytes:
+def base64_list(rows: Rows, dtype: EmbedDType, endianness: Endianness, first: int = 0) -> bytes:
+    return orjson.dumps(base64_texts(rows, dtype, endianness))
+
+
+def bare_items(rows: Rows, first: int = 0) -> bytes:
+    """The vectors as a JSON array of arrays and nothing else, each number its shortest text."""
+    return orjson.dumps(_contiguous(rows), option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def plain_items(items: Sequence[str] | Sequence[int], first: int = 0) -> bytes:
+    return orjson.dumps(items)
+
+
+def class_items(rows: Rows, labels: Sequence[str | None], first: int = 0) -> bytes:
+    """Of each row [C] the likeliest class and all probabilities."""
+    items = []
+    for index, row in enumerate(rows, first):
+        best = int(row.argmax())
+        items.append(
+            {
+                "index": index,
+                "label": labels[best] if best < len(labels) else None,
+                "probs": np.ascontiguousarray(_finite(row)),
+                "num_classes": row.size,
+            }
+        )
+    return orjson.dumps(items, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def sparse_items(rows: Rows, first: int = 0) -> bytes:
     """Sparse vectors [n, 2] as a JSON array of arrays of {"index", "value"}."""
     texts = [
         [
@@ -117,14 +191,80 @@ def sparse_items(rows: Rows) -> bytes:
     return orjson.dumps(texts)
 
 
+def sign_items(rows: Rows, signed: bool, first: int = 0) -> bytes:
+    """One bit a component, set from 0 upwards, most significant first; as bytes, or 128 less."""
+    packed = np.packbits(np.stack(rows) >= 0, axis=1).astype(np.int16)
+    return orjson.dumps((packed - 128 if signed else packed).tolist())
+
+
+def _contiguous(rows: Rows) -> list[Any]:
+    """As orjson wants them; LATER stays."""
+    return [row if row is LATER else np.ascontiguousarray(row) for row in rows]
+
+
+def _items(results: Sequence[Any], style: ItemStyle, first: int) -> bytes:
+    items = [
+        {"index": index, "object": style.object, style.field: result}
+        for index, result in enumerate(results, first)
+    ]
+    return orjson.dumps(items, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _float_slices(row: Row) -> Iterator[bytes]:
+    """The text of one long row, [n, D] or [D], slice by slice."""
+    step = max(1, SLICE // (row[0].size or 1))
+    yield b"["
+    for first in range(0, len(row), step):
+        part = np.ascontiguousarray(row[first : first + step])
+        yield (b"," if first else b"") + orjson.dumps(part, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+    yield b"]"
+
+
+def _base64_slices(row: Row, dtype: EmbedDType, endianness: Endianness) -> Iterator[bytes]:
+    """The text of one long row, slice by slice: three numbers are no fraction of base64's groups of three bytes."""
+    yield b'"'
+    for part in _cut(row, 3 * SLICE):
+        yield b2a_base64(raw_vectors([part], dtype, endianness), newline=False)
+    yield b'"'
+
+
+def _cut(row: Row, step: int) -> Iterator[Row]:
+    flat = row.reshape(-1)
+    for first in range(0, flat.size, step):
+        yield flat[first : first + step]
+
+
+def _check_range(rows: Rows, dtype: EmbedDType) -> None:
+    """Raise what `raw_vectors` would, without keeping what it makes."""
+    if dtype != "float32":
+        for row in rows:
+            for part in _cut(row, SLICE):
+                _cast(part, dtype)
+
+
+def raw_slices(rows: Rows, dtype: EmbedDType, endianness: Endianness) -> Iterator[bytes]:
+    """`raw_vectors`, slice by slice."""
+    _check_range(rows, dtype)
+    for first, end in Array(bare_items, rows).runs():
+        if end - first > 1:
+            yield raw_vectors(rows[first:end], dtype, endianness)
+        else:
+            for part in _cut(rows[first], SLICE):
+                yield raw_vectors([part], dtype, endianness)
+
+
 def shortest(numbers: Row) -> list[float]:
     """Doubles whose shortest text is that of the float32 they stand for."""
-    if not np.isfinite(numbers).all():
-        raise InferenceFailed("A score is not a finite number.")
     floats: list[float] = orjson.loads(
-        orjson.dumps(np.ascontiguousarray(numbers), option=orjson.OPT_SERIALIZE_NUMPY)
+        orjson.dumps(np.ascontiguousarray(_finite(numbers)), option=orjson.OPT_SERIALIZE_NUMPY)
     )
     return floats
+
+
+def _finite(numbers: Row) -> Row:
+    if not np.isfinite(numbers).all():
+        raise InferenceFailed("A score is not a finite number.")
+    return numbers
 
 
 def shortest_scores(scores: Sequence[float]) -> list[float]:
@@ -136,45 +276,30 @@ def best_first(scores: Sequence[float]) -> list[tuple[int, float]]:
     return sorted(enumerate(shortest_scores(scores)), key=lambda pair: -pair[1])
 
 
-def sign_bits(rows: Rows, signed: bool) -> list[list[int]]:
-    """One bit a component, set from 0 upwards, most significant first; as bytes, or 128 less."""
-    width = rows[0].size
-    if width % 8:
-        raise InvalidRequest(
-            f"Embedding dimension must be a multiple of 8 for binary embedding types, but got {width}.",
-            "embedding_types",
-        )
-    packed = np.packbits(np.stack(rows) >= 0, axis=1).astype(np.int16)
-    bits: list[list[int]] = (packed - 128 if signed else packed).tolist()
-    return bits
-
-
-def _slice_of(rows: Rows) -> int:
-    """How many rows are written in one go."""
-    return max(1, SLICE // (rows[0].size or 1))
-
-
-def _json_array(results: Sequence[Any], step: int, style: ItemStyle) -> bytes:
-    slices = []
-    for first in range(0, len(results), step):
-        items = [
-            {"index": index, "object": style.object, style.field: result}
-            for index, result in enumerate(results[first : first + step], first)
-        ]
-        slices.append(orjson.dumps(items, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1])
-    return b"[%b]" % b",".join(slices)
-
-
 def raw_vectors(rows: Rows, dtype: EmbedDType, endianness: Endianness) -> bytes:
     """All vectors end to end, rounded to nearest even as torch rounds."""
-    numbers = np.concatenate([row.reshape(-1) for row in rows])
-    with np.errstate(over="ignore"):
-        cast = numbers.astype(DTYPES[dtype], copy=False)
-    if dtype != "float32" and not np.isfinite(cast).all():
-        raise InvalidRequest(f"A vector holds numbers too large for {dtype}; use float32.", "embed_dtype")
+    cast = _cast(np.concatenate([row.reshape(-1) for row in rows]), dtype)
     if endianness not in ("native", sys.byteorder) and cast.itemsize > 1:
         cast = cast.view(f"u{cast.itemsize}").byteswap()
     return cast.tobytes()
+
+
+def _cast(numbers: Row, dtype: EmbedDType) -> Row:
+    with np.errstate(over="ignore"):
+        cast: Row = numbers.astype(DTYPES[dtype], copy=False)
+    if dtype != "float32" and not np.isfinite(cast).all():
+        raise InvalidRequest(f"A vector holds numbers too large for {dtype}; use float32.", "embed_dtype")
+    return cast
+
+
+def num_bytes(rows: Rows, dtype: EmbedDType) -> int:
+    """Of `raw_vectors`."""
+    return int(np.dtype(DTYPES[dtype]).itemsize) * sum(row.size for row in rows)
+
+
+def zeros(count: int, shape: tuple[int, ...]) -> Rows:
+    """Rows to ask where they would lie; they take no memory."""
+    return [np.broadcast_to(np.float32(0), shape)] * count
 
 
 def places(rows: Rows, dtype: EmbedDType, endianness: Endianness) -> list[VectorPlace]:

@@ -45,6 +45,7 @@ async def live(
                 return app[METRICS].counts().encode()
             case "ready":
                 await asyncio.wait([loading])
+                loading.result()
                 return b""
         raise ValueError(f"nobody answers {question!r} here")
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -59,6 +59,8 @@ class Fronts:
         self._departed = Counts()  # what those said last that have died: a counter never falls
         self._leaving = False
         self._keepers: list[asyncio.Task[None]] = []
+        self._greeters: set[asyncio.Task[None]] = set()
+        self._serving = asyncio.Event()  # one of them has said that it does
 
     def start(self) -> None:
         self._keepers = [
@@ -66,13 +68,11 @@ class Fronts:
         ]
 
     async def ready(self) -> None:
-        """Hand out what was loaded, and wait until those who got it serve."""
+        """Hand out what was loaded, and wait until those who got it serve or are lost, and at least one serves."""
         assert self._engine.core.parts is not None, "the engine has started"
         self._parcel = parcel.pack(self._engine.core.parts)
-        gates = list(self._gates)
-        for gate in gates:
-            gate.hand_over(self._parcel)
-        await asyncio.gather(*(gate.ask("ready") for gate in gates), return_exceptions=True)
+        await asyncio.gather(*(self._greet(gate, self._parcel) for gate in self._gates))
+        await self._serving.wait()
 
     async def stop(self) -> None:
         """Have them send what is left to send, and end; those that do not are killed."""
@@ -90,34 +90,54 @@ class Fronts:
         pause = FIRST_PAUSE_S
         while True:
             began = loop.time()
-            status = await self._live()
+            fault: dict[str, Any]
+            try:
+                fault = {"status": await self._live()}
+            except Exception as error:  # no memory, no descriptors, no more processes: that may pass
+                fault = {"exc_info": error}
             if self._leaving:
                 return
             if loop.time() - began > SETTLED_S:
                 pause = FIRST_PAUSE_S
-            log.error("front died and is started again", front=number, status=status, pause=pause)
+            log.error("front died and is started again", front=number, pause=pause, **fault)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
     async def _live(self) -> int:
         """The life of one process; its exit status."""
         ours, theirs = socket.socketpair()
+        with ours:  # until it is the gate's
+            process = await self._start(theirs)
+            try:
+                assert process.stdin is not None
+                process.stdin.write(pickle.dumps(sys.path) + pickle.dumps((self._config, self._started_at)))
+                process.stdin.close()
+                gate = Gate(self._engine.core, self._reply)
+                await gate.open(socket.socket(fileno=ours.detach()))
+                return await self._serve(process, gate)
+            finally:
+                if process.returncode is None:
+                    with suppress(ProcessLookupError):
+                        process.kill()
+                    await process.wait()
+
+    async def _start(self, theirs: socket.socket) -> asyncio.subprocess.Process:
         descriptors = [theirs.fileno(), *(own.fileno() for own in self._sockets)]
         with theirs:
-            process = await asyncio.create_subprocess_exec(
+            return await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-c", _START, *map(str, descriptors)),
                 stdin=asyncio.subprocess.PIPE,
                 pass_fds=descriptors,
             )
-        gate = Gate(self._engine.core, self._reply)
+
+    async def _serve(self, process: asyncio.subprocess.Process, gate: Gate) -> int:
+        """Through the gate, until the process has ended; its exit status."""
+        self._gates.add(gate)
         try:
-            assert process.stdin is not None
-            process.stdin.write(pickle.dumps(sys.path) + pickle.dumps((self._config, self._started_at)))
-            process.stdin.close()
-            await gate.open(ours)
-            self._gates.add(gate)
             if self._parcel is not None:
-                gate.hand_over(self._parcel)
+                greeter = asyncio.ensure_future(self._greet(gate, self._parcel))
+                self._greeters.add(greeter)
+                greeter.add_done_callback(self._greeters.discard)
             if self._leaving:
                 gate.leave()
             return await process.wait()
@@ -125,10 +145,16 @@ class Fronts:
             self._gates.discard(gate)
             self._departed = self._departed.plus([Counts(0, self._counted.pop(gate, Counts()).samples)])
             gate.close()
-            if process.returncode is None:
-                with suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
+
+    async def _greet(self, gate: Gate, parcel: bytes) -> None:
+        """Hand the model over, and wait until it is served."""
+        gate.hand_over(parcel)
+        try:
+            await gate.ask("ready")
+        except EngineError as error:  # its keeper knows more
+            log.warning("front was lost before it served", reason=str(error))
+        else:
+            self._serving.set()
 
     # ── what a front asks, of all ────────────────────────────────────────────────────────────────────────
 

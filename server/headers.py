@@ -6,11 +6,18 @@ import math
 import os
 
 from aiohttp import web
+from aiohttp.compression_utils import HAS_BROTLI, HAS_ZSTD
 
 from carpool.server.errors import InvalidRequest, UnreadableBody, UnsupportedMediaType
 
 MAX_LABEL = 128
-CONTENT_ENCODINGS = frozenset({"identity", "gzip", "deflate", "br", "zstd"})
+CONTENT_ENCODINGS = (
+    "identity",
+    "gzip",
+    "deflate",
+    *["br"] * HAS_BROTLI,
+    *["zstd"] * HAS_ZSTD,
+)  # what aiohttp undoes
 
 
 def label(value: str | None) -> str | None:
@@ -51,4 +58,4 @@ def require_known_encoding(request: web.Request) -> None:
     """aiohttp would hand over a body whose coding it does not know as if it were plain."""
     value = request.headers.get("Content-Encoding")
     if value and value.strip().lower() not in CONTENT_ENCODINGS:
-        raise UnreadableBody("Content-Encoding must be gzip, deflate or identity.")
+        raise UnreadableBody(f"Content-Encoding must be one of {', '.join(CONTENT_ENCODINGS)}.")

@@ -1,32 +1,107 @@
-"""aiohttp's connection, bent in a few places so that every failure leaves in our one shape.
+"""aiohttp's connection, bent in a few places: every failure leaves in our one shape, and nobody is waited for for ever.
 
-aiohttp answers malformed HTTP in plain text before any application code runs, and has no public hook for it.
+aiohttp answers malformed HTTP in plain text before any application code runs, waits for clients that take nothing of
+their answers, and has no public hook for either. What is bent here is private to it: pyproject.toml says to whom.
 """
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
+import termios
+from array import array
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any
 
+import structlog
 from aiohttp import web
 from aiohttp.http import RawRequestMessage
 from aiohttp.web_protocol import RequestHandler
 
+from carpool.server.keys import METRICS
 from carpool.server.middleware import refuse_malformed
 
+log = structlog.get_logger()
+
+STALL_SECONDS = 60.0  # a client that takes nothing of its answer for so long has gone
 IDLE_SECONDS = 75.0  # longer than common proxies keep a connection: they must be the first to hang up
 LINGER_SECONDS = 2.0  # for a sender to read why the rest of its body is not wanted
 FLUSH_SECONDS = 5.0  # for the last answers to reach their clients when the server stops
 
 
+def _untaken(transport: asyncio.WriteTransport) -> int:
+    """Bytes that have not arrived. The kernel may hold megabytes, and takes more only once a good part has gone."""
+    held = array("i", [0])
+    with suppress(OSError, AttributeError):  # no such count on this platform, or no socket
+        fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, held)
+    return transport.get_write_buffer_size() + held[0]
+
+
 class Connection(RequestHandler):
     """One client's connection."""
 
-    __slots__ = ("_app",)
+    __slots__ = ("_app", "_watch")
 
     def __init__(self, server: Server, **options: Any) -> None:
         super().__init__(server, **options)
         self._app = server.app
+        self._watch: asyncio.TimerHandle | None = None
+
+    # ── clients that do not read ─────────────────────────────────────────────────────────────────────────
+    # While writing is paused, and once the connection is to be closed, what is unsent can only become less.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert self._task_handler is not None
+        self._task_handler.add_done_callback(lambda _: self._watch_over(transport))
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_over(self.transport)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.transport is not None and not self.transport.is_closing():
+            self._look_away()
+
+    def force_close(self) -> None:
+        transport = self.transport
+        super().force_close()
+        self._watch_over(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        self._look_away()
+
+    def _watch_over(self, transport: Any) -> None:
+        if self._watch is None and transport is not None and transport.get_write_buffer_size():
+            self._look_later(transport, _untaken(transport), self._loop.time())
+
+    def _look_later(self, transport: Any, left: int, since: float) -> None:
+        self._watch = self._loop.call_later(STALL_SECONDS / 4, self._look, transport, left, since)
+
+    def _look_away(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+
+    def _look(self, transport: Any, before: int, since: float) -> None:
+        """Hang up if all is there still that was there at that time."""
+        self._watch = None
+        if not transport.get_write_buffer_size():
+            return
+        now, left = self._loop.time(), _untaken(transport)
+        if left < before:
+            self._look_later(transport, left, now)
+        elif now - since < STALL_SECONDS:
+            self._look_later(transport, before, since)
+        else:
+            self._app[METRICS].client_stalled()
+            log.warning("client took nothing of its answer", seconds=round(now - since), bytes_left=left)
+            transport.abort()
+
+    # ── malformed HTTP ───────────────────────────────────────────────────────────────────────────────────
 
     def data_received(self, data: bytes) -> None:
         """Wake the handler whose body just turned out broken.
@@ -55,8 +130,10 @@ class Connection(RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        if request.writer.output_size > 0:
-            raise ConnectionError("The answer has begun; all that is left is to hang up.")
+        if request.writer.output_size > 0 or isinstance(exc, ConnectionError):
+            raise ConnectionError(
+                "The answer has begun, or nobody waits for it: all that is left is to hang up."
+            )
         return refuse_malformed(self._app, exc or RuntimeError(message))
 
     def log_exception(self, *args: Any, **options: Any) -> None:

@@ -22,4 +22,7 @@ OPENAPI: web.AppKey[bytes] = web.AppKey("openapi")
 STARTED_AT: web.AppKey[int] = web.AppKey("started_at")  # unix seconds, reported as a model's `created`
 
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
+DEADLINE: web.RequestKey[float] = web.RequestKey(
+    "deadline", float
+)  # in the loop's time; where the client set one
 CLIENT: web.RequestKey[str] = web.RequestKey("client", str)  # whose share of the queue the request counts to

@@ -35,10 +35,15 @@ async def serve(config: ServerConfig, engine: AsyncEngine) -> bool:
             log.info("stopped while loading")
             os._exit(0)  # the loading thread cannot be interrupted, and asyncio would wait for it
         loading.result()
-        await front.ready()
-        _announce(config, engine, front.url, perf_counter() - began)
         death = asyncio.ensure_future(engine.died())
-        await asyncio.wait((death, stop), return_when=asyncio.FIRST_COMPLETED)
+        ready = asyncio.ensure_future(front.ready())
+        await asyncio.wait((ready, death, stop), return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            ready.result()
+            _announce(config, engine, front.url, perf_counter() - began)
+            await asyncio.wait((death, stop), return_when=asyncio.FIRST_COMPLETED)
+        else:
+            ready.cancel()
         if death.done():
             log.critical("engine died")
             return False

@@ -27,7 +27,10 @@ def set_up(level: LogLevel, format: LogFormat) -> None:
         logger = _straight(logger, render)
     else:
         shared = _context()
-        render = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        # The renderer's own choice prints the variables of every frame: keys, and what users sent.
+        render = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     structlog.configure(
         processors=[*shared, render],
         wrapper_class=logger,

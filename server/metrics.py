@@ -188,6 +188,9 @@ class Metrics:
         self._cancelled = counter(
             "carpool_cancelled_total", "Prompts dropped: their client left or their deadline passed."
         ).labels(model_name)
+        self._stalled = counter(
+            "carpool_stalled_clients_total", "Connections dropped: nothing was taken of an answer."
+        ).labels(model_name)
         self._batch_tokens = histogram("carpool_batch_tokens", "Tokens a batch.", TOKENS).labels(model_name)
         self._batch_sequences = histogram("carpool_batch_sequences", "Prompts a batch.", SEQUENCES).labels(
             model_name
@@ -220,6 +223,9 @@ class Metrics:
 
     def sequences_cancelled(self, count: int) -> None:
         self._cancelled.inc(count)
+
+    def client_stalled(self) -> None:
+        self._stalled.inc()
 
     async def render(self) -> bytes:
         """What /metrics answers: all processes' counts in one."""

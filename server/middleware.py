@@ -12,11 +12,21 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from carpool.engine.errors import Draining
+from carpool.engine.errors import DeadlineExceeded, Draining
 from carpool.server import cors
+from carpool.server.answer import Sliced
 from carpool.server.errors import Failure, Unauthorized, failure_of, render
-from carpool.server.headers import fresh_label, label
-from carpool.server.keys import CLIENT, CONFIG, ENGINE, KEY_DIGESTS, METRICS, REQUEST_ID, ROUTE_TAKEN
+from carpool.server.headers import fresh_label, label, timeout_seconds
+from carpool.server.keys import (
+    CLIENT,
+    CONFIG,
+    DEADLINE,
+    ENGINE,
+    KEY_DIGESTS,
+    METRICS,
+    REQUEST_ID,
+    ROUTE_TAKEN,
+)
 
 if TYPE_CHECKING:
     from carpool.server.app import Route
@@ -45,10 +55,31 @@ async def front_door(request: web.Request, handler: Handler) -> web.StreamRespon
     response.headers["X-Request-Id"] = request[REQUEST_ID]
     if allowed := app[CONFIG].allowed_origins:
         cors.mark(request, response, allowed)
+    if isinstance(response, Sliced):
+        await _send(request, response, route, began)
     # After the answer: it leaves in this turn of the loop.
     seconds = perf_counter() - began
     asyncio.get_running_loop().call_soon(_record, request, route, response.status, seconds, failure)
     return response
+
+
+async def _send(request: web.Request, answer: Sliced, route: Route | None, began: float) -> None:
+    """A large answer: it is under way, and its client may leave, as long as it is sent."""
+    metrics = request.app[METRICS]
+    metrics.running += 1
+    try:
+        await answer.send(request)
+    except (asyncio.CancelledError, ConnectionError):
+        _record(request, route, CLIENT_GONE, perf_counter() - began)
+        raise
+    except Exception as error:  # too late to say so: what has left is half an answer with status 200
+        log.error("answer broke off", request_id=request[REQUEST_ID], exc_info=error)
+        _record(request, route, 500, perf_counter() - began)
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionAbortedError from error
+    finally:
+        metrics.running -= 1
 
 
 async def _admit(
@@ -62,6 +93,8 @@ async def _admit(
             request[CLIENT] = _key_holder(request, digests)
         if app[ENGINE].state == "draining":
             raise Draining("The server is shutting down; try another instance.")
+        if (seconds := timeout_seconds(request)) is not None:
+            handler = _within(seconds, request, handler)
     if route and route.runs_model:
         metrics = app[METRICS]
         metrics.running += 1
@@ -70,6 +103,22 @@ async def _admit(
         finally:
             metrics.running -= 1
     return await handler(request)
+
+
+def _within(seconds: float, request: web.Request, handler: Handler) -> Handler:
+    """The client's own deadline, over all there is to do: the body that is yet to come, the queue, the model."""
+    request[DEADLINE] = asyncio.get_running_loop().time() + seconds
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        try:
+            async with asyncio.timeout_at(request[DEADLINE]) as deadline:
+                return await handler(request)
+        except TimeoutError:
+            if deadline.expired():
+                raise DeadlineExceeded from None
+            raise
+
+    return handle
 
 
 def digest(key: str) -> bytes:

@@ -18,7 +18,13 @@ from carpool.server.options import OPTIONS, Option, flag_of, nearest, read_objec
 from carpool.server.reference_flags import OLD_NAMES, SHORT_NAMES, refuse_generation, runner_and_convert
 
 ENVIRONMENT_PREFIX = "CARPOOL_"
-KUBERNETES = re.compile("CARPOOL_(SERVICE_(HOST|PORT)|PORT_[0-9]+_(TCP|UDP|SCTP))")
+# What Kubernetes puts into every pod for a Service named carpool, or carpool-something: names, and what they hold.
+_PORT, _HOST, _URL = "[0-9]+", "[0-9a-fA-F.:]+", r"(tcp|udp|sctp)://\S+"
+KUBERNETES = re.compile(
+    "CARPOOL_([A-Z0-9_]+_)?("
+    f"SERVICE_HOST={_HOST}|SERVICE_PORT(_[A-Z0-9_]+)?={_PORT}|PORT={_URL}|"
+    f"PORT_[0-9]+_(TCP|UDP|SCTP)(={_URL}|_PROTO=(tcp|udp|sctp)|_PORT={_PORT}|_ADDR={_HOST}))"
+)
 CONFIG_FILE = Option("config", str, None, "YAML file of options, each named as its flag, with - or _.")
 KNOWN = {**OPTIONS, "config": CONFIG_FILE}
 
@@ -32,6 +38,9 @@ class Settings:
     values: dict[str, Any] = field(default_factory=dict)
     deprecated: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    swallowed: tuple[str, str] | None = (
+        None  # a flag that took several words, one of which may be MODEL; and the last
+    )
 
     def put(self, written: str, raw: Any) -> None:
         """Take in one value under the name it was written with."""
@@ -50,7 +59,7 @@ class Settings:
 
     def _put_option(self, option: Option, raw: Any) -> None:
         if option.is_object:
-            raw = self.values.get(option.name, {}) | read_object(option.flag, raw)
+            raw = _joined(self.values.get(option.name, {}), read_object(option.flag, raw))
         elif option.is_list:
             raw = self.values.get(option.name, []) + _read_list(option, raw)
         elif option.name in ("runner", "convert"):
@@ -91,6 +100,20 @@ class Settings:
         return self.spell(nearest(name, [*KNOWN, *switches]))
 
 
+def refuse_ambiguous(sources: Iterable[Settings]) -> None:
+    """`--served-model-name A B` and no MODEL anywhere: B was meant for it, more likely than for a name."""
+    sources = list(sources)
+    if any("model" in settings.values for settings in sources):
+        return
+    for settings in sources:
+        if settings.swallowed is not None:
+            flag, word = settings.swallowed
+            raise ConfigError(
+                f"{flag} took {word} for one of its values, and no MODEL is given. Write MODEL before {flag}, "
+                f"or {flag} before each value."
+            )
+
+
 def normal(written: str) -> str:
     """`max-model-len` → `max_model_len`; keys behind a dot stay as they are."""
     name, dot, path = written.partition(".")
@@ -115,10 +138,14 @@ def from_arguments(arguments: Iterable[str]) -> Settings:
         word = words.popleft()
         if word.startswith("-"):
             name, given, value = word.lstrip("-").partition("=")
-            settings.put(name, value if given else _following(normal(name), word, words))
+            following = value if given else _following(normal(name), word, words)
+            settings.put(name, following)
             last = normal(name)
+            if isinstance(following, list) and len(following) > 1 and "model" not in settings.values:
+                settings.swallowed = (word, following[-1])
         elif "model" not in settings.values:
             settings.put("model", word)
+            last = ""  # `--api-key A MODEL B`: is B a key, too?
         elif last in OPTIONS and OPTIONS[last].is_list:
             settings.put(last, word)  # `MODEL --api-key A B`, as the reference takes it
         else:
@@ -131,7 +158,7 @@ def _following(name: str, word: str, words: deque[str]) -> Any:
     option = KNOWN.get(name)
     if option and option.several:
         values = []
-        while words and not words[0].startswith("--"):
+        while words and not words[0].startswith("-"):
             values.append(words.popleft())
         if values:
             return values
@@ -167,8 +194,7 @@ def from_environment(environment: Mapping[str, str]) -> Settings:
 
 
 def _is_of_kubernetes(variable: str, value: str) -> bool:
-    """A Service that is named carpool puts its address into every pod, in variables that look like ours."""
-    return KUBERNETES.match(variable) is not None or ("://" in value and variable == "CARPOOL_PORT")
+    return KUBERNETES.fullmatch(f"{variable}={value}") is not None
 
 
 def from_yaml(path: str) -> Settings:
@@ -188,9 +214,18 @@ def from_yaml(path: str) -> Settings:
 
 
 def merged(sources: Iterable[Settings]) -> dict[str, Any]:
-    """Later sources win; objects are merged key by key."""
+    """Later sources win; objects are merged key by key, and so are those in them."""
     values: dict[str, Any] = {}
     for settings in sources:
         for name, raw in settings.values.items():
-            values[name] = values.get(name, {}) | raw if isinstance(raw, dict) else raw
+            values[name] = _joined(values.get(name, {}), raw) if isinstance(raw, dict) else raw
     return values
+
+
+def _joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _joined(old[key], new[key])
+        for key in old.keys() & new.keys()
+        if isinstance(old[key], dict) and isinstance(new[key], dict)
+    }
+    return {**old, **new, **both}

@@ -111,8 +111,6 @@ def test_the_links_survive_and_lead_to_the_rooms(build_folder: Path) -> None:
         ({}, set()),
         ({"CUDA": "12"}, {"cupy-cuda12x"}),
         ({"CUDA": "13"}, {"cupy-cuda13x"}),
-        ({"EXTRAS": "otel", "CUDA": "13"}, {"cupy-cuda13x", "opentelemetry-sdk"}),
-        ({"EXTRAS": "otel,cuda12"}, {"cupy-cuda12x", "opentelemetry-sdk"}),
     ],
 )
 def test_requirements_are_read_from_the_project(
@@ -120,13 +118,13 @@ def test_requirements_are_read_from_the_project(
 ) -> None:
     [command] = (run for run in BUILD.all("RUN") if "requirements.txt" in run)
 
-    given = {"EXTRAS": "", "CUDA": "", **arguments}
+    given = {"CUDA": "", **arguments}
     subprocess.run(["sh", "-c", command], check=True, cwd=build_folder, env={"PATH": _path(), **given})
 
     lines = (build_folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert any(line.startswith("torch>=") for line in lines)
     names = {line.partition(">=")[0] for line in lines}
-    assert names & {"cupy-cuda12x", "cupy-cuda13x", "opentelemetry-sdk"} == expected
+    assert names & {"cupy-cuda12x", "cupy-cuda13x"} == expected
 
 
 @pytest.mark.parametrize(
@@ -181,10 +179,12 @@ def test_it_runs_as_nobody_special_and_says_how_it_is() -> None:
     assert FINAL.steps.index(("USER", FINAL.one("USER"))) > max(
         index for index, (kind, _) in enumerate(FINAL.steps) if kind == "RUN"
     )
-    assert json.loads(FINAL.one("ENTRYPOINT")) == ["carpool", "serve", "--host", "0.0.0.0"]
+    assert json.loads(FINAL.one("ENTRYPOINT")) == ["carpool", "serve"], (
+        "an option here would hide its variable"
+    )
     assert FINAL.one("EXPOSE") == "8000"
     assert "PYTHONSAFEPATH=1" in FINAL.one("ENV")
     check = json.loads(FINAL.one("HEALTHCHECK").partition(" CMD ")[2])
     assert check[0] == "python"
     compile(check[2], "HEALTHCHECK", "exec")
-    assert "/health" in check[2]
+    assert "/health/live" in check[2], "the only one that is not about what a restart would not help"

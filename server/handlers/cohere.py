@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from msgspec import UNSET
 
-from carpool.server.answer import json_answer
+from carpool.server.answer import HOLE, json_around
 from carpool.server.body import read_request
 from carpool.server.call import Call
-from carpool.server.encoding import base64_texts, in_good_time, shortest, sign_bits
+from carpool.server.encoding import bare_array, base64_list, list_array, sign_items
 from carpool.server.errors import InvalidRequest
 from carpool.server.protocol import (
     ApiVersion,
@@ -22,6 +22,7 @@ from carpool.server.protocol import (
     decode_cohere_embed_request,
 )
 from carpool.server.protocol.cohere import instructed
+from carpool.server.slices import Array
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,22 +31,34 @@ if TYPE_CHECKING:
     from carpool.server.encoding import Row
     from carpool.server.protocol import EmbeddingType
 
+# Each type's field, in the order in which they are written.
+FIELDS: dict[EmbeddingType, str] = {
+    "float": "floats",
+    "binary": "binary",
+    "ubinary": "ubinary",
+    "base64": "base64",
+}
 
-async def embed(request: web.Request) -> web.Response:
+
+async def embed(request: web.Request) -> web.StreamResponse:
     asked = await read_request(request, decode_cohere_embed_request)
     call = Call(request, asked)
     call.require("embed" in call.model.tasks, "Embeddings")
     call.model.matryoshka.check(asked.output_dimension, call.name, "output_dimension")
+    _check_width(asked.output_dimension or call.model.embedding_size, asked.types)
     result = await _run(call, asked)
-    if asked.truncate == "NONE" and asked.max_tokens:
-        _check_lengths(result, asked.max_tokens)
     body = CohereEmbedResponse(
         id=f"embd-{call.id}",
-        embeddings=await in_good_time(_of_types, result.rows, asked.types),
-        texts=asked.texts or UNSET,
+        embeddings=EmbeddingsByType(
+            **{FIELDS[name]: HOLE if name in asked.types else UNSET for name in FIELDS}
+        ),
+        texts=HOLE if asked.texts else UNSET,
         meta=EmbedMeta(ApiVersion(), EmbedUnits(result.prompt_tokens)),
     )
-    return call.finish(json_answer(body))
+    arrays = [_array(name, result.rows) for name in FIELDS if name in asked.types]
+    if asked.texts:
+        arrays.append(list_array(asked.texts))
+    return call.finish(await json_around(body, *arrays))
 
 
 async def _run(call: Call, asked: CohereEmbedRequest) -> PoolingResult:
@@ -66,13 +79,15 @@ async def _run(call: Call, asked: CohereEmbedRequest) -> PoolingResult:
         texts = [instruction + text for text in texts]
     tokenization = asked.tokenization(call.model.max_model_len, add_special_tokens=not as_chat)
     field = "inputs" if asked.texts is None else "texts"
+    if asked.truncate == "NONE" and asked.max_tokens:
+        _check_lengths(await call.tokenize(texts, tokenization), asked.max_tokens)
     return await call.pool(
         "embed", texts, asked.pooling(), tokenization, field, "" if as_chat else instruction
     )
 
 
-def _check_lengths(result: PoolingResult, most: int) -> None:
-    longest = max(map(len, result.prompt_token_ids))
+def _check_lengths(token_ids: Sequence[Sequence[int]], most: int) -> None:
+    longest = max(map(len, token_ids))
     if longest > most:
         raise InvalidRequest(
             f"Input of {longest} tokens exceeds max_tokens={most} with truncate=NONE. "
@@ -81,10 +96,18 @@ def _check_lengths(result: PoolingResult, most: int) -> None:
         )
 
 
-def _of_types(rows: Sequence[Row], types: Sequence[EmbeddingType]) -> EmbeddingsByType:
-    return EmbeddingsByType(
-        floats=[shortest(row) for row in rows] if "float" in types else UNSET,
-        binary=sign_bits(rows, signed=True) if "binary" in types else UNSET,
-        ubinary=sign_bits(rows, signed=False) if "ubinary" in types else UNSET,
-        base64=base64_texts(rows, "float32", "little") if "base64" in types else UNSET,
-    )
+def _check_width(width: int, types: Sequence[EmbeddingType]) -> None:
+    if width % 8 and {"binary", "ubinary"}.intersection(types):
+        raise InvalidRequest(
+            f"Embedding dimension must be a multiple of 8 for binary embedding types, but got {width}.",
+            "embedding_types",
+        )
+
+
+def _array(name: EmbeddingType, rows: Sequence[Row]) -> Array:
+    match name:
+        case "float":
+            return bare_array(rows)
+        case "base64":
+            return Array(base64_list, rows, ("float32", "little"))
+    return Array(sign_items, rows, (name == "binary",))

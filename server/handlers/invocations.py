@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 class Endpoint(NamedTuple):
     decode: RequestDecoder[Any]
-    answer: Callable[[web.Request, Any], Awaitable[web.Response]]
+    answer: Callable[[web.Request, Any], Awaitable[web.StreamResponse]]
 
 
 EMBEDDING = Endpoint(decode_embedding_request, embeddings.embed)
@@ -39,7 +39,7 @@ SCORE = Endpoint(decode_score_request, scoring.score)
 POOLING = Endpoint(decode_pooling_request, pooling.pool)
 
 
-async def invoke(request: web.Request) -> web.Response:
+async def invoke(request: web.Request) -> web.StreamResponse:
     body = await read_json_body(request)
     document = await decoded(body, parse)
     endpoint = _endpoint(document, request.app[ENGINE].model)

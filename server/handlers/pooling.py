@@ -12,7 +12,7 @@ from carpool.server.body import read_request
 from carpool.server.call import Call, prefixed
 from carpool.server.encoding import POOLING
 from carpool.server.errors import InvalidRequest
-from carpool.server.handlers.vectors import answer_vectors
+from carpool.server.handlers.vectors import answer_vectors, refuse_long_metadata
 from carpool.server.protocol import PoolingRequest, PoolingResponse, decode_pooling_request
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 OF_TOKENS: tuple[Task, ...] = ("token_embed", "token_classify")
 
 
-async def create_pooling(request: web.Request) -> web.Response:
+async def create_pooling(request: web.Request) -> web.StreamResponse:
     return await pool(request, await read_request(request, decode_pooling_request))
 
 
-async def pool(request: web.Request, asked: PoolingRequest) -> web.Response:
+async def pool(request: web.Request, asked: PoolingRequest) -> web.StreamResponse:
     call = Call(request, asked)
     if asked.data is not None and asked.input is None and asked.messages is None:
         raise InvalidRequest("This server has no plugins to give data to; send texts as input.", "data")
@@ -43,6 +43,9 @@ async def pool(request: web.Request, asked: PoolingRequest) -> web.Response:
     if several and asked.encoding_format in ("bytes", "bytes_only"):
         raise InvalidRequest("Results of several tasks come as float or base64.", "encoding_format")
     prompts = prefixed(prompt, await call.prompts(asked), "task")
+    whole = tasks[0] == "embed"
+    least = (asked.dimensions or call.model.embedding_size,) if whole else (1,)
+    refuse_long_metadata(call, asked, len(prompts), least)
     result = await call.pool(
         several or tasks[0],
         prompts,

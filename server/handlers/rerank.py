@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from aiohttp import web
 from msgspec import UNSET
 
-from carpool.server.answer import json_answer
+from carpool.server.answer import HOLE, encode, json_around
 from carpool.server.body import decoded, read_json_body
 from carpool.server.call import Call
-from carpool.server.encoding import best_first
+from carpool.server.encoding import best_first, ranked_array
 from carpool.server.handlers import tei
 from carpool.server.protocol import (
     Document,
@@ -18,9 +20,10 @@ from carpool.server.protocol import (
     decode_rerank_request,
     decode_tei_rerank_request,
 )
+from carpool.server.slices import ITEM, in_good_time
 
 
-async def create_ranking(request: web.Request) -> web.Response:
+async def create_ranking(request: web.Request) -> web.StreamResponse:
     body = await read_json_body(request)
     asked = await decoded(body, decode_rerank_request)
     if asked.is_teis:
@@ -28,7 +31,7 @@ async def create_ranking(request: web.Request) -> web.Response:
     return await rerank(request, asked)
 
 
-async def rerank(request: web.Request, asked: RerankRequest) -> web.Response:
+async def rerank(request: web.Request, asked: RerankRequest) -> web.StreamResponse:
     call = Call(request, asked)
     call.require(call.model.score_type is not None, "Rerank")
     query, documents = asked.query_text(), asked.document_texts()
@@ -45,9 +48,14 @@ async def rerank(request: web.Request, asked: RerankRequest) -> web.Response:
         id=f"rerank-{call.id}",
         model=call.name,
         usage=call.usage(result),
-        results=[
-            Ranked(index, Document(documents[index]) if shown else UNSET, score)
-            for index, score in best_first(result.scores)[: asked.most]
-        ],
+        results=HOLE,
     )
-    return call.finish(json_answer(body))
+    best = await in_good_time(best_first, ITEM * len(documents), result.scores)
+    ranked = ranked_array(_written, best[: asked.most], documents if shown else None)
+    return call.finish(await json_around(body, ranked))
+
+
+def _written(best: Sequence[tuple[int, float]], documents: Sequence[str] | None, first: int = 0) -> bytes:
+    return encode(
+        [Ranked(index, Document(documents[index]) if documents else UNSET, score) for index, score in best]
+    )

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from aiohttp import web
 
-from carpool.server.answer import json_answer
+from carpool.server.answer import HOLE, encode, json_around
 from carpool.server.body import read_request
 from carpool.server.call import Call
-from carpool.server.encoding import shortest_scores
+from carpool.server.encoding import score_array, shortest_scores
 from carpool.server.protocol import Score, ScoreRequest, ScoreResponse, decode_score_request
+from carpool.server.slices import ITEM, in_good_time
 
 
-async def create_score(request: web.Request) -> web.Response:
+async def create_score(request: web.Request) -> web.StreamResponse:
     return await score(request, await read_request(request, decode_score_request))
 
 
-async def score(request: web.Request, asked: ScoreRequest) -> web.Response:
+async def score(request: web.Request, asked: ScoreRequest) -> web.StreamResponse:
     call = Call(request, asked)
     call.require(call.model.score_type is not None, "Score")
     queries, documents = asked.pairs()
@@ -28,7 +30,12 @@ async def score(request: web.Request, asked: ScoreRequest) -> web.Response:
         id=f"score-{call.id}",
         created=int(time.time()),
         model=call.name,
-        data=[Score(index, "score", value) for index, value in enumerate(shortest_scores(result.scores))],
+        data=HOLE,
         usage=call.usage(result),
     )
-    return call.finish(json_answer(body))
+    scores = await in_good_time(shortest_scores, ITEM * len(result.scores), result.scores)
+    return call.finish(await json_around(body, score_array(_written, scores)))
+
+
+def _written(scores: Sequence[float], first: int = 0) -> bytes:
+    return encode([Score(index, "score", value) for index, value in enumerate(scores, first)])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from aiohttp import web
 
 from carpool.engine.params import TokenizationParams
-from carpool.server.answer import json_answer
+from carpool.server.answer import HOLE, json_around
 from carpool.server.body import read_request
 from carpool.server.call import rendered, served_name
+from carpool.server.encoding import list_array
 from carpool.server.keys import ENGINE
 from carpool.server.protocol import (
     DetokenizeResponse,
@@ -16,16 +17,21 @@ from carpool.server.protocol import (
     decode_detokenize_request,
     decode_tokenize_request,
 )
+from carpool.server.slices import ITEM, Text, in_good_time
 
 
-async def tokenize(request: web.Request) -> web.Response:
+async def tokenize(request: web.Request) -> web.StreamResponse:
     asked = await read_request(request, decode_tokenize_request)
     served_name(request.app, asked.model)
     engine = request.app[ENGINE]
     params = TokenizationParams(add_special_tokens=asked.specials)
     [token_ids] = await engine.tokenize([await _text(request.app, asked)], params)
-    texts = engine.tokens(token_ids) if asked.return_token_strs else None
-    return json_answer(TokenizeResponse(len(token_ids), engine.model.max_model_len, token_ids, texts))
+    arrays = [list_array(token_ids)]
+    if asked.return_token_strs:
+        arrays.append(list_array(await in_good_time(engine.tokens, ITEM * len(token_ids), token_ids)))
+    texts = HOLE if asked.return_token_strs else None
+    body = TokenizeResponse(len(token_ids), engine.model.max_model_len, HOLE, texts)
+    return await json_around(body, *arrays)
 
 
 async def _text(app: web.Application, asked: TokenizeRequest) -> str:
@@ -35,7 +41,8 @@ async def _text(app: web.Application, asked: TokenizeRequest) -> str:
     return text
 
 
-async def detokenize(request: web.Request) -> web.Response:
+async def detokenize(request: web.Request) -> web.StreamResponse:
     asked = await read_request(request, decode_detokenize_request)
     served_name(request.app, asked.model)
-    return json_answer(DetokenizeResponse(await request.app[ENGINE].detokenize(asked.tokens)))
+    text = await request.app[ENGINE].detokenize(asked.tokens)
+    return await json_around(DetokenizeResponse(HOLE), Text(text))

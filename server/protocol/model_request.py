@@ -31,7 +31,16 @@ CacheSalt = Annotated[
 
 # Most requests ask for the same as the last one, and parameters never change.
 _pooling_params = lru_cache(maxsize=256)(PoolingParams)
-_tokenization_params = lru_cache(maxsize=256)(TokenizationParams)
+
+
+@lru_cache(maxsize=256)
+def _tokenization_params(**fields: Any) -> TokenizationParams:
+    if fields["truncate_prompt_tokens"] == 0:
+        raise InvalidRequest(
+            "truncate_prompt_tokens must be at least 1, or -1: 0 would leave nothing to run the model on.",
+            "truncate_prompt_tokens",
+        )
+    return TokenizationParams(**fields)
 
 
 class ModelRequest(Struct, kw_only=True, gc=False):

@@ -106,6 +106,22 @@ async def test_a_body_that_stops_coming_is_given_up(served: Served, monkeypatch:
     assert "did not come" in assert_error(answer, 400, "BadRequestError")
 
 
+async def test_a_body_that_trickles_in_is_given_up(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never silent for long, and still too slow."""
+    monkeypatch.setattr(body, "IDLE_SECONDS", 0.1)
+    packets = [b" "] * 14
+    answer = await served.raw(HEAD + b"Content-Length: 15\r\n\r\n", *packets, wait=0.02)
+    assert "did not come in time" in assert_error(answer, 400, "BadRequestError")
+
+
+async def test_a_large_body_may_take_its_time(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than a silence may last, at more than the least rate."""
+    monkeypatch.setattr(body, "IDLE_SECONDS", 0.1)
+    packets = [b" " * 4096] * 14
+    head = HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % (14 * 4096 + len(JSON))
+    assert (await served.raw(head, *packets, JSON, wait=0.02)).status == 200
+
+
 async def test_a_client_that_leaves_midway_leaves_nothing_behind(served: Served) -> None:
     tasks = len(asyncio.all_tasks())
     _, writer = await asyncio.open_connection("127.0.0.1", served.port)

@@ -50,6 +50,13 @@ def test_without_a_command_the_usage_is_shown(capsys: pytest.CaptureFixture[str]
         (["serve"], {"CARPOOL_PROT": "1"}, "Unknown environment variable CARPOOL_PROT"),
         (["serve", "--port", "x"], {}, "--port must be an integer, got x."),
         (["serve", "--max-num-seqs", "0"], {}, "--max-num-seqs must be at least 1, got 0."),
+        (["serve", "--api-key", " padded"], {}, "--api-key must not begin or end with a blank"),
+        (["serve"], {"CARPOOL_API_KEY": '["padded\\n"]'}, "--api-key must not begin or end with a blank"),
+        (
+            ["serve", "--served-model-name", "a", "my/model"],
+            {},
+            "--served-model-name took my/model for one of its values, and no MODEL is given.",
+        ),
         (["serve", "--pooler-config.poling_type", "CLS"], {}, "did you mean pooling_type?"),
     ],
 )
@@ -77,6 +84,22 @@ def test_line_beats_environment_beats_file(tmp_path: Path) -> None:
     other.write_text("root-path: /other")
     config, _ = cli.read_config(["--config", str(other)], environment)
     assert (config.root_path, config.log_level) == ("/other", "info")
+
+
+def test_several_names_are_clear_where_the_model_is_given_or_each_has_its_flag() -> None:
+    for arguments, environment in (
+        (["m", "--served-model-name", "a", "b"], {}),
+        (["--served-model-name", "a", "b"], {"CARPOOL_MODEL": "m"}),
+        (["--served-model-name", "a", "--served-model-name", "b"], {}),
+    ):
+        config, _ = cli.read_config(arguments, environment)
+        assert config.served_model_name == ("a", "b")
+
+
+def test_keys_of_the_environment_stand_apart_by_commas_or_in_json() -> None:
+    for text, keys in (("a,b", ("a", "b")), (" a , b\n", ("a", "b")), ('["a,b"]', ("a,b",))):
+        config, _ = cli.read_config([], {"CARPOOL_API_KEY": text})
+        assert config.api_key == keys
 
 
 @pytest.mark.parametrize(("asked_to_stop", "status"), [(True, 0), (False, 1)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import sys
+import threading
 from typing import Any
 
 import ml_dtypes
@@ -14,9 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from carpool.server import encoding
-from carpool.server.encoding import base64_items, float_items, in_good_time, places, raw_vectors
+from carpool.server import slices
+from carpool.server.encoding import EMBEDDING, base64_items, float_array, float_items, places, raw_vectors
 from carpool.server.errors import InvalidRequest
+from carpool.server.slices import in_good_time
 
 TORCH = {
     "float32": torch.float32,
@@ -124,9 +126,16 @@ def test_places_say_where_each_vector_lies() -> None:
     assert len(raw_vectors(rows, "bfloat16", "big")) == 20
 
 
-async def test_large_answers_are_the_same_and_written_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_make_the_whole_and_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ROWS * 100
     once = float_items(rows)
-    monkeypatch.setattr(encoding, "SLICE", 1000)
-    assert await in_good_time(float_items, rows) == once
+    monkeypatch.setattr(slices, "SLICE", 1000)
+    parts = list(float_array(rows, EMBEDDING).slices())
+    assert b"".join(parts) == once
+    assert max(map(len, parts)) < 3 * 384 * 15
     assert [item["index"] for item in json.loads(once)] == list(range(500))
+
+
+async def test_much_work_is_done_beside_the_loop() -> None:
+    assert await in_good_time(threading.get_ident, slices.LARGE - 1) == threading.get_ident()
+    assert await in_good_time(threading.get_ident, slices.LARGE) != threading.get_ident()

@@ -5,11 +5,18 @@ from __future__ import annotations
 import asyncio
 import gzip
 import re
+import socket
+from collections.abc import Awaitable, Callable
 
 import pytest
 from aiohttp.web_protocol import MAX_MSG_QUEUE_SIZE
+from structlog.testing import capture_logs
 
+from carpool.server import http
+from carpool.server.app import make_app
 from carpool.server.config import ServerConfig
+from carpool.server.http import Runner
+from fakes import FakeEngine
 from serving import EMBEDDINGS, Served, assert_error, serving
 
 BODY = b'{"input": "hi"}'
@@ -151,3 +158,116 @@ async def test_more_pipelined_requests_than_are_read_ahead_are_all_answered(serv
     writer.close()
     assert answers.count(b"HTTP/1.1 200 OK") == many + 1
     assert re.findall(rb"X-Request-Id: no-(\d+)\r\n", answers) == [b"%d" % number for number in range(many)]
+
+
+# For an answer that fills every buffer on the way: a vector for each of 100,000 tokens, 9 MB.
+MANY = b'{"task": "token_embed", "input": [%b"a"]}' % (b'"%b", ' % (b"a" * 250) * 400)
+LARGE = b"POST /pooling HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(MANY) + MANY
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "STALL_SECONDS", 0.4)
+
+
+async def connected(server: Served) -> socket.socket:
+    """A client's end with room for little."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    client.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", server.port))
+    return client
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(10):
+        while not await condition():
+            await asyncio.sleep(0.05)
+
+
+async def stalled(server: Served) -> float:
+    text = (await server.get("/metrics")).body.decode()
+    [count] = re.findall(r"^carpool_stalled_clients_total\{.*\} (\S+)$", text, re.MULTILINE)
+    return float(count)
+
+
+@pytest.mark.usefixtures("soon")
+async def test_a_client_that_takes_nothing_is_dropped_counted_and_logged(served: Served) -> None:
+    with await connected(served) as client, capture_logs() as lines:
+        await asyncio.get_running_loop().sock_sendall(client, LARGE)
+        await until(lambda: is_so(stalled(served), 1.0))
+        assert (await served.get("/load")).json == {"server_load": 0}
+        assert [line["event"] for line in lines if line["log_level"] == "warning"] == [
+            "client took nothing of its answer"
+        ]
+        assert 499 in [line.get("status") for line in lines]
+
+
+async def is_so(found: Awaitable[float], expected: float) -> bool:
+    return await found == expected
+
+
+@pytest.mark.usefixtures("soon")
+async def test_a_client_that_takes_a_little_at_a_time_is_not(served: Served) -> None:
+    loop = asyncio.get_running_loop()
+    with await connected(served) as client:
+        await loop.sock_sendall(client, LARGE)
+        async with asyncio.timeout(20):
+            for _ in range(12):  # longer than twice the time in which nothing at all is forgiven
+                await asyncio.sleep(0.1)
+                taken = 0
+                while taken < 200_000:
+                    taken += len(chunk := await loop.sock_recv(client, 1 << 16))
+                    assert chunk, "dropped"
+            while b'"usage"' not in chunk:
+                chunk = await loop.sock_recv(client, 1 << 16)
+                assert chunk, "dropped"
+    assert await stalled(served) == 0
+
+
+@pytest.mark.usefixtures("soon")
+async def test_nor_is_one_that_lets_an_answered_connection_rest(served: Served) -> None:
+    assert (await served.embed(input="a")).status == 200
+    await asyncio.sleep(0.7)
+    assert await stalled(served) == 0
+
+
+class Stuck(asyncio.Transport):
+    """A transport whose other end takes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aborted = False
+        self.dropped = asyncio.Event()
+
+    def get_write_buffer_size(self) -> int:
+        return 10
+
+    def is_closing(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """It waits for what is left."""
+
+    def abort(self) -> None:
+        self.aborted = True
+        self.dropped.set()
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("end", ["force_close", "close"])
+async def test_what_is_left_of_an_answer_does_not_keep_a_closed_connection(end: str) -> None:
+    """Too little to pause for; only who hangs up has to look after it."""
+    app = make_app(ServerConfig(), FakeEngine())  # type: ignore[arg-type]
+    runner = Runner(app)
+    await runner.setup()
+    assert runner.server is not None
+    connection, transport = runner.server(), Stuck()
+    connection.connection_made(transport)
+    await asyncio.sleep(0)
+    getattr(connection, end)()
+    assert transport.aborted is False
+    async with asyncio.timeout(5):
+        await transport.dropped.wait()
+    connection.connection_lost(None)
+    await runner.cleanup()

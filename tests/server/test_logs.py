@@ -71,6 +71,24 @@ def test_a_traceback_is_part_of_its_line(capsys: pytest.CaptureFixture[str]) -> 
         assert "ValueError: why" in json.loads(line)["exception"]
 
 
+def test_a_traceback_on_the_console_shows_no_variables(capsys: pytest.CaptureFixture[str]) -> None:
+    def embed(text: str) -> None:
+        api_key = text.upper()
+        raise ValueError(f"why {len(api_key)}")
+
+    logs.set_up("info", "console")
+    try:
+        embed("private words")
+    except ValueError as error:
+        structlog.get_logger().error("failed", exc_info=error)
+        logging.getLogger("library").exception("failed too")
+    text = capsys.readouterr().err
+    assert text.count("ValueError: why 13") == 2
+    assert "private words" not in text.lower().replace(
+        'embed("private words")', ""
+    )  # but for the line of code itself
+
+
 def test_console_lines_when_asked_or_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     logs.set_up("info", "console")
     structlog.get_logger().info("ready", port=1)

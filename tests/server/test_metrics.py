@@ -21,6 +21,7 @@ NAMES = {
     "carpool_batch_sequences",
     "carpool_stage_seconds",
     "carpool_cancelled",
+    "carpool_stalled_clients",
     "carpool_build_info",
 }
 NAMES_WITH_A_CACHE = {

@@ -37,6 +37,10 @@ def arguments(line: str) -> dict[str, Any]:
         ("--served-model-name a --served-model-name b", {"served_model_name": ["a", "b"]}),
         ("--served-model-name=a", {"served_model_name": ["a"]}),
         ("--api-key a m --api-key b", {"api_key": ["a", "b"], "model": "m"}),
+        (
+            "--served-model-name x -dp 4 m",
+            {"served_model_name": ["x"], "data_parallel_size": "4", "model": "m"},
+        ),
         ("m --api-key a b --port 1", {"api_key": ["a", "b"], "model": "m", "port": "1"}),
         ('--api-key ["a","b"]', {"api_key": ["a", "b"]}),
         ('--hf-overrides {"a":1}', {"hf_overrides": {"a": 1}}),
@@ -69,6 +73,7 @@ def test_a_command_line_is_read(line: str, values: dict[str, Any]) -> None:
         ("--port", "--port needs a value."),
         ("--port --host a", "--port needs a value."),
         ("--served-model-name", "--served-model-name needs a value."),
+        ("--api-key a m n", "Unexpected argument n: the model is given already."),
         ("a b", "Unexpected argument b: the model is given already."),
         ("--hf-overrides [1]", "--hf-overrides must be a JSON object, got [1]."),
         ("--hf-overrides {", "--hf-overrides must be a JSON object, got {."),
@@ -144,6 +149,42 @@ def test_what_kubernetes_sets_for_a_service_of_our_name_is_not_ours() -> None:
     assert from_environment(environment).values == {}
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("CARPOOL_EMBED_SERVICE_HOST", "10.0.0.1"),
+        ("CARPOOL_EMBED_SERVICE_HOST", "fd00::1"),
+        ("CARPOOL_EMBED_SERVICE_PORT", "80"),
+        ("CARPOOL_EMBED_SERVICE_PORT_HTTP", "80"),
+        ("CARPOOL_EMBED_PORT", "tcp://10.0.0.1:80"),
+        ("CARPOOL_EMBED_PORT_80_TCP", "tcp://10.0.0.1:80"),
+        ("CARPOOL_EMBED_PORT_80_TCP_PROTO", "tcp"),
+        ("CARPOOL_EMBED_PORT_80_TCP_PORT", "80"),
+        ("CARPOOL_EMBED_PORT_80_TCP_ADDR", "10.0.0.1"),
+        ("CARPOOL_MY_2ND_SERVICE_HOST", "10.0.0.1"),
+        ("CARPOOL_PORT_53_UDP", "udp://10.0.0.1:53"),
+    ],
+)
+def test_nor_what_it_sets_for_services_whose_names_begin_with_ours(variable: str, value: str) -> None:
+    assert from_environment({variable: value}).values == {}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("CARPOOL_EMBED_PORT", "80"),
+        ("CARPOOL_EMBED_SERVICE_HOST", "a name"),
+        ("CARPOOL_EMBED_SERVICE_PORT", "http"),
+        ("CARPOOL_EMBED_SERVICE_PORTS", "80"),
+        ("CARPOOL_PORT_80_TCP_ADR", "10.0.0.1"),
+        ("CARPOOL_embed_SERVICE_HOST", "10.0.0.1"),
+    ],
+)
+def test_what_only_looks_like_it_is_an_unknown_variable(variable: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"Unknown environment variable {variable.upper()}"):
+        from_environment({variable: value})
+
+
 def test_a_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "carpool.yaml"
     path.write_text(
@@ -198,6 +239,16 @@ def test_later_sources_win_and_objects_are_merged() -> None:
         "hf_overrides": {"a": 1, "b": 2},
         "api_key": ["y"],
     }
+
+
+def test_objects_in_objects_are_merged_too() -> None:
+    words = ["--hf-overrides", '{"rope": {"a": 1, "x": {"y": 1}}, "n": {"m": 1}}']
+    more = ["--hf-overrides", '{"rope": {"b": 2, "x": {"z": 2}}, "n": 5}']
+    both = {"rope": {"a": 1, "b": 2, "x": {"y": 1, "z": 2}}, "n": 5}
+    assert from_arguments(words + more).values == {"hf_overrides": both}
+    first, second = from_arguments(words), from_arguments(more)
+    assert merged([first, second]) == {"hf_overrides": both}
+    assert first.values["hf_overrides"]["rope"] == {"a": 1, "x": {"y": 1}}, "what was given stays as it was"
 
 
 def test_adapters_come_by_word_repeated_flag_object_and_environment() -> None:

@@ -55,6 +55,7 @@ async def test_bits_fill_whole_bytes_only() -> None:
             PATH, {"texts": ["a"], "output_dimension": 7, "embedding_types": ["binary"]}
         )
         assert "multiple of 8" in assert_error(answer, 400, "BadRequestError", "embedding_types")
+        assert server.engine.calls == []
         assert len((await embed(server, output_dimension=7))["embeddings"]["float"][0]) == 7
         answer = await server.post(PATH, {"texts": ["a"], "output_dimension": 0})
         assert_error(answer, 400, "BadRequestError", "output_dimension")
@@ -104,6 +105,7 @@ async def test_none_and_a_maximum_refuse_what_is_longer(served: Served) -> None:
     assert "Input of 4 tokens exceeds max_tokens=3" in assert_error(
         answer, 400, "BadRequestError", "max_tokens"
     )
+    assert len(served.engine.calls) == 1  # the second was not run for nothing
 
 
 async def test_inputs_of_text_parts_are_texts(served: Served) -> None:

@@ -119,6 +119,7 @@ async def test_bytes_only_are_nothing_else(served: Served) -> None:
 async def test_a_map_no_client_could_read_is_refused(served: Served) -> None:
     answer = await served.embed(input=["a"] * 1000, encoding_format="bytes")
     assert "bytes_only" in assert_error(answer, 400, "BadRequestError", "encoding_format")
+    assert served.engine.calls == []
     assert (await served.embed(input=["a"] * 1000, encoding_format="bytes_only")).status == 200
 
 
