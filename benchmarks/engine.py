@@ -29,6 +29,7 @@ sys.path.extend(str(Path(__file__).resolve().parent.parent / room) for room in (
 import peaks
 from carpool.engine.hub import locate
 from carpool.engine.llm import LLM
+from carpool.engine.models.attention import witnessed
 from carpool.engine.runner import ModelRunner
 from carpool.kernels import native
 from contestants import Contestant, Entry, Turn
@@ -221,7 +222,8 @@ def _watched(work: Callable[[], object]) -> dict[str, float]:
     def launch(runner: ModelRunner, batch: Any) -> Any:
         nonlocal whole
         began = time.thread_time()
-        landing = plain(runner, batch)
+        with witnessed():  # so that layers are gone through one by one, also where they are one native call
+            landing = plain(runner, batch)
         whole += time.thread_time() - began
         return landing
 
@@ -277,7 +279,7 @@ def _markdown(
         for lengths, shares in stages.items()
     ]
     blocks += [
-        "Share of the CPU time of forward passes by native kernel, one worker, bfloat16:",
+        "Share of the CPU time of forward passes by native kernel, one worker, bfloat16, layers one by one:",
         table(("texts", *names, "the rest"), rows),
     ]
     noise = max(
