@@ -130,7 +130,8 @@ def bge_m3(folder: Path) -> Reference:
     save_unigram(words, folder)
     tiny.sentence_transformers_files(folder, ["cls"], max_seq_length=128)
     colbert = {"weight": noise(tiny.HIDDEN, tiny.HIDDEN), "bias": noise(tiny.HIDDEN, seed=6)}
-    sparse = {"weight": noise(1, tiny.HIDDEN, seed=7), "bias": torch.tensor([0.1])}
+    # So that about as many tokens have a weight as have none.
+    sparse = {"weight": noise(1, tiny.HIDDEN, seed=7), "bias": torch.tensor([0.7])}
     torch.save(colbert, folder / "colbert_linear.pt")
     torch.save(sparse, folder / "sparse_linear.pt")
 

@@ -57,6 +57,13 @@ class Prompt:
         return [int(i >= self.type_start) for i in range(len(self.ids))]
 
 
+def _assert_telling(truths: Seq[Tensor]) -> None:
+    """Answers that are the same for all, or zero nearly everywhere, would hide what is wrong."""
+    numbers = torch.cat([truth.flatten().float() for truth in truths])
+    assert float(numbers.std()) > 1e-4, "a reference gives all prompts one number"
+    assert float((numbers != 0).float().mean()) > 0.05, "a reference says next to nothing"
+
+
 def measure(member: Member, folder: Path, **options: Any) -> Line:
     """Write the member's checkpoint into `folder`, serve it in float32 and compare. `options` are EngineConfig's."""
     reference = member.make(folder)
@@ -65,6 +72,8 @@ def measure(member: Member, folder: Path, **options: Any) -> Line:
     assert set(member.tasks) <= parts.model.tasks, f"{member.name} offers {sorted(parts.model.tasks)} only"
     prompts = list(_prompts(member, parts))
     truths = [reference(p.task, p.ids, p.types, p.adapter) for p in prompts]
+    for task in member.tasks:
+        _assert_telling([truth for truth, prompt in zip(truths, prompts, strict=True) if prompt.task == task])
     with _layers() as seen:
         together = run(parts, prompts)
     alone = [row for prompt in prompts for row in run(parts, [prompt])]
