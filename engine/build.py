@@ -91,12 +91,7 @@ def _built(plan: Blueprint, folder: Path) -> Parts:
     width = head_width(model.loaded)
     pools = _pools(plan, model, width, _marks(plan, fast, tokenizer))
     if config.surgery:
-        straightened = straighten(model.backbone, vocab_size=plan.checkpoint.vocab_size)
-        united = unite(model.backbone, vocab_size=plan.checkpoint.vocab_size)
-        model = replace(model, surgery={**model.surgery, "encoder_layer": straightened, "encoder": united})
-    if config.surgery and any(reads(pool) != "all" for pool in pools.values()):
-        narrowed = narrow(model.backbone, vocab_size=plan.checkpoint.vocab_size)
-        model = replace(model, surgery={**model.surgery, "last_layer": narrowed})
+        model = _finished(plan, model, pools)
     tried, found = _tried(plan, model, pools)
     batch_tokens = _batch_tokens(tried, found)
     kept = _kept(plan, model, pools, batch_tokens)
@@ -131,6 +126,18 @@ def _built(plan: Blueprint, folder: Path) -> Parts:
         crew.hire(info.workers)  # not before batches were measured: then all cores were to be busy
     rate = (found.tokens_per_second(len(runners)) or None) if found else None
     return Parts(info, tokenizer, chat, framer, kept.cache, runners, rate)
+
+
+def _finished(plan: Blueprint, model: Model, pools: Mapping[Task, Pool]) -> Model:
+    """With the surgery that comes when all else of the model has been looked at: layers as a whole, and the last one
+    for the rows that are read.
+    """
+    backbone, vocab_size = model.backbone, plan.checkpoint.vocab_size
+    swapped = {"encoder_layer": straighten(backbone, vocab_size=vocab_size)}
+    swapped["encoder"] = unite(backbone, vocab_size=vocab_size)
+    if any(reads(pool) != "all" for pool in pools.values()):
+        swapped["last_layer"] = narrow(backbone, vocab_size=vocab_size)
+    return replace(model, surgery={**model.surgery, **swapped})
 
 
 def _runners(plan: Blueprint, first: ModelRunner, workers: int) -> list[ModelRunner]:

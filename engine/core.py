@@ -44,9 +44,8 @@ if TYPE_CHECKING:
 
 _WARM_UP_TOKENS = 512  # a worker
 _AT_ONCE = 2_000  # sequences of a request that are queued before others have their turn of the loop
-_HUNG_AFTER_S = (
-    600.0  # and 20 times what a batch is to take: no batch takes this long unless its thread hangs
-)
+# And 20 times what a batch is to take: none takes this long unless its thread hangs.
+_HUNG_AFTER_S = 600.0
 # For a batch under way that nobody waits for. A thread that comes out of torch when Python is gone already aborts the
 # process, so most batches are let finish; one that hangs is left behind.
 _LAST_BATCH_S = 5.0

@@ -90,9 +90,7 @@ class SideFiles:
     pairs: PairFiles | None = None
     files: Kind | None = None
     leaves_out_prompts: bool = False
-    default_prompt: str | None = (
-        None  # the name of the one that sentence-transformers puts where none is asked for
-    )
+    default_prompt: str | None = None  # by name; sentence-transformers puts it where none is asked for
     truncate_dim: int | None = None  # the width that it cuts embeddings to where none is asked for
     splade: Splade = Splade()
     side: Mapping[str, Any] = field(default_factory=dict)  # config_sentence_transformers.json

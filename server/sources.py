@@ -38,9 +38,8 @@ class Settings:
     values: dict[str, Any] = field(default_factory=dict)
     deprecated: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
-    swallowed: tuple[str, str] | None = (
-        None  # a flag that took several words, one of which may be MODEL; and the last
-    )
+    # A flag that took several words, and the last of them, which may be MODEL.
+    swallowed: tuple[str, str] | None = None
 
     def put(self, written: str, raw: Any) -> None:
         """Take in one value under the name it was written with."""

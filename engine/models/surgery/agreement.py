@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,3 +18,13 @@ def agree(new: Tensor, old: Tensor, *, slack: float = 1.0) -> bool:
     scale = old.float().abs().max().clamp_min(1e-6)
     bound = slack * _BOUND.get(old.dtype, 1e-5)
     return bool((new.float() - old.float()).abs().max() <= bound * scale)
+
+
+def holds(
+    forward: Callable[[], Tensor], before: Tensor, likeness: Callable[[Tensor, Tensor], bool] = agree
+) -> bool:
+    """Whether a model says the like of what it said before something in it was swapped; one that raises does not."""
+    try:
+        return likeness(forward(), before)
+    except Exception:  # it is not what it looked like: it reaches into what was swapped
+        return False

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from carpool.engine.models.attention import under_way, watched
 from carpool.engine.models.backbone import Backbone
+from carpool.engine.models.surgery.agreement import holds
 from carpool.engine.models.surgery.encoder_layer import EncoderLayer
 from carpool.engine.models.surgery.native_linear import NativeLinear
 from carpool.engine.models.surgery.rehearsal import small_batch
@@ -51,13 +52,10 @@ def unite(backbone: Backbone, *, vocab_size: int) -> int:
     with torch.inference_mode(False), torch.no_grad():
         before = backbone.forward(batch)
         _put(model, [(path, nn.ModuleList([united])) for path, _, united in found])
-        try:
-            holds = torch.equal(backbone.forward(batch), before)
-        except Exception:  # the model wants its layers one by one
-            holds = False
-    if not holds:
-        _put(model, [(path, layers) for path, layers, _ in found])
-    return len(found) if holds else 0
+        if holds(lambda: backbone.forward(batch), before, torch.equal):
+            return len(found)
+    _put(model, [(path, layers) for path, layers, _ in found])
+    return 0
 
 
 def _put(model: nn.Module, lists: list[tuple[str, nn.ModuleList]]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from carpool.engine.models.attention import Call, calls, layout, over, row_of
 from carpool.engine.models.backbone import Backbone
-from carpool.engine.models.surgery.agreement import agree
+from carpool.engine.models.surgery.agreement import agree, holds
 from carpool.engine.models.surgery.joint_linear import FirstLinear, NextLinear
 from carpool.engine.models.surgery.linear_gelu import LinearGelu
 from carpool.engine.models.surgery.native_linear import NativeLinear
@@ -73,12 +73,8 @@ def straighten(backbone: Backbone, *, vocab_size: int) -> int:
                 parent = model.get_submodule(above)
                 setattr(parent, name, found)
                 swapped.append((parent, name, module))
-        try:
-            holds = agree(backbone.forward(batch), before[0])
-        except Exception:  # the model reaches into its layers
-            holds = False
-    if holds:
-        return len(swapped)
+        if holds(lambda: backbone.forward(batch), before[0]):
+            return len(swapped)
     for parent, name, module in swapped:
         setattr(parent, name, module)
     return 0

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from carpool.engine.models.attention import row_or_none, witnessed
 from carpool.engine.models.backbone import Backbone
-from carpool.engine.models.surgery.agreement import agree
+from carpool.engine.models.surgery.agreement import holds
 from carpool.engine.models.surgery.rehearsal import small_batch
 from carpool.engine.packing import PackedBatch
 
@@ -37,12 +37,9 @@ def narrow(backbone: Backbone, *, vocab_size: int) -> int:
     with torch.inference_mode(False), torch.no_grad():
         modules, whole = _behind_attention(backbone, batch)
         hooks = [hook for module in modules for hook in _narrowed(module)]
-        try:
-            holds = agree(backbone.forward(replace(batch, wanted=wanted))[wanted], whole[wanted])
-        except Exception:  # a module that is not what it looked like
-            holds = False
-    if holds:
-        return len(modules)
+        narrowed = replace(batch, wanted=wanted)
+        if holds(lambda: backbone.forward(narrowed)[wanted], whole[wanted]):
+            return len(modules)
     for hook in hooks:
         hook.remove()
     return 0

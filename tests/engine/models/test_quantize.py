@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import tiny
+from building import built
 from carpool.engine import blueprint
-from carpool.engine.build import Parts, build
+from carpool.engine.build import Parts
 from carpool.engine.config import EngineConfig
 from carpool.engine.errors import ConfigError
 from carpool.engine.llm import LLM
@@ -204,10 +204,6 @@ def test_adapters_stay_float_over_a_quantised_base() -> None:
 
 
 # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def built(path: Path, **config: Any) -> Parts:
-    return build(EngineConfig(**{"model": str(path), "dtype": "float32", "cpu_workers": 1, **config}))
 
 
 def hidden(parts: Parts, ids: list[list[int]]) -> Tensor:

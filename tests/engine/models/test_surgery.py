@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from carpool.engine.build import Parts, build
-from carpool.engine.config import EngineConfig
+from building import built
+from carpool.engine.build import Parts
 from carpool.engine.errors import ConfigError
 from carpool.engine.models import surgery
 from carpool.engine.models.backbone import Backbone
@@ -61,10 +61,6 @@ def swaps(family: str, dtype: str = "float32") -> dict[str, int]:
         return found
     ends = {"residual_norm": 4, "encoder_layer": 2} if family in POST_NORM else {}
     return {**found, **ends, "native_linear": found["linear"], "linear": 0}
-
-
-def built(path: Path, **config: Any) -> Parts:
-    return build(EngineConfig(**{"model": str(path), "dtype": "float32", "cpu_workers": 1, **config}))
 
 
 def hidden(parts: Parts) -> Tensor:

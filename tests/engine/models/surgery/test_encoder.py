@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from carpool.engine.build import Parts, build
-from carpool.engine.config import EngineConfig
+from building import backbone, built
 from carpool.engine.models.attention import witnessed
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.surgery.encoder import Encoder, unite
@@ -24,14 +23,6 @@ from carpool.kernels import native, native_encoder, native_linear8
 
 pytestmark = pytest.mark.skipif(native.level < 1, reason="no native kernels, and no encoder of theirs")
 BATCH = pack_ids([[5, 6, 7], [8], list(range(10, 40))], torch.device("cpu"))
-
-
-def built(path: Path, **config: Any) -> Parts:
-    return build(EngineConfig(**{"model": str(path), "dtype": "float32", "cpu_workers": 1, **config}))
-
-
-def backbone(parts: Parts) -> Backbone:
-    return parts.runners[0]._backbone
 
 
 def hidden(one: Backbone, batch: PackedBatch = BATCH) -> Tensor:
