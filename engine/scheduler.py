@@ -169,6 +169,8 @@ class Scheduler:
 
     def schedule(self, now: float, idle_workers: int = 1) -> Batch | None:
         """Deal the next batch, or None if nothing waits. What has expired never rides: see `take_expired`."""
+        if not self.waiting_sequences:
+            return None
         budget = self._share(idle_workers)
         candidates = self._pick(max(budget, self._window_tokens), now)
         if not candidates:

@@ -41,7 +41,10 @@ def by_library(backend: tokenizers.Tokenizer, text: str) -> list[int]:
 
 ENGLISH = st.lists(
     st.sampled_from(["The", "cat", "sat", "unable", "playing", "x86", "3.14", "don't", "e-mail", "UTF_8"])
-    | st.text("abcXYZ019 \t\n\r-.'_~", max_size=6),
+    | st.sampled_from(
+        ["don’t", "“Quoted,”", "em—dash", "x[0]", "café", "Łódź", "ſtraße", "10\u00a0km", "co\u00adop"]
+    )
+    | st.text("abcXYZ019 \t\n\r-.'_~[]’“–…éÅßı\u00a0\u00ad", max_size=6),
     max_size=12,
 ).map(" ".join)
 ANYTHING = st.text(max_size=30) | st.text(st.characters(max_codepoint=0x17F), max_size=30)
@@ -72,19 +75,43 @@ def test_plain_english_needs_the_library_for_no_more_than_its_new_words() -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ["na\u00efve", "a\x00b", "a\x7fb", "a\x0bb", "a [MASK] b", "a\u200bb", "\u4e2d", "a\u00a0b"]
+    "text", ["nai\u0308ve", "a\x00b", "a\x7fb", "a\x0bb", "a [MASK] b", "a\u200bb", "\u4e2d", "\u0130stanbul"]
 )
 def test_what_has_more_rules_is_left_to_the_library(text: str) -> None:
     assert of(bundled()).encode(text) is None
 
 
+def test_european_print_needs_the_library_for_no_more_than_its_new_words() -> None:
+    kept = of(bundled())
+    text = "“Don’t,” she said – a naïve façade; 10\u00a0°C … in [1] Łódź."
+    assert kept.encode(text) is None  # of so many new words a part is learnt
+    for _ in range(2):
+        kept.encode(text)
+    kept._backend = None  # type: ignore[assignment]
+    assert kept.encode(text) == by_library(bundled(), text)
+
+
 def test_a_text_that_may_hold_an_added_token_is_left_to_the_library() -> None:
     backend = bundled()
-    backend.add_tokens(["Qux"])
+    backend.add_tokens(["Qux", "two words"])
     kept = of(backend)
-    for text in ("a qux b", "a Qux b", "q", "Q"):
+    for text in ("a qux b", "a Qux b", "equxb", "[sep]", "Two\nwords"):
         assert kept.encode(text) is None
-    assert kept.encode("a b") == by_library(backend, "a b")
+    for text in ("a b", "[Q]", "two  words"):
+        assert kept.encode(text) == by_library(backend, text)
+
+
+def test_where_added_tokens_are_looked_for_in_cleaned_text_accents_are_left_to_the_library() -> None:
+    backend = bundled()
+    backend.add_tokens([tokenizers.AddedToken("caféteria", normalized=True)])
+    kept = of(backend)
+    assert (
+        by_library(backend, "Caf\u00e9teria")
+        == by_library(backend, "cafeteria")
+        == [backend.get_vocab_size() - 1]
+    )
+    assert kept.encode("Caf\u00e9teria") is None
+    assert kept.encode("a cafeteria") is None
 
 
 def test_of_many_new_words_a_few_are_learnt_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
