@@ -1,6 +1,6 @@
 """Loader: a checkpoint becomes a backbone and, for classifiers, a head; or a sentence that says why not.
 
-Three guards stand here and in `attention.py` and `probe.py`, because each of these faults gives plausible wrong
+Three guards stand in `account.py`, `attention.py` and `probe.py`, because each of these faults gives plausible wrong
 numbers: weights that are missing, or left over inside a layer, are fatal; attention arguments that we do not compute
 raise; and a model whose packed sequences see each other is not packed.
 """
@@ -42,6 +42,7 @@ import carpool.engine.models.native  # noqa: F401  (registers our own classes)
 from carpool.engine.architecture import Architecture, Scorer
 from carpool.engine.checkpoint import Checkpoint
 from carpool.engine.errors import ConfigError, first_line
+from carpool.engine.models.account import Account
 from carpool.engine.models.attention import NAME
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.patches import patch
@@ -57,13 +58,6 @@ from carpool.engine.poolers.classifier import (
 from carpool.engine.poolers.dense import load_dense
 from carpool.engine.side_files import PoolingMode
 
-# Weights that a published checkpoint may lack: BERT's own pooler is not used, and position ids are computed.
-_MAY_MISS = re.compile(r"(^|\.)(pooler\.|position_ids$)")
-# What older checkpoints store and classes compute: places, angles, masks (GPT's are called bias).
-_COMPUTED = re.compile(
-    r"(^|\.)(position_ids|token_type_ids|(original_)?inv_freq|(cos|sin)_cached|causal_mask|masked_bias"
-    r"|attn(\.attention)?\.bias|version)$"
-)
 # Keys of a configuration that change how a model is run and not what it computes.
 _PLAIN: dict[str, Any] = {"return_dict": True, "chunk_size_feed_forward": 0}
 _REWARD_HEAD = re.compile(r"^(score|v_head)\.")
@@ -205,44 +199,18 @@ class Loader:
     ) -> PreTrainedModel:
         rename = RENAMES.get(checkpoint.dialect or "")
         weights = rename(stored(checkpoint.path), config) if rename else None
-        model, info = self._pretrained(auto, checkpoint, config, weights, options)
-        if self._missing(auto, info) and (bare := unwrapped(checkpoint.path)):
+        model, account = self._pretrained(auto, checkpoint, config, weights, options)
+        if account.missing and (bare := unwrapped(checkpoint.path)):
             weights = rename(bare, config) if rename else bare
-            again, its_info = self._pretrained(auto, checkpoint, config, weights, options)
-            if not self._missing(auto, its_info):
-                model, info = again, its_info
-        if misfits := sorted((name, *map(tuple, shapes)) for name, *shapes in info["mismatched_keys"]):
-            name, stored_shape, expected = misfits[0]
-            raise ConfigError(
-                f"{len(misfits)} of the checkpoint's weights do not fit {type(model).__name__} as config.json and "
-                f"overrides describe it: {name} is of shape {stored_shape} and would have to be of {expected}."
-            )
-        if missing := self._missing(auto, info):
-            raise ConfigError(
-                f"The checkpoint lacks {len(missing)} of the weights that {type(model).__name__} needs "
-                f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''})"
-                f"{self._without(checkpoint) or ': it is damaged, or made for another class.'}"
-            )
-        if unplaced := [name for name in sorted(info["unexpected_keys"]) if _within_a_layer(model, name)]:
-            raise ConfigError(
-                f"The checkpoint holds {len(unplaced)} weight{'s' * (len(unplaced) > 1)} that the layers of "
-                f"{type(model).__name__}, as config.json and overrides describe it, have no place for "
-                f"({', '.join(unplaced[:3])}{', …' if len(unplaced) > 3 else ''})"
-                f"{self._without(checkpoint) or ': without them it would compute something else.'}"
-            )
+            again, its_account = self._pretrained(auto, checkpoint, config, weights, options)
+            if not its_account.missing:
+                model, account = again, its_account
+        account.check(self._without(checkpoint))
         model.eval()
         for weight in model.parameters():
             weight.requires_grad_(False)
         loaded: PreTrainedModel = model.to(self.device)
         return loaded
-
-    @staticmethod
-    def _missing(auto: Any, info: Mapping[str, Any]) -> list[str]:
-        """The weights without which the model would compute something else."""
-        # A head that is replayed does use BERT's pooler.
-        heedless = auto in (AutoModel, AutoModelForTextEncoding, AutoModelForTokenClassification)
-        missing = sorted(name for name in info["missing_keys"] if not (_MAY_MISS.search(name) and heedless))
-        return [name for name in missing if not name.endswith("position_ids")]
 
     def _pretrained(
         self,
@@ -251,8 +219,8 @@ class Loader:
         config: PreTrainedConfig,
         weights: Mapping[str, Tensor] | None,
         options: Mapping[str, Any],
-    ) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """The model with `weights`, or with those in the folder, and transformers' account of them."""
+    ) -> tuple[PreTrainedModel, Account]:
+        """The model with `weights`, or with those in the folder, and what became of them."""
         own: dict[str, Any]
         try:
             if weights is None:
@@ -265,22 +233,24 @@ class Loader:
                 config=config,
                 dtype=self.dtype,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # which is said below, by name
+                ignore_mismatched_sizes=True,  # the account names them
                 **own,
                 **options,
             )
             try:
-                made: tuple[PreTrainedModel, dict[str, Any]] = load(attn_implementation=NAME)
+                model, info = load(attn_implementation=NAME)
             except KeyError as unknown:
                 if unknown.args != (NAME,):
                     raise
                 # One of the oldest classes, which has a table of layers by it. The probe will say that it is one.
-                made = load(attn_implementation="eager")
-            return made
+                model, info = load(attn_implementation="eager")
         except Exception as error:  # transformers raises whatever went wrong inside
             raise ConfigError(
                 f"The model in {checkpoint.path} cannot be loaded: {first_line(error)}{self._without(checkpoint)}"
             ) from error
+        # A head that is replayed does use BERT's pooler.
+        heedless = auto in (AutoModel, AutoModelForTextEncoding, AutoModelForTokenClassification)
+        return model, Account.of(model, info, reads_pooler=not heedless)
 
     def _backbone(self, module: PreTrainedModel) -> Backbone:
         module = text_tower(module)
@@ -342,26 +312,6 @@ class Loader:
         if self.trust_remote_code or not checkpoint.own_code:
             return ""
         return f". It was published with code of its own ({checkpoint.own_code}), and cannot be served without it."
-
-
-def _within_a_layer(model: PreTrainedModel, name: str) -> bool:
-    """Whether the weight `name`, for which `model` has no place, belongs to a layer of its backbone that runs.
-
-    Beside the layers there may be anything (heads, another tower), and behind the last one, too: config.json says how
-    many are meant.
-    """
-    inner = _innermost(model.base_model, name.removeprefix(f"{model.base_model_prefix}."))
-    return not (_COMPUTED.search(name) or isinstance(inner, (PreTrainedModel, nn.ModuleList)))
-
-
-def _innermost(module: nn.Module, path: str) -> nn.Module:
-    """The module that lies furthest along the path."""
-    for step in path.split("."):
-        child = module._modules.get(step)
-        if child is None:
-            break
-        module = child
-    return module
 
 
 def _class_pooling(full: PreTrainedModel) -> tuple[PoolingMode | None, bool]:
