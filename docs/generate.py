@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from carpool.engine.config import PoolerConfig
-from carpool.engine.reference_options import ONE_ONLY, WITHOUT_MEANING
+from carpool.engine.reference_options import ONE_ONLY, REFUSED, WITHOUT_MEANING
 from carpool.server.options import ENGINE_OPTIONS, SERVER_OPTIONS, Option, options_of
 
 DOCS = Path(__file__).resolve().parent
@@ -38,6 +38,11 @@ def ignored_list() -> str:
     return ", ".join(f"`--{name.replace('_', '-')}`" for name in names) + "."
 
 
+def refused_table() -> str:
+    rows = [f"| `--{name.replace('_', '-')}` | {REFUSED[name]} |" for name in sorted(REFUSED)]
+    return "\n".join(["| flag | instead |", "|---|---|", *rows])
+
+
 def _values(option: Option) -> str:
     if option.is_switch:
         return f"switch, or `--no-{option.flag[2:]}`"
@@ -56,7 +61,8 @@ def _default(option: Option) -> str:
     default: Any = option.default
     if default is None or default == () or default == "" or option.is_object:
         return ""
-    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
+    shown = default if isinstance(default, tuple) else [default]
+    return ", ".join(f"`{str(item).lower() if isinstance(item, bool) else item}`" for item in shown)
 
 
 BLOCKS: Mapping[str, Callable[[], str]] = {
@@ -64,6 +70,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "engine_options": lambda: options_table(ENGINE_OPTIONS.values()),
     "pooler_options": pooler_table,
     "ignored_options": ignored_list,
+    "refused_options": refused_table,
 }
 
 

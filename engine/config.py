@@ -21,6 +21,7 @@ TokPoolingType = Literal["ALL", "STEP"]
 PoolingType = Literal["CLS", "LAST", "MEAN", "ALL", "STEP"]
 Runner = Literal["auto", "pooling"]
 Convert = Literal["auto", "none", "embed", "classify", "reward"]
+ContentFormat = Literal["auto", "string", "openai"]
 
 # What the reference's older `task` asks for. A model that is to score is taken for what its class says it is.
 CONVERT_OF_TASK: Mapping[str, Convert] = {
@@ -62,14 +63,18 @@ class PoolerConfig:
         False, "Embed texts longer than the model takes in slices, and average."
     )
     max_embed_len: int | None = option(
-        None, "Longest text that chunked processing takes; unlimited by default."
+        None, "Longest text to embed; by default what the model takes, or with chunked processing any."
     )
     logit_mean: float | None = option(None, "Subtracted from every logit.")
     logit_bias: float | None = option(None, "Older name of logit_mean.")
     logit_sigma: float | None = option(None, "Every logit is divided by this, after logit_mean.")
+    logit_scale: float | None = option(None, "Older name of 1 / logit_sigma.")
     step_tag_id: int | None = option(None, "STEP: the token whose rows are returned.")
     returned_token_ids: tuple[int, ...] | None = option(
         None, "STEP: the columns of the logits that are kept."
+    )
+    enable_flash_late_interaction: bool | None = option(
+        None, "Taken for the reference's sake, and without effect."
     )
 
     def __post_init__(self) -> None:
@@ -85,8 +90,17 @@ class PoolerConfig:
             value = getattr(self, name)
             if value is not None:
                 _check_choice(f"{name} in the pooler config", value, get_args(choices))
-        if self.logit_sigma == 0:
-            raise ConfigError("logit_sigma cannot be 0 (division by zero).")
+        if self.max_embed_len is not None and self.max_embed_len < 1:
+            raise ConfigError(f"max_embed_len must be at least 1, got {self.max_embed_len}.")
+        for older, newer in (("logit_bias", "logit_mean"), ("logit_scale", "logit_sigma")):
+            if getattr(self, older) is not None and getattr(self, newer) is not None:
+                raise ConfigError(f"Cannot set both {older} and {newer} in the pooler config.")
+        for name in ("logit_sigma", "logit_scale"):
+            if getattr(self, name) == 0:
+                raise ConfigError(f"{name} cannot be 0 (division by zero).")
+        if self.logit_scale is not None:
+            object.__setattr__(self, "logit_sigma", 1.0 / self.logit_scale)
+            object.__setattr__(self, "logit_scale", None)
         if self.returned_token_ids is not None:
             object.__setattr__(self, "returned_token_ids", tuple(self.returned_token_ids))
 
@@ -133,17 +147,19 @@ class LoraModule:
             given = {"name": name, "path": path}
         if not isinstance(given, Mapping) or not given.get("name") or not given.get("path"):
             raise ConfigError(f'--lora-modules takes name=path or {{"name": …, "path": …}}, got {raw!r}.')
-        if unknown := sorted(given.keys() - {"name", "path", "base_model_name"}):
+        if unknown := sorted(given.keys() - {"name", "path", "base_model_name", "is_3d_lora_weight"}):
             raise ConfigError(
                 f"--lora-modules has no key {unknown[0]}: it takes name, path and base_model_name."
             )
+        if given.get("is_3d_lora_weight"):
+            raise ConfigError("--lora-modules does not take weights of experts in three dimensions.")
         return cls(str(given["name"]), str(given["path"]))
 
     @classmethod
     def parse_all(cls, raw: Any) -> tuple[LoraModule, ...]:
         """From a list of what `parse` takes, or an object of a path a name."""
         each = [cls(str(name), str(path)) for name, path in raw.items()] if isinstance(raw, Mapping) else raw
-        modules = tuple(map(cls.parse, each))
+        modules = tuple(cls.parse(item) for item in each if item != "")  # as a script writes for none
         names = [module.name for module in modules]
         for name in names:
             if names.count(name) > 1:
@@ -167,12 +183,25 @@ class EngineConfig:
     )
     tokenizer: str | None = option(None, "Folder or name of the tokenizer, where it is not the model's.")
     revision: str | None = option(None, "Branch, tag or commit of a model taken from the Hugging Face hub.")
+    tokenizer_revision: str | None = option(
+        None, "The same of the tokenizer, be it the model's own or another --tokenizer."
+    )
+    download_dir: str | None = option(
+        None, "Folder for what is taken from the hub; by default the one that HF_HOME or HF_HUB_CACHE says."
+    )
     runner: Runner = option("auto", "Kept for the reference's scripts: all models are pooled here.")
     convert: Convert = option("auto", "What to make of a model whose class is for something else.")
     pooler_config: PoolerConfig = option(PoolerConfig(), "Pooler overrides, as JSON or dotted flags.")
     hf_overrides: Mapping[str, Any] = option({}, "Keys merged over the checkpoint's config.json, as JSON.")
     chat_template: str | None = option(
         None, "Jinja template, or a file of one, for chat messages and for score prompts."
+    )
+    chat_template_content_format: ContentFormat = option(
+        "auto",
+        "What the template gets for a message's content: string, or openai's list of parts; auto sees from it which.",
+    )
+    default_chat_template_kwargs: Mapping[str, Any] = option(
+        {}, "Variables of the template, as JSON; a request's chat_template_kwargs win."
     )
     trust_remote_code: bool = option(False, "Run Python code that a checkpoint brings along.")
     dtype: DType = option(
@@ -181,7 +210,7 @@ class EngineConfig:
         "checkpoint's if the device has it.",
     )
     max_model_len: int | None = option(
-        None, "Most tokens a prompt may have; by default what the model was made for."
+        None, "Most tokens a prompt may have; by default, or auto, what the model was made for.", auto=-1
     )
     max_num_seqs: int = option(256, "Most prompts in one batch.")
     max_num_batched_tokens: int | None = option(
@@ -243,6 +272,8 @@ class EngineConfig:
     token_id_input: bool = option(True, "Accept token ids as input; --no-token-id-input refuses them.")
 
     def __post_init__(self) -> None:
+        if self.max_model_len == -1:  # the reference's auto
+            object.__setattr__(self, "max_model_len", None)
         for name in (
             "max_model_len",
             "max_num_seqs",
@@ -268,6 +299,9 @@ class EngineConfig:
         _check_choice("--runner", self.runner, get_args(Runner))
         _check_choice("--convert", self.convert, get_args(Convert))
         _check_choice("--dtype", self.dtype, get_args(DType))
+        _check_choice(
+            "--chat-template-content-format", self.chat_template_content_format, get_args(ContentFormat)
+        )
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device, re.ASCII):
             raise ConfigError(f"--device must be one of auto, cpu, cuda, cuda:N, got {self.device!r}.")
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:

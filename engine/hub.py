@@ -1,6 +1,7 @@
 """Where a model's files are: a folder, the bundled default, or the Hugging Face hub."""
 
 import hashlib
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,8 +18,11 @@ _FILES = [
 _PICKLES = ["pytorch_model*.bin", "0_*/pytorch_model*.bin"]
 
 
-def locate(model: str, revision: str | None = None) -> Path:
-    """The folder that holds `model`. An empty name is the bundled MiniLM, whose weights are checked."""
+def locate(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
+    """The folder that holds `model`. An empty name is the bundled MiniLM, whose weights are checked.
+
+    What is taken from the hub is put into `download_dir`, by default where the hub's client keeps all.
+    """
     if not model:
         return _bundled()
     folder = Path(model).expanduser()
@@ -26,7 +30,7 @@ def locate(model: str, revision: str | None = None) -> Path:
         return folder.resolve()
     if folder.is_absolute() or model.startswith(("./", "../", "~")):
         raise ConfigError(f"There is no model folder {model}.")
-    return _download(model, revision)
+    return _download(model, revision, download_dir)
 
 
 def _bundled() -> Path:
@@ -43,14 +47,15 @@ def _bundled() -> Path:
     return folder
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, download_dir: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
+    take = partial(snapshot_download, model, revision=revision, cache_dir=download_dir)
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
+        folder = Path(take(allow_patterns=_FILES))
         safe = (path for pattern in ("*.safetensors", "0_*/*.safetensors") for path in folder.glob(pattern))
         if not any(safe) and not (folder / "adapter_config.json").is_file():
-            snapshot_download(model, revision=revision, allow_patterns=_PICKLES)
+            take(allow_patterns=_PICKLES)
         return folder
     except Exception as error:  # the hub's client raises a dozen unrelated types
         raise ConfigError(

@@ -47,6 +47,7 @@ class Route(NamedTuple):
     response: Any = None  # of status 200: a type, or a media type where it is no JSON; None: no body
     open: bool = False  # served without an API key, and while the server drains
     runs_model: bool = False  # counted by /load while it is answered
+    describes: bool = False  # left out with --no-docs
 
 
 def _to_model(summary: str, handler: Handler, request: Any, response: Any, *paths: str) -> list[Route]:
@@ -216,9 +217,26 @@ ROUTES = (
         docs.show_openapi,
         "Describe this API, as OpenAPI 3.1 has it.",
         response=dict[str, Any],
+        describes=True,
     ),
-    Route(("GET",), "/docs", docs.show_docs, "The API, to read and to try.", response="text/html", open=True),
-    Route(("GET",), "/docs/{asset}", docs.show_asset, "The files of that page.", response="*/*", open=True),
+    Route(
+        ("GET",),
+        "/docs",
+        docs.show_docs,
+        "The API, to read and to try.",
+        response="text/html",
+        open=True,
+        describes=True,
+    ),
+    Route(
+        ("GET",),
+        "/docs/{asset}",
+        docs.show_asset,
+        "The files of that page.",
+        response="*/*",
+        open=True,
+        describes=True,
+    ),
     Route(
         ("GET",), "/", server_info.show_home, "A page that says where to go.", response="text/html", open=True
     ),
@@ -237,7 +255,8 @@ def make_app(
     app[OPENAPI] = describe(ROUTES, bool(config.api_key), config.root_path, config.error_format)
     app[KEY_DIGESTS] = tuple(digest(key) for key in config.api_key)
     app[STARTED_AT] = int(time.time())
-    app[ROUTE_TAKEN] = {added: route for route in ROUTES for added in _add(app, route, config.root_path)}
+    routes = [route for route in ROUTES if config.docs or not route.describes]
+    app[ROUTE_TAKEN] = {added: route for route in routes for added in _add(app, route, config.root_path)}
     return app
 
 

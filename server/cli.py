@@ -43,11 +43,11 @@ def main() -> NoReturn:
 def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     """The exit status of one call of the command."""
     match list(arguments):
-        case ["--version" | "-V"]:
+        case ["--version" | "-V" | "-v"]:
             print(f"carpool {__version__}")
         case [] | ["--help" | "-h"]:
             print(SUMMARY, end="")
-        case ["serve", *rest] if "--help" in rest or "-h" in rest:
+        case ["serve", *rest] if any(word.partition("=")[0] in ("--help", "-h") for word in rest):
             print(help_text(), end="")
         case ["serve", *rest]:
             return _serve(rest, environment)
@@ -138,4 +138,6 @@ def _default_text(default: Any) -> str:
             return "yes" if default else "no"
         case int() | float() | str():
             return str(default)
+        case tuple():
+            return ", ".join(map(str, default))
     return ""

@@ -34,6 +34,16 @@ class ServerConfig:
     uds: str | None = option(None, "Path of a Unix socket to listen on instead of host and port.")
     ssl_certfile: str | None = option(None, "Certificate chain (PEM) to serve HTTPS with.")
     ssl_keyfile: str | None = option(None, "Private key (PEM), if it is not in the certificate file.")
+    ssl_ca_certs: str | None = option(None, "Certificates (PEM) of those who vouch for clients.")
+    ssl_cert_reqs: int = option(
+        0,
+        "Whether a client needs a certificate that they vouch for: 0 none is asked for, 1 it may, 2 it must.",
+    )
+    ssl_ciphers: str | None = option(None, "Ciphers to use up to TLS 1.2, as OpenSSL names them.")
+    enable_ssl_refresh: bool = option(
+        False,
+        "Load these files again when they change. Whom --ssl-ca-certs vouched for is trusted until a restart.",
+    )
     served_model_name: tuple[str, ...] = option(
         (),
         "Names that requests may use for the model; answers carry the first.",
@@ -53,10 +63,17 @@ class ServerConfig:
         "worth of Python cannot feed the model.",
     )
     log_level: LogLevel = option("info", "Least severe messages to log.")
+    access_log: bool = option(True, "Log a line for each request; --no-access-log for failures of ours only.")
     log_format: LogFormat = option("auto", "How log lines look; auto is console on a terminal, else json.")
     allowed_origins: tuple[str, ...] = option(
         (), "Web origin that browsers may call from; * is any; repeat it."
     )
+    allowed_methods: tuple[str, ...] = option(("*",), "Methods that pages from there may use; * is any.")
+    allowed_headers: tuple[str, ...] = option(("*",), "Headers that they may send; * is any.")
+    allow_credentials: bool = option(
+        False, "Let browsers send cookies and certificates along; with any origin, that is from any page."
+    )
+    docs: bool = option(True, "Serve /openapi.json and /docs; --no-docs hides them.")
     root_path: str = option("", "Path prefix under which a proxy publishes the server.")
 
     def __post_init__(self) -> None:
@@ -70,8 +87,16 @@ class ServerConfig:
             raise ConfigError(f"--max-body-size must be at least 1 byte, got {self.max_body_size}.")
         if not 0 <= self.shutdown_timeout < float("inf"):
             raise ConfigError(f"--shutdown-timeout must be a number of seconds, got {self.shutdown_timeout}.")
-        if self.ssl_keyfile and not self.ssl_certfile:
-            raise ConfigError("--ssl-keyfile needs --ssl-certfile beside it.")
+        if not self.ssl_certfile:
+            for name in ("ssl_keyfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers", "enable_ssl_refresh"):
+                if getattr(self, name):
+                    raise ConfigError(f"--{name.replace('_', '-')} needs --ssl-certfile beside it.")
+        if self.ssl_cert_reqs not in (0, 1, 2):
+            raise ConfigError(f"--ssl-cert-reqs must be 0, 1 or 2, got {self.ssl_cert_reqs}.")
+        if bool(self.ssl_ca_certs) != bool(self.ssl_cert_reqs):
+            raise ConfigError(
+                "--ssl-ca-certs and --ssl-cert-reqs 1 or 2 go together: who vouches for clients, and that it is asked."
+            )
         if "" in self.api_key:
             raise ConfigError("--api-key must not be empty.")
         if any(key != key.strip() for key in self.api_key):

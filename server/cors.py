@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from aiohttp import web
 
+from carpool.server.config import ServerConfig
 from carpool.server.errors import InvalidRequest
 
-METHODS = "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT"
+METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
+# What pages may send anyway, for all that a browser asks before it sends JSON.
+SAFE_HEADERS = ("Accept", "Accept-Language", "Content-Language", "Content-Type")
 EXPOSED = "X-Request-Id, Server-Timing, Retry-After, metadata"
 CACHE_SECONDS = "600"
 
@@ -17,26 +22,39 @@ def is_preflight(request: web.Request) -> bool:
     return request.method == "OPTIONS" and "Origin" in headers and "Access-Control-Request-Method" in headers
 
 
-def answer_preflight(request: web.Request, allowed: tuple[str, ...]) -> web.Response:
-    if not _admits(allowed, request.headers["Origin"]):
+def answer_preflight(request: web.Request, config: ServerConfig) -> web.Response:
+    if not _admits(config.allowed_origins, request.headers["Origin"]):
         raise InvalidRequest("Requests from this web origin are not allowed (--allowed-origins).")
+    method = request.headers["Access-Control-Request-Method"]
+    if not _admits(config.allowed_methods, method):
+        raise InvalidRequest("Requests with this method are not allowed (--allowed-methods).")
+    wanted = request.headers.get("Access-Control-Request-Headers", "")
+    known = [name.lower() for name in (*SAFE_HEADERS, *config.allowed_headers)]
+    if not all(_admits(known, name.strip().lower()) for name in wanted.split(",") if name.strip()):
+        raise InvalidRequest("Requests with these headers are not allowed (--allowed-headers).")
+    methods = METHODS if "*" in config.allowed_methods else config.allowed_methods
+    headers = "*" if "*" in known else ", ".join(config.allowed_headers)
     return web.Response(
         headers={
-            "Access-Control-Allow-Methods": METHODS,
-            "Access-Control-Allow-Headers": request.headers.get("Access-Control-Request-Headers", "*"),
+            "Access-Control-Allow-Methods": ", ".join(methods),
+            "Access-Control-Allow-Headers": wanted or headers,
             "Access-Control-Max-Age": CACHE_SECONDS,
         }
     )
 
 
-def mark(request: web.Request, response: web.StreamResponse, allowed: tuple[str, ...]) -> None:
+def mark(request: web.Request, response: web.StreamResponse, config: ServerConfig) -> None:
     """Tell the browser that the page which asked may read the answer."""
+    allowed = config.allowed_origins
     response.headers["Vary"] = "Origin"
     origin = request.headers.get("Origin")
     if origin is not None and _admits(allowed, origin):
-        response.headers["Access-Control-Allow-Origin"] = "*" if "*" in allowed else origin
+        anyone = "*" in allowed and not config.allow_credentials  # a browser wants to be named, with those
+        response.headers["Access-Control-Allow-Origin"] = "*" if anyone else origin
         response.headers["Access-Control-Expose-Headers"] = EXPOSED
+        if config.allow_credentials:
+            response.headers["Access-Control-Allow-Credentials"] = "true"
 
 
-def _admits(allowed: tuple[str, ...], origin: str) -> bool:
-    return "*" in allowed or origin in allowed
+def _admits(allowed: Sequence[str], asked: str) -> bool:
+    return "*" in allowed or asked in allowed

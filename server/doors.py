@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from carpool.engine.errors import ConfigError
+from carpool.server import tls
 from carpool.server.http import Runner
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ ACCEPTS = 32  # new connections that a turn of the event loop takes from each so
 
 async def opened(config: ServerConfig) -> list[socket.socket]:
     """Sockets that listen where the configuration says. Raises ConfigError."""
-    load_tls(config)  # what is wrong with it is said before anyone comes
+    tls.load(config)  # what is wrong with it is said before anyone comes
     loop = asyncio.get_running_loop()
     try:
         if config.uds:
@@ -67,27 +67,20 @@ async def serving(
     await runner.setup()
     loop = asyncio.get_running_loop()
     listen: Any = loop.create_unix_server if config.uds else loop.create_server
-    tls = load_tls(config)
+    context = tls.load(config)
+    refreshing = None
+    if context and config.enable_ssl_refresh:
+        refreshing = asyncio.ensure_future(tls.keep_fresh(context, config))
     doors: list[asyncio.AbstractServer] = []
     try:
         for listening in sockets:
             for _ in range(ACCEPTS if sharers == 1 else 1):
                 door = socket.socket(fileno=os.dup(listening.fileno()))
-                doors.append(await listen(runner.server, sock=door, ssl=tls, backlog=BACKLOG))
+                doors.append(await listen(runner.server, sock=door, ssl=context, backlog=BACKLOG))
         yield
     finally:
+        if refreshing is not None:
+            refreshing.cancel()
         for open_door in doors:
             open_door.close()
         await runner.cleanup()
-
-
-def load_tls(config: ServerConfig) -> ssl.SSLContext | None:
-    """The certificate to serve with, if any. Raises ConfigError."""
-    if config.ssl_certfile is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
-    except OSError as error:  # ssl.SSLError is one
-        raise ConfigError(f"Cannot use the certificate {config.ssl_certfile}: {error}.") from error
-    return context

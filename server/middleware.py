@@ -53,8 +53,8 @@ async def front_door(request: web.Request, handler: Handler) -> web.StreamRespon
         failure = failure_of(error)
         response = _refuse(app, error, failure, request[REQUEST_ID])
     response.headers["X-Request-Id"] = request[REQUEST_ID]
-    if allowed := app[CONFIG].allowed_origins:
-        cors.mark(request, response, allowed)
+    if app[CONFIG].allowed_origins:
+        cors.mark(request, response, app[CONFIG])
     if isinstance(response, Sliced):
         await _send(request, response, route, began)
     # After the answer: it leaves in this turn of the loop.
@@ -86,7 +86,7 @@ async def _admit(
     app: web.Application, request: web.Request, handler: Handler, route: Route | None
 ) -> web.StreamResponse:
     if cors.is_preflight(request):
-        return cors.answer_preflight(request, app[CONFIG].allowed_origins)
+        return cors.answer_preflight(request, app[CONFIG])
     request[CLIENT] = request.remote or ""
     if route is None or not route.open:
         if (digests := app[KEY_DIGESTS]) and request.method != "OPTIONS":
@@ -158,7 +158,8 @@ def _record(
 ) -> None:
     endpoint = route.path if route else ELSEWHERE
     request.app[METRICS].request_done(endpoint, status, seconds)
-    write = log.debug if route and route.open else log.info  # probes and scrapes come all day
+    quiet = (route and route.open) or not request.app[CONFIG].access_log  # probes and scrapes come all day
+    write = log.debug if quiet else log.info
     write(
         "request",
         method=request.method,

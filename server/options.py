@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -22,7 +23,8 @@ C = TypeVar("C")
 
 TRUTHS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 # The reference's: 8k is 8,000 and 8K is 8,192.
-MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+MULTIPLES |= {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 BYTES = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 BYTES |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -38,10 +40,12 @@ class Option:
     several: bool = False
     unit: str = ""
     shown: str = ""  # in place of the default, where that needs words
+    auto: int | None = None  # what the word stands for, in place of an integer
+    of: str = ""  # the flag of the object that this is a key of
 
     @property
     def flag(self) -> str:
-        return flag_of(self.name)
+        return f"{self.of}.{self.name}" if self.of else flag_of(self.name)
 
     @property
     def is_switch(self) -> bool:
@@ -66,7 +70,7 @@ class Option:
         if hasattr(self.type, "parse"):
             return self.type.parse(raw)
         if isinstance(self.type, type) and dataclasses.is_dataclass(self.type):
-            return build(self.type, raw, f"{self.flag} key")
+            return build(self.type, raw, f"{self.flag} key", self.flag)
         if self.is_object:
             return raw
         if self.is_switch:
@@ -84,15 +88,17 @@ class Option:
         return bool(value)
 
     def _read_int(self, raw: Any) -> int:
+        if self.auto is not None and raw == "auto":
+            return self.auto
         multiples = BYTES if self.unit == "bytes" else MULTIPLES
-        match = re.fullmatch(r"(-?\d+)\s*([a-zA-Z]*)", str(raw))
+        match = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(raw))
         number, suffix = match.groups() if match else ("0", "?")
         if self.unit == "bytes":
             suffix = suffix.lower()
-        self._expect(
-            suffix in multiples, raw, "a size such as 64MiB" if self.unit == "bytes" else "an integer"
-        )
-        return int(number) * multiples[suffix]
+        value = Fraction(number) * multiples.get(suffix, 0)
+        fits = suffix in multiples and value.denominator == 1 and (suffix or "." not in number)
+        self._expect(bool(fits), raw, "a size such as 64MiB" if self.unit == "bytes" else "an integer")
+        return int(value)
 
     def _read_float(self, raw: Any) -> float:
         try:
@@ -114,13 +120,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 
-def options_of(config: type) -> dict[str, Option]:
+def options_of(config: type, of: str = "") -> dict[str, Option]:
+    """By field name. `of` is the flag, if the configuration is the value of one."""
     hints = get_type_hints(config)
     return {
         field.name: Option(
             name=field.name,
             type=_without_none(hints[field.name]),
             default=field.default,
+            of=of,
             **field.metadata,
         )
         for field in dataclasses.fields(config)
@@ -134,9 +142,9 @@ def _without_none(hint: Any) -> Any:
     return hint
 
 
-def build(config: type[C], raw: Mapping[str, Any], what: str) -> C:
+def build(config: type[C], raw: Mapping[str, Any], what: str, of: str = "") -> C:
     """A configuration from raw values; null leaves the default."""
-    options = options_of(config)
+    options = options_of(config, of)
     values = {}
     for key, value in raw.items():
         name = key.replace("-", "_")

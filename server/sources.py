@@ -13,11 +13,26 @@ from typing import Any
 import yaml
 
 from carpool.engine.errors import ConfigError
-from carpool.engine.reference_options import ONE_ONLY, WITHOUT_MEANING, require_one
+from carpool.engine.reference_options import (
+    ONE_ONLY,
+    REFUSED,
+    WITHOUT_MEANING,
+    Follows,
+    refuse,
+    require_one,
+)
 from carpool.server.options import OPTIONS, Option, flag_of, nearest, read_object
-from carpool.server.reference_flags import OLD_NAMES, SHORT_NAMES, refuse_generation, runner_and_convert
+from carpool.server.reference_flags import (
+    MODEL_KEYS,
+    OLD_NAMES,
+    OPPOSITES,
+    OTHER_NAMES,
+    refuse_generation,
+    runner_and_convert,
+)
 
 ENVIRONMENT_PREFIX = "CARPOOL_"
+REFERENCE_KEY = "VLLM_API_KEY"  # who has set it believes the server guarded
 # What Kubernetes puts into every pod for a Service named carpool, or carpool-something: names, and what they hold.
 _PORT, _HOST, _URL = "[0-9]+", "[0-9a-fA-F.:]+", r"(tcp|udp|sctp)://\S+"
 KUBERNETES = re.compile(
@@ -27,6 +42,7 @@ KUBERNETES = re.compile(
 )
 CONFIG_FILE = Option("config", str, None, "YAML file of options, each named as its flag, with - or _.")
 KNOWN = {**OPTIONS, "config": CONFIG_FILE}
+NOTHING = ("", "None")  # what scripts write for an option that they leave to its default
 
 
 @dataclass(slots=True)
@@ -44,10 +60,15 @@ class Settings:
     def put(self, written: str, raw: Any) -> None:
         """Take in one value under the name it was written with."""
         name, _, path = normal(written).partition(".")
-        name = SHORT_NAMES.get(name, name)
+        name = OTHER_NAMES.get(name, name)
         if name in OLD_NAMES:
             self.deprecated.append(f"{flag_of(name)} is deprecated; use {flag_of(OLD_NAMES[name])}.")
             name = OLD_NAMES[name]
+        if name in MODEL_KEYS:
+            if raw in NOTHING:
+                return
+            self.deprecated.append(f"{flag_of(name)} is deprecated; use --hf-overrides.{name}.")
+            name, path = "hf_overrides", f"{name}.{path}" if path else name
         option = KNOWN.get(name)
         if path and option and option.is_object:
             self._put_at(name, path.split("."), raw)
@@ -57,7 +78,9 @@ class Settings:
             raise ConfigError(f"Unknown {self.kind} {self.spell(written)}; did you mean {self._guess(name)}?")
 
     def _put_option(self, option: Option, raw: Any) -> None:
-        if option.is_object:
+        if raw in NOTHING and (option.default is None or option.is_object):
+            raw = {} if option.is_object else None
+        elif option.is_object:
             raw = _joined(self.values.get(option.name, {}), read_object(option.flag, raw))
         elif option.is_list:
             raw = self.values.get(option.name, []) + _read_list(option, raw)
@@ -66,16 +89,19 @@ class Settings:
         self.values[option.name] = raw
 
     def _put_at(self, name: str, path: list[str], raw: Any) -> None:
-        """One key of an object: `--hf-overrides.is_matryoshka true`."""
+        """One key of an object: `--hf-overrides.is_matryoshka true`; `KEY+ 1,2` adds to a list."""
         place = self.values.setdefault(name, {})
         for key in path[:-1]:
             place = place.setdefault(key, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"{self.spell(name)} has a value at {key} and cannot have keys below it.")
-        try:
-            place[path[-1]] = json.loads(raw)
-        except (TypeError, ValueError):
-            place[path[-1]] = raw  # a word without quotes, or YAML's own value
+        key = path[-1].removesuffix("+")
+        if key == path[-1]:
+            place[key] = _json_or_word(raw)
+        elif isinstance(place.setdefault(key, []), list):
+            place[key] += map(_json_or_word, raw if isinstance(raw, list) else str(raw).split(","))
+        else:
+            raise ConfigError(f"{self.spell(name)} has a value at {key} that is no list to add to.")
 
     def _put_foreign(self, name: str, raw: Any) -> bool:
         """A name that is not an option of ours but means something; False if it does not."""
@@ -86,8 +112,15 @@ class Settings:
         elif name in ONE_ONLY:
             require_one(name, raw)
             self.ignored.append(flag_of(ONE_ONLY[name]))
-        elif name in WITHOUT_MEANING or WITHOUT_MEANING.get(positive) is False:
+        elif name in WITHOUT_MEANING or WITHOUT_MEANING.get(positive) == "nothing":
             self.ignored.append(flag_of(name))
+        elif positive in REFUSED:
+            if positive == name:
+                refuse(name, raw)
+            self.ignored.append(flag_of(name))
+        elif positive in OPPOSITES:
+            ours = OPPOSITES[positive]
+            self.values[ours] = OPTIONS[ours].read(raw) == (positive != name)
         elif positive != name and positive in OPTIONS and OPTIONS[positive].is_switch:
             self.values[positive] = not OPTIONS[positive].read(raw)
         else:
@@ -119,6 +152,14 @@ def normal(written: str) -> str:
     return name.replace("-", "_").lower() + dot + path
 
 
+def _json_or_word(raw: Any) -> Any:
+    """What JSON text says; a word without quotes, and YAML's own value, as it is."""
+    try:
+        return json.loads(raw)
+    except (TypeError, ValueError):
+        return raw
+
+
 def _read_list(option: Option, raw: Any) -> list[Any]:
     """One value, several as a JSON list, or what YAML made of it."""
     if isinstance(raw, str) and raw.startswith("["):
@@ -134,7 +175,7 @@ def from_arguments(arguments: Iterable[str]) -> Settings:
     words = deque(arguments)
     last = ""  # the flag before
     while words:
-        word = words.popleft()
+        word = re.sub(r"^-O(?=\d)", "-O=", words.popleft())  # as compilers take it
         if word.startswith("-"):
             name, given, value = word.lstrip("-").partition("=")
             following = value if given else _following(normal(name), word, words)
@@ -154,28 +195,31 @@ def from_arguments(arguments: Iterable[str]) -> Settings:
 
 def _following(name: str, word: str, words: deque[str]) -> Any:
     """What belongs to the flag `word` of the words after it."""
-    option = KNOWN.get(name)
-    if option and option.several:
+    follows = _follows(name)
+    if follows == "values":
         values = []
         while words and not words[0].startswith("-"):
             values.append(words.popleft())
         if values:
             return values
-    elif not _takes_value(name):
-        return True
+    elif follows == "nothing":
+        return words.popleft() if words and words[0].lower() in ("true", "false", "none") else True
     elif words and not words[0].startswith("--"):
         return words.popleft()
     raise ConfigError(f"{word} needs a value.")
 
 
-def _takes_value(name: str) -> bool:
-    """Also False for names nobody knows, which `Settings.put` is about to refuse."""
-    option = KNOWN.get(SHORT_NAMES.get(name, name))
-    if option:
-        return not option.is_switch
+def _follows(name: str) -> Follows:
+    """Also "nothing" for names nobody knows, which `Settings.put` is about to refuse."""
     head = name.partition(".")[0]
-    known_elsewhere = name == "task" or name in ONE_ONLY or head in KNOWN or head in OLD_NAMES
-    return known_elsewhere or WITHOUT_MEANING.get(name, False)
+    head = OTHER_NAMES.get(head, head)
+    option = KNOWN.get(OLD_NAMES.get(head, head))
+    if option is None:
+        known = head == "task" or head in ONE_ONLY or head in MODEL_KEYS
+        return "a value" if known else WITHOUT_MEANING.get(head, "nothing")
+    if option.is_switch:
+        return "nothing"
+    return "values" if option.several else "a value"
 
 
 def from_environment(environment: Mapping[str, str]) -> Settings:
@@ -189,6 +233,9 @@ def from_environment(environment: Mapping[str, str]) -> Settings:
             settings.put(name, [item.strip() for item in value.split(",")])
         else:
             settings.put(name, value)
+    if environment.get(REFERENCE_KEY) and "api_key" not in settings.values:
+        settings.deprecated.append(f"{REFERENCE_KEY} is taken for CARPOOL_API_KEY; set that.")
+        settings.values["api_key"] = [environment[REFERENCE_KEY]]
     return settings
 
 

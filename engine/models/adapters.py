@@ -56,7 +56,8 @@ def load_adapters(checkpoint: Checkpoint, config: EngineConfig, loaded: Loaded) 
     for name in users:
         if name in own.tasks or name in {adapter.name for adapter in own.adapters}:
             raise refusal(name, "a task of this model has its name already; choose another")
-    every = [*own.adapters, *(read_peft(name, locate(path)) for name, path in users.items())]
+    found = {name: locate(path, download_dir=config.download_dir) for name, path in users.items()}
+    every = [*own.adapters, *(read_peft(name, folder) for name, folder in found.items())]
     heads: dict[int, nn.Module] = {}
     for slot, adapter in enumerate(every, start=1):
         deltas, head = _fitted(adapter, loaded)

@@ -20,17 +20,22 @@ PAGE = """\
 <h1>carpool {version}</h1>
 <p>A server for pooling models: embed, rerank, classify.</p>
 <ul>
-<li><a href="{root}/docs">The API, to read and to try</a></li>
-<li><a href="{root}/openapi.json">The API, for programs</a></li>
-<li><a href="{root}/info">The model that is served</a></li>
+{docs}<li><a href="{root}/info">The model that is served</a></li>
 </ul>
 </body>
 </html>
 """
+DOCS = """\
+<li><a href="{root}/docs">The API, to read and to try</a></li>
+<li><a href="{root}/openapi.json">The API, for programs</a></li>
+"""
 
 
 async def show_home(request: web.Request) -> web.Response:
-    page = PAGE.format(version=__version__, root=escape(request.app[CONFIG].root_path))
+    config = request.app[CONFIG]
+    root = escape(config.root_path)
+    docs = DOCS.format(root=root) if config.docs else ""
+    page = PAGE.format(version=__version__, root=root, docs=docs)
     return web.Response(text=page, content_type="text/html")
 
 
@@ -81,7 +86,7 @@ async def show_info(request: web.Request) -> web.Response:
         notices=list(model.notices),
         limits=ServerLimits(
             max_model_len=model.max_model_len,
-            max_embed_len=model.max_model_len if model.max_embed_len == -1 else model.max_embed_len,
+            max_embed_len=model.longest_embedded,
             max_num_batched_tokens=model.max_num_batched_tokens,
             batch_tokens=model.batch_tokens or model.max_num_batched_tokens,
             chunk_tokens=model.chunk_tokens,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
 import pytest
@@ -25,11 +25,15 @@ from carpool.engine.errors import ConfigError
         "max_queued_tokens",
     ],
 )
-@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("value", [0, -2])
 def test_a_count_below_one_is_refused_by_its_flags_name(name: str, value: int) -> None:
     options: dict[str, Any] = {name: value}
     with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} .*{value}"):
         EngineConfig(**options)
+
+
+def test_the_references_automatic_length_is_the_models_own() -> None:
+    assert EngineConfig(max_model_len=-1) == EngineConfig()
 
 
 def test_a_cache_of_results_has_no_negative_size() -> None:
@@ -76,6 +80,20 @@ def test_an_unknown_pooling_is_refused(key: str) -> None:
         PoolerConfig(**options)
 
 
+@pytest.mark.parametrize("pair", [("logit_bias", "logit_mean"), ("logit_scale", "logit_sigma")])
+def test_two_names_of_one_number_are_refused(pair: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match=f"Cannot set both {pair[0]} and {pair[1]}"):
+        PoolerConfig(**dict.fromkeys(pair, 2.0))  # type: ignore[arg-type]
+
+
+def test_the_older_scale_of_logits_is_what_they_are_multiplied_by() -> None:
+    pooler = PoolerConfig(logit_scale=4.0)
+    assert pooler.logit_sigma == 0.25
+    assert replace(pooler, logit_sigma=2.0).logit_sigma == 2.0  # it is not taken for both names
+    with pytest.raises(ConfigError, match=r"logit_scale cannot be 0"):
+        PoolerConfig(logit_scale=0.0)
+
+
 def test_two_names_of_one_setting_are_refused() -> None:
     with pytest.raises(ConfigError, match="Cannot set both"):
         PoolerConfig(pooling_type="CLS", seq_pooling_type="MEAN")
@@ -116,6 +134,10 @@ def test_every_option_has_its_help(config: type) -> None:
 def test_an_adapter_that_is_named_badly_is_refused(raw: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=rf"^--lora-modules {words}.*\.$"):
         EngineConfig(lora_modules=raw)
+
+
+def test_an_empty_word_is_no_adapter() -> None:
+    assert EngineConfig(lora_modules=["", "a=x"]).lora_modules == (LoraModule("a", "x"),)  # type: ignore[arg-type]
 
 
 def test_adapters_may_be_given_as_a_dict() -> None:

@@ -78,7 +78,8 @@ def test_a_name_is_asked_of_the_hub_and_its_refusal_is_one_line(no_network: list
 def test_of_what_the_hub_gives_out_weights_are_taken_once(
     repository: list[str], taken: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def give(model: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def give(model: str, revision: str | None, cache_dir: str | None, allow_patterns: list[str]) -> str:
+        assert (revision, cache_dir) == ("v1", "/models")  # for pickles, too
         for name in repository:
             if not any(fnmatch(name, pattern) for pattern in allow_patterns):  # as the hub's client does
                 continue
@@ -87,7 +88,7 @@ def test_of_what_the_hub_gives_out_weights_are_taken_once(
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", give)
-    assert locate("org/name") == tmp_path
+    assert locate("org/name", "v1", "/models") == tmp_path
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(taken)
 
 

@@ -22,13 +22,15 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "set_up", lambda level, format: None)
 
 
-def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["--version"], {}) == 0
+@pytest.mark.parametrize("flag", ["--version", "-V", "-v"])
+def test_the_version_is_told(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([flag], {}) == 0
     assert capsys.readouterr().out == f"carpool {carpool.__version__}\n"
 
 
-def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["serve", "--help"], {}) == 0
+@pytest.mark.parametrize("flag", ["--help", "-h", "--help=all"])
+def test_help_names_every_flag(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["serve", flag], {}) == 0
     text = capsys.readouterr().out
     for option in OPTIONS.values():
         assert option.flag in text

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import select
-import shutil
 import signal
 import socket
 import ssl
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,12 +15,13 @@ from typing import Any
 
 import pytest
 import uvloop
-from aiohttp import ClientSession, UnixConnector
+from aiohttp import ClientError, ClientSession, UnixConnector
 from structlog.testing import capture_logs
 
 from carpool.engine.errors import ConfigError
-from carpool.server import doors, lifespan
+from carpool.server import doors, lifespan, tls
 from carpool.server.config import ServerConfig
+from certificates import make_certificate, needs_openssl
 from fakes import FakeEngine
 from serving import EMBEDDINGS, Served, assert_error
 
@@ -161,23 +160,70 @@ async def test_a_certificate_that_cannot_be_read_is_one_sentence(tmp_path: Path)
             await lifespan.serve(local(ssl_certfile=str(path)), FakeEngine())  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+@needs_openssl
 async def test_https_is_served_with_a_certificate(tmp_path: Path) -> None:
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=a -keyout {key}"
-    subprocess.run([*command.split(), "-out", certificate], check=True, capture_output=True)
-    config = local(ssl_certfile=str(certificate), ssl_keyfile=str(key))
+    certificate, key = make_certificate(tmp_path, "a")
+    config = local(ssl_certfile=certificate, ssl_keyfile=key)
     engine = FakeEngine()
     life = asyncio.create_task(lifespan.serve(config, engine))  # type: ignore[arg-type]
     await until(lambda: engine.state == "ready")
     await asyncio.sleep(0.05)
-    trusted = ssl.create_default_context(cafile=str(certificate))
+    trusted = ssl.create_default_context(cafile=certificate)
     trusted.check_hostname = False
     async with (
         ClientSession() as session,
         session.get(f"https://127.0.0.1:{config.port}/health", ssl=trusted) as response,
     ):
         assert response.status == 200
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await life is True
+
+
+@needs_openssl
+async def test_a_client_needs_a_certificate_if_it_is_said_so(tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path, "a")
+    config = local(ssl_certfile=certificate, ssl_keyfile=key, ssl_ca_certs=certificate, ssl_cert_reqs=2)
+    engine = FakeEngine()
+    life = asyncio.create_task(lifespan.serve(config, engine))  # type: ignore[arg-type]
+    await until(lambda: engine.state == "ready")
+    await asyncio.sleep(0.05)
+    trusted = ssl.create_default_context(cafile=certificate)
+    trusted.check_hostname = False
+    async with ClientSession() as session:
+        with pytest.raises(ClientError):
+            await session.get(f"https://127.0.0.1:{config.port}/health", ssl=trusted)
+        trusted.load_cert_chain(certificate, key)
+        async with session.get(f"https://127.0.0.1:{config.port}/health", ssl=trusted) as response:
+            assert response.status == 200
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await life is True
+
+
+@needs_openssl
+async def test_a_certificate_that_is_renewed_is_shown_to_those_who_come_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls, "REFRESH_SECONDS", 0.01)
+    certificate, key = make_certificate(tmp_path, "old")
+    config = local(ssl_certfile=certificate, ssl_keyfile=key, enable_ssl_refresh=True)
+    engine = FakeEngine()
+    life = asyncio.create_task(lifespan.serve(config, engine))  # type: ignore[arg-type]
+    await until(lambda: engine.state == "ready")
+    await asyncio.sleep(0.05)
+
+    async def shown() -> str:
+        loop = asyncio.get_running_loop()
+        address = ("127.0.0.1", config.port)
+        return await loop.run_in_executor(None, ssl.get_server_certificate, address)
+
+    old = await shown()
+    with capture_logs() as logged:
+        Path(key).write_text("half a key")
+        await until(lambda: any(line["event"] == "certificate not loaded again" for line in logged))
+        assert await shown() == old
+        make_certificate(tmp_path, "new")
+        await until(lambda: any(line["event"] == "certificate loaded again" for line in logged))
+    assert await shown() == Path(certificate).read_text() != old
     os.kill(os.getpid(), signal.SIGTERM)
     assert await life is True
 

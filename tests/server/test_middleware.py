@@ -150,6 +150,18 @@ async def test_the_answer_leaves_before_its_line_is_written(
     assert events == ["sent", "recorded"]
 
 
+async def test_without_an_access_log_only_failures_of_ours_are_logged() -> None:
+    async with serving(ServerConfig(access_log=False)) as server:
+        with capture_logs() as lines:
+            await server.embed(input="hi")
+            await server.embed(input=5)
+        assert {line["log_level"] for line in lines} == {"debug"}
+        server.engine.error = RuntimeError("ours")
+        with capture_logs() as lines:
+            await server.embed(input="hi")
+        assert [line["log_level"] for line in lines] == ["error", "debug"]
+
+
 async def test_probes_are_logged_at_debug(served: Served) -> None:
     with capture_logs() as lines:
         await served.get("/health")

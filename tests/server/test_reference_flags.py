@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from carpool.engine.errors import ConfigError
-from carpool.engine.reference_options import ONE_ONLY, WITHOUT_MEANING
+from carpool.engine.reference_options import ONE_ONLY, REFUSED, WITHOUT_MEANING
 from carpool.server.options import OPTIONS, build_config
-from carpool.server.sources import from_arguments
+from carpool.server.reference_flags import MODEL_KEYS, OPPOSITES, OTHER_NAMES
+from carpool.server.sources import from_arguments, from_environment, merged
 
 
 def test_a_typical_command_passes_with_its_flags_listed() -> None:
@@ -23,9 +24,10 @@ def test_a_typical_command_passes_with_its_flags_listed() -> None:
         "gpu_memory_utilization": "0.9",
         "enable_prefix_caching": False,
         "enable_chunked_prefill": True,
+        "access_log": False,
         "port": "1",
     }
-    assert len(settings.ignored) == 10
+    assert len(settings.ignored) == 9
 
 
 def test_a_command_with_a_cache_passes() -> None:
@@ -50,8 +52,77 @@ def test_a_command_with_adapters_passes() -> None:
     assert len(settings.ignored) == 5
 
 
-def test_the_table_and_the_options_do_not_overlap() -> None:
-    assert not (set(WITHOUT_MEANING) | set(ONE_ONLY)) & set(OPTIONS)
+def test_a_name_is_in_one_table_only() -> None:
+    tables = (WITHOUT_MEANING, ONE_ONLY, REFUSED, OTHER_NAMES, OPPOSITES, MODEL_KEYS, OPTIONS)
+    names = [name for table in tables for name in table]
+    assert len(names) == len(set(names))
+    assert set(OTHER_NAMES.values()) <= {*WITHOUT_MEANING, *ONE_ONLY, *REFUSED, *OPTIONS}
+
+
+def test_a_command_from_a_cluster_passes() -> None:
+    command = (
+        "m --download-dir /models --tokenizer-revision v1 --api-server-count 2 --max-model-len auto --revision None "
+        "--kv-cache-dtype auto -O3 -cc.cudagraph_mode NONE --limit-mm-per-prompt.image 0 --nnodes 1 --node-rank 0 "
+        "--cudagraph-capture-sizes 1 2 4 --max-num-queued-tokens 64k --no-enable-sleep-mode --enforce-eager true "
+        "--allowed-methods GET POST --enable-expert-parallel -q int8 --disable-fastapi-docs --watermark 0.1"
+    )
+    settings = from_arguments(command.split())
+    config = build_config(settings.values)
+    assert not settings.deprecated
+    assert len(settings.ignored) == 11
+    assert (config.engine.download_dir, config.engine.tokenizer_revision) == ("/models", "v1")
+    assert (config.engine.max_model_len, config.engine.revision) == (None, None)
+    assert (config.engine.max_queued_tokens, config.engine.quantization) == (64000, "int8")
+    assert (config.api_workers, config.docs, config.allowed_methods) == (2, False, ("GET", "POST"))
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_must_not_be_passed_over_is_refused_with_a_way_out(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_arguments(["m", "--" + name.replace("_", "-"), "x"])
+    assert str(caught.value) == f"--{name.replace('_', '-')} is not served: {REFUSED[name]}"
+    assert from_arguments(["m", "--no-" + name.replace("_", "-")]).ignored
+
+
+@pytest.mark.parametrize("value", ["None", "false"])
+def test_what_is_refused_may_be_said_not_to_be_wanted(value: str) -> None:
+    settings = from_arguments(["--hf-token", value, "--middleware=" + value, "m"])
+    assert settings.values == {"model": "m"}
+    assert settings.ignored == ["--hf-token", "--middleware"]
+
+
+@pytest.mark.parametrize(
+    ("words", "docs"),
+    [
+        (["--disable-fastapi-docs"], False),
+        (["--disable-fastapi-docs=false"], True),
+        (["--no-disable-fastapi-docs"], True),
+    ],
+)
+def test_the_contrary_of_a_switch_of_ours_is_understood(words: list[str], docs: bool) -> None:
+    assert build_config(from_arguments(words).values).docs is docs
+
+
+def test_keys_of_the_model_that_once_were_flags_are_overrides() -> None:
+    settings = from_arguments(["--rope-theta", "5e5", "--rope-scaling", '{"rope_type": "yarn"}'])
+    assert settings.values == {
+        "hf_overrides": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn"}},
+    }
+    assert settings.deprecated[0] == "--rope-theta is deprecated; use --hf-overrides.rope_theta."
+    dotted = from_arguments(["--rope-scaling.rope_type", "yarn", "--rope-scaling.factor", "2"])
+    assert dotted.values == {"hf_overrides": {"rope_scaling": {"rope_type": "yarn", "factor": 2}}}
+    assert not from_arguments(["--rope-scaling", "None", "--rope-theta="]).values
+
+
+def test_the_references_key_guards_this_server_too() -> None:
+    theirs = from_environment({"VLLM_API_KEY": "a,b"})
+    assert build_config(theirs.values).api_key == ("a,b",)
+    assert theirs.deprecated == ["VLLM_API_KEY is taken for CARPOOL_API_KEY; set that."]
+    both = from_environment({"VLLM_API_KEY": "a", "CARPOOL_API_KEY": "b"})
+    assert (both.values["api_key"], both.deprecated) == (["b"], [])
+    line = from_arguments(["--api-key", "c"])
+    assert merged([theirs, line])["api_key"] == ["c"]
+    assert not from_environment({"VLLM_API_KEY": ""}).values
 
 
 @pytest.mark.parametrize("line", ["--data-parallel-size 2", "-dp 2", "-dp=2", "--dp 2"])
@@ -66,9 +137,9 @@ def test_a_short_name_without_its_value_is_refused() -> None:
         from_arguments(["-dp"])
 
 
-@pytest.mark.parametrize("flag", ["--tensor-parallel-size", "-tp", "--pipeline-parallel-size"])
+@pytest.mark.parametrize("flag", ["--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-dcp", "-n"])
 def test_more_than_one_device_is_refused(flag: str) -> None:
-    with pytest.raises(ConfigError, match=r"parallel-size must be 1, got 2"):
+    with pytest.raises(ConfigError, match=r"(parallel-size|nnodes) must be 1, got 2"):
         from_arguments([flag, "2"])
 
 

@@ -50,6 +50,10 @@ def arguments(line: str) -> dict[str, Any]:
             {"hf_overrides": {"a": {"b-c": {"d": 1}, "e": "x"}}},
         ),
         ("--hf_overrides.a=x", {"hf_overrides": {"a": "x"}}),
+        ("--hf-overrides.a+ 1 --hf-overrides.a+=b,2", {"hf_overrides": {"a": [1, "b", 2]}}),
+        ("--chat-template None --max-model-len=", {"chat_template": None, "max_model_len": None}),
+        ("--pooler-config None --hf-overrides=", {"pooler_config": {}, "hf_overrides": {}}),
+        ("--trust-remote-code true m", {"trust_remote_code": "true", "model": "m"}),
         ('--pooler-config {"pooling_type":"CLS"}', {"pooler_config": {"pooling_type": "CLS"}}),
         ("--pooler-config.pooling_type MEAN", {"pooler_config": {"pooling_type": "MEAN"}}),
         ("--port 1 --port 2", {"port": "2"}),
@@ -76,6 +80,10 @@ def test_a_command_line_is_read(line: str, values: dict[str, Any]) -> None:
         ("--api-key a m n", "Unexpected argument n: the model is given already."),
         ("a b", "Unexpected argument b: the model is given already."),
         ("--hf-overrides [1]", "--hf-overrides must be a JSON object, got [1]."),
+        (
+            "--hf-overrides.a 1 --hf-overrides.a+ 2",
+            "--hf-overrides has a value at a that is no list to add to.",
+        ),
         ("--hf-overrides {", "--hf-overrides must be a JSON object, got {."),
         ("--api-key [a", "--api-key starts like a JSON list and is none."),
         (
@@ -190,6 +198,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     path.write_text(
         "model: some/model\nport: 1\nmax-model-len: 8k\nserved_model_name: [a, b]\napi-key: k\n"
         "pooler-config: {pooling_type: CLS}\nhf-overrides.is_matryoshka: true\nno-token-id-input: true\nrevision:\n"
+        "hf-overrides.ids+: [1, 2]\n"
     )
     assert from_yaml(str(path)).values == {
         "model": "some/model",
@@ -198,7 +207,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         "served_model_name": ["a", "b"],
         "api_key": ["k"],
         "pooler_config": {"pooling_type": "CLS"},
-        "hf_overrides": {"is_matryoshka": True},
+        "hf_overrides": {"is_matryoshka": True, "ids": [1, 2]},
         "token_id_input": False,
     }
 

@@ -151,13 +151,14 @@ class FakeEngine:
         *,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         if not self.model.chat_template:
             raise InvalidInput("This model has no chat template.", "messages")
         text = "".join(f"<{message['role']}>{message.get('content')}" for message in messages)
         ends = ">" * add_generation_prompt + "…" * continue_final_message
-        return f"{text}{ends}{kwargs or ''}"
+        return f"{text}{ends}{tools or ''}{kwargs or ''}"
 
     async def pair_prompts(self, pairs: list[tuple[str, str]]) -> list[str] | list[tuple[str, str]]:
         if self.model.score_template:

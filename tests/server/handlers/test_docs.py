@@ -30,6 +30,16 @@ async def test_the_page_and_all_it_loads_are_served(root_path: str) -> None:
             assert asset.headers["Content-Type"].partition(";")[0] == docs.TYPES[link.rpartition("/")[2]]
 
 
+async def test_without_docs_nothing_describes_the_server() -> None:
+    async with serving(ServerConfig(docs=False)) as server:
+        for path in ("/docs", "/docs/", "/docs/docs.css", "/openapi.json"):
+            assert_error(await server.get(path), 404, "NotFoundError")
+        home = (await server.get("/")).body.decode()
+        assert "/info" in home
+        assert "/docs" not in home
+        assert "/openapi.json" not in home
+
+
 async def test_the_page_may_load_nothing_from_elsewhere(served: Served) -> None:
     page = await served.get("/docs")
     assert "default-src 'none'" in page.headers["Content-Security-Policy"]
