@@ -19,6 +19,16 @@ EngineError
 ConfigError stands apart: it is raised before the engine lives, to whoever started it.
 """
 
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+_PROMPT = re.compile(r"input(?:\[(\d+)\])?")
+
 
 class ConfigError(ValueError):
     """The engine cannot be built as asked: one sentence that says what to change."""
@@ -28,12 +38,21 @@ class EngineError(Exception):
     """Base of all that can go wrong once the engine is up."""
 
 
-class InvalidInput(EngineError):
-    """The request cannot be served as it is. `param` names the field to blame, if one is."""
+class InvalidInput(EngineError, ValueError):
+    """The request cannot be served as it is. `param` names the field to blame, if one is.
+
+    A ValueError, too: scripts written for the reference expect one.
+    """
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+    def blaming(self, names: Seq[str]) -> InvalidInput:
+        """The same error; where it names a prompt, `input` or `input[i]`, by what its caller calls that prompt."""
+        if place := _PROMPT.fullmatch(self.param or ""):
+            self.param = names[int(place[1] or 0)]
+        return self
 
 
 class EmptyInput(InvalidInput):

@@ -6,7 +6,8 @@ The one file where asyncio and threads meet by design: that meeting is its noun.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from collections.abc import Sequence as Seq
 from threading import Thread, current_thread
 from typing import Any, TypeVar
 
@@ -30,6 +31,10 @@ class LoopThread:
             future.cancel()
             raise
 
+    def run_all(self, calls: Seq[Callable[[], Coroutine[Any, Any, T]]], at_once: int) -> list[T]:
+        """The result of each, at most `at_once` of them under way. The first that fails ends all, and is raised."""
+        return self.run(_all(calls, at_once))
+
     def close(self, last: Coroutine[Any, Any, object] | None = None) -> None:
         """Run `last`, then end the loop and its thread.
 
@@ -44,3 +49,18 @@ class LoopThread:
         self._thread.join(5.0)
         if not self._thread.is_alive():
             self._loop.close()
+
+
+async def _all(calls: Seq[Callable[[], Coroutine[Any, Any, T]]], at_once: int) -> list[T]:
+    gate = asyncio.Semaphore(at_once)
+
+    async def one(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        async with gate:
+            return await call()
+
+    tasks = [asyncio.ensure_future(one(call)) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -7,7 +7,7 @@ from typing import Literal
 from carpool.engine.late_interaction import Role
 from carpool.engine.params import Matryoshka, Task, TaskAdapter
 
-PairShape = Literal["separated", "concatenated", "unknown", "listwise"]
+PairShape = Literal["separated", "concatenated", "listwise"]
 ScoreType = Literal["cross-encoder", "bi-encoder", "late-interaction", "listwise"]
 Similarity = Literal["cosine", "dot", "maxsim", "meanmaxsim"]
 
@@ -24,6 +24,7 @@ class ModelInfo:
     max_embed_len: int | None = -1  # longest text to embed: None is unbounded, -1 the same as max_model_len
     vocab_size: int
     embedding_size: int  # width after projection heads
+    linear_head: bool = True  # a mean of vectors is the vector of the mean: no head bends them
     matryoshka: Matryoshka
     labels: tuple[str | None, ...] = ()  # one a class of a classifier
     prompts: Mapping[str, str] = field(default_factory=dict)  # input_type → instruction to put before a text
@@ -37,7 +38,7 @@ class ModelInfo:
     similarity: Similarity = "cosine"  # how two results of one model are compared
     # Of a late interaction that writes queries and documents each in its way: ids whose vectors take no part in scores.
     roles: Mapping[Role, frozenset[int]] = field(default_factory=dict)
-    # How a scored pair is tokenised; unknown: in words that nobody gave, listwise: with all others of its query.
+    # How a scored pair is tokenised; listwise: with all others of its query.
     pairs: PairShape = "separated"
     chat_template: bool = False  # chats can be rendered
     score_template: bool = False  # scored pairs are put into a prompt
@@ -61,6 +62,11 @@ class ModelInfo:
         default_factory=dict
     )  # kind of fused module → how many were swapped in
     notices: tuple[str, ...] = ()  # fallbacks taken, one sentence each
+
+    @property
+    def longest_embedded(self) -> int | None:
+        """How many tokens a text to embed may have; None is any number."""
+        return self.max_model_len if self.max_embed_len == -1 else self.max_embed_len
 
     @property
     def score_type(self) -> ScoreType | None:

@@ -106,6 +106,12 @@ def similarity_of(checkpoint: Checkpoint, architecture: Architecture) -> Similar
     return "cosine"
 
 
+def has_linear_head(checkpoint: Checkpoint, loaded: Loaded) -> bool:
+    """Whether a mean of vectors is the vector of the mean of their rows."""
+    straight = loaded.head is None or isinstance(loaded.head, nn.Linear)
+    return straight and all(dense.activation.endswith(".Identity") for dense in checkpoint.dense)
+
+
 def head_width(loaded: Loaded) -> int:
     """Found by asking the head; 0 without one."""
     if loaded.head is None:

@@ -150,13 +150,14 @@ print(*({set(ROOMS)} & set(sys.modules)))
 
 def test_importing_the_package_does_not_wait_for_torch() -> None:
     code = (
-        "import sys, carpool; print('torch' in sys.modules, sorted(carpool.__all__), carpool.PoolingParams())"
+        "import sys, carpool; print('torch' in sys.modules, carpool.PoolingParams());"
+        "print([name for name in carpool.__all__ if not hasattr(carpool, name)])"
     )
 
     printed = run(sys.executable, "-c", code, path=ROOT / "src")
 
-    names = "['LLM', 'LoRARequest', 'PoolerConfig', 'PoolingParams', '__version__']"
-    assert printed.startswith(f"False {names} PoolingParams(")
+    assert printed.startswith("False PoolingParams(")
+    assert printed.endswith("\n[]\n")
 
 
 def test_every_import_is_declared() -> None:

@@ -18,20 +18,57 @@ installed carpool holds the files themselves.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__all__ = ["LLM", "LoRARequest", "PoolerConfig", "PoolingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "ClassificationOutput",
+    "ClassificationRequestOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
+    "LateChunkingParams",
+    "LoRARequest",
+    "PoolerConfig",
+    "PoolingOutput",
+    "PoolingParams",
+    "PoolingRequestOutput",
+    "ScoringOutput",
+    "ScoringRequestOutput",
+    "__version__",
+]
 
 __version__ = "0.1.0"  # the one place: pyproject.toml reads it from here
 
 if TYPE_CHECKING:
+    from carpool.engine.answers import (
+        ClassificationOutput,
+        ClassificationRequestOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
+        PoolingOutput,
+        PoolingRequestOutput,
+        ScoringOutput,
+        ScoringRequestOutput,
+    )
     from carpool.engine.config import PoolerConfig
     from carpool.engine.llm import LLM
-    from carpool.engine.params import LoRARequest, PoolingParams
+    from carpool.engine.params import LateChunkingParams, LoRARequest, PoolingParams
 else:
     # LLM brings torch with it, which takes seconds to import. `carpool --help`, the pure engine files and their
     # tests all pass through this package and need none of it, so each name is fetched when it is first used.
     # (Hidden from type checkers: a module __getattr__ would make any misspelt name look right to them.)
+    _ANSWERS = (
+        "ClassificationOutput",
+        "ClassificationRequestOutput",
+        "EmbeddingOutput",
+        "EmbeddingRequestOutput",
+        "PoolingOutput",
+        "PoolingRequestOutput",
+        "ScoringOutput",
+        "ScoringRequestOutput",
+    )
     _HOMES = {
+        **dict.fromkeys(_ANSWERS, "carpool.engine.answers"),
         "LLM": "carpool.engine.llm",
+        "LateChunkingParams": "carpool.engine.params",
         "LoRARequest": "carpool.engine.params",
         "PoolerConfig": "carpool.engine.config",
         "PoolingParams": "carpool.engine.params",

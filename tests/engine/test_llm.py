@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import pytest
 import torch
 
 import carpool
-from carpool.engine.errors import ConfigError, InputTooLong, InvalidParameter, UnsupportedTask
-from carpool.engine.llm import LLM, Prompt
+from carpool.engine.errors import ConfigError, InputTooLong, InvalidInput, InvalidParameter, UnsupportedTask
+from carpool.engine.llm import LLM
 from carpool.engine.params import PoolingParams
+from carpool.engine.prompts import Prompt
 
 TEXTS = ["the cat sat on a mat", "a", "rain in spain"]
 
@@ -74,7 +76,7 @@ def test_prompts_of_all_kinds_are_answered_in_their_order(llm: LLM) -> None:
     mixed = llm.embed(prompts)
     torch.testing.assert_close(vectors(mixed), vectors(plain)[[0, 1, 2, 1, 0]], rtol=0, atol=1e-5)
     assert [output.prompt_token_ids for output in mixed] == [ids[0], ids[1], ids[2], ids[1], ids[0]]
-    assert [output.request_id for output in mixed] == list("01234")
+    assert len({output.request_id for output in (*plain, *mixed)}) == 8
     assert all(output.finished for output in mixed)
 
 
@@ -106,6 +108,43 @@ def test_a_list_of_params_is_taken_one_a_prompt(llm: LLM) -> None:
     assert norms[:2] == pytest.approx([1, 1], abs=1e-5)
     assert norms[2] != pytest.approx(1, abs=1e-2)
     torch.testing.assert_close(torch.tensor(outputs[1].outputs.embedding), whole[1], rtol=0, atol=1e-5)
+
+
+def test_an_error_names_the_prompt_as_the_caller_counts_them(llm: LLM) -> None:
+    given: list[tuple[list[Prompt], str]] = [
+        ([[5], "a", "the cat " * 200, "a"], "input[2]"),
+        ([[5], {"prompt": "a", "cache_salt": "x"}, [-1], "a"], "input[2]"),
+        (["the cat " * 200], "input"),
+    ]
+    for prompts, param in given:
+        with pytest.raises(InvalidInput) as refused:
+            llm.embed(prompts)
+        assert refused.value.param == param
+
+
+def test_prompts_that_have_little_in_common_are_run_together(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = LLM(str(checkpoint("bert")), dtype="float32", cpu_workers=1)
+    waiting: list[int] = []
+    run = one._engine.core.run
+
+    async def observed(*args: Any) -> Any:
+        waiting.append(one._engine.waiting_sequences)
+        return await run(*args)
+
+    monkeypatch.setattr(one._engine.core, "run", observed)
+    salted = one.embed([{"prompt": "a", "cache_salt": str(i)} for i in range(5)])
+    assert waiting == [0, 1, 2, 3, 4]
+    assert len({tuple(output.outputs.embedding) for output in salted}) == 1
+    one.close()
+
+
+def test_a_script_may_queue_as_much_as_it_has(checkpoint: Callable[[str], Path]) -> None:
+    for given, bound in ((None, sys.maxsize), (7, 7)):
+        one = LLM(str(checkpoint("bert")), dtype="float32", cpu_workers=1, max_queued_tokens=given)
+        assert one._engine.config.max_queued_tokens == bound
+        one.close()
 
 
 def test_a_list_of_params_of_another_length_is_refused(llm: LLM) -> None:
@@ -164,6 +203,7 @@ def test_results_are_the_callers_own(llm: LLM) -> None:
         ({"task": "generate"}, "generate"),
         ({"dtype": "int8"}, "int8"),
         ({"model": "./no/such/folder"}, "no/such/folder"),
+        ({"hf_token": "secret"}, "--hf-token is not served: set HF_TOKEN"),
     ],
 )
 def test_an_option_that_is_not_known_names_its_neighbour(
@@ -183,7 +223,13 @@ def test_options_of_the_reference_are_taken_or_ignored(key: str, checkpoint: Cal
 
 
 def test_none_leaves_an_option_to_its_default(checkpoint: Callable[[str], Path]) -> None:
-    llm = LLM(str(checkpoint("bert")), block_size=None, hf_overrides=None, max_num_seqs=None, seed=None)
+    nothing: dict[str, Any] = {
+        "seed": None,
+        "hf_token": None,
+        "enable_prompt_embeds": False,
+        "max_model_len": -1,
+    }
+    llm = LLM(str(checkpoint("bert")), block_size=None, hf_overrides=None, max_num_seqs=None, **nothing)
     assert (llm._engine.config.block_size, llm.model_info.max_num_seqs) == (16, 256)
     llm.close()
 
@@ -281,6 +327,20 @@ def test_closing_ends_its_threads_and_may_be_done_twice(checkpoint: Callable[[st
         thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("carpool")
     }
     assert left == set()
+
+
+def test_closing_frees_the_model_and_nothing_can_be_asked_of_it_any_more(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    llm = LLM(str(checkpoint("bert")), dtype="float32", cpu_workers=1)
+    llm.embed("a")
+    engine = weakref.ref(llm._engine)
+    llm.close()
+    gc.collect()
+    assert engine() is None
+    for ask in (lambda: llm.embed("a"), lambda: llm.score("a", "b"), lambda: llm.model_info):
+        with pytest.raises(RuntimeError, match="This LLM is closed"):
+            ask()
 
 
 @pytest.mark.parametrize("options", [{"dtyp": "float32"}, {"max_model_len": 10**9}])

@@ -278,6 +278,11 @@ def test_score_may_bring_its_template(llm: Callable[..., LLM], oracle: Callable[
     )
     logits = theirs.logits(theirs.tokenizer("say: q ? d =")["input_ids"])
     assert output.outputs.score == pytest.approx(float(torch.sigmoid(logits)), abs=1e-5)
+    params = PoolingParams(extra_kwargs={"chat_template_kwargs": {"instruction": "say"}})
+    (same,) = llm("qwen2_cross").score(
+        "q", "d", chat_template=tiny_heads.SCORE_TEMPLATE, pooling_params=params
+    )
+    assert same.outputs.score == output.outputs.score
 
 
 def test_score_cuts_as_it_is_told(llm: Callable[..., LLM]) -> None:
@@ -333,8 +338,14 @@ def test_what_the_model_cannot_do_is_said_with_a_way_out(llm: Callable[..., LLM]
          "using `--convert reward`."),
         (lambda: llm("bert_3").score("a", "b"), "Scoring API is only enabled for num_labels == 1."),
         (lambda: llm("bert_tokens").score("a", "b"), "This model does not support the Scoring API."),
-        (lambda: llm("bert").encode("a", pooling_task="token_classify"),
-         "Unsupported task: 'token_classify' Supported tasks: embed, token_embed."),
+        (lambda: llm("bert").encode("a", pooling_task="token_classify"), "Classification API is not supported by this "
+         "model. Try converting the model using `--convert classify`."),
+        (lambda: llm("bert_3").encode("a", pooling_task="token_embed"), "Embedding API is not supported by this model. "
+         "Try converting the model using `--convert embed`."),
+        (lambda: llm("bert").encode("a", pooling_task="sparse_embed"),
+         "Unsupported task: 'sparse_embed' Supported tasks: embed, token_embed."),
+        (lambda: llm("bert").encode("a", pooling_task="plugin"),
+         "No IOProcessor plugin installed: carpool has no plugins, send texts or token ids."),
         (lambda: llm("bert").encode("a", pooling_task="generate"),
          "pooling_task='generate' is not one of embed, classify, token_embed, sparse_embed, token_classify, encode, "
          "reward, score."),
@@ -394,6 +405,13 @@ def test_the_pooler_configuration_is_a_dict_or_an_object_under_either_name(llm: 
         ConfigError, match="pooler_config has no option 'pooling_typ'; did you mean 'pooling_type'"
     ):
         LLM("/nowhere", pooler_config={"pooling_typ": "MEAN"})
+    with pytest.raises(ConfigError, match="pooler_config is a dict or a PoolerConfig, not 'MEAN'"):
+        LLM("/nowhere", pooler_config="MEAN")
+
+
+def test_options_may_be_torchs_own_or_the_words_of_a_command_line(llm: Callable[..., LLM]) -> None:
+    made = llm("bert", dtype=torch.bfloat16, max_model_len="auto").model_info
+    assert (made.dtype, made.max_model_len) == ("bfloat16", llm("bert").model_info.max_model_len)
 
 
 def test_overrides_make_a_reranker_of_a_language_model(llm: Callable[..., LLM]) -> None:
@@ -405,6 +423,23 @@ def test_overrides_make_a_reranker_of_a_language_model(llm: Callable[..., LLM]) 
     one = llm("qwen3_lm", runner="pooling", hf_overrides=overrides, chat_template=tiny_heads.SCORE_TEMPLATE)
     (output,) = one.score("where is the cat", "the cat sat on a mat")
     assert 0 < output.outputs.score < 1
+
+
+def test_overrides_may_be_a_function_of_the_configuration(checkpoint: Callable[[str], Path]) -> None:
+    def renamed(config: Any) -> Any:
+        config.id2label = {0: "low", 1: "middle", 2: "high"}
+        return config
+
+    one = LLM(str(checkpoint("bert_3")), hf_overrides=renamed, served_model_name="any", cpu_workers=1)
+    assert one.model_info.labels == ("low", "middle", "high")
+    one.close()
+    wrong: list[tuple[Any, str]] = [
+        ([1], r"hf_overrides is a dict, or a function of the configuration, not \[1\]"),
+        (lambda config: None, "must return the configuration, not None"),
+    ]
+    for overrides, message in wrong:
+        with pytest.raises(ConfigError, match=message):
+            LLM(str(checkpoint("bert_3")), hf_overrides=overrides)
 
 
 def test_a_judge_of_steps_is_configured_in_one_line(llm: Callable[..., LLM]) -> None:
@@ -426,10 +461,103 @@ def test_tokenization_can_be_told_in_a_tokenizers_words(llm: Callable[..., LLM])
     assert length(long, max_length=10) == 10
     assert length(long, truncation=True, max_length=10) == 10
     assert length(long, truncation=False, max_length=10) == 32
+    assert length(long, truncation="do_not_truncate", max_length=10) == 32
+    assert length(long, padding=True) == length(long, padding="longest") == length(long, padding=False) == 32
+    assert length(long, padding="max_length") == length(long, padding="max_length", max_length=128) == 128
+    with pytest.raises(InvalidParameter, match="fills up to the model's 128 tokens, not to max_length=40"):
+        length(long, padding="max_length", max_length=40)
     assert length(long * 9, truncation=True) == 128
     assert length(long, truncate_prompt_tokens=7, truncation_side="left") == 7
     with pytest.raises(InvalidParameter, match="tokenization_kwargs has no 'stride'"):
         length(long, stride=3)
+    for name, value in (("truncation", "yes"), ("truncation", []), ("padding", "left"), ("padding", [1])):
+        with pytest.raises(InvalidParameter, match=f"{name} must be one of None, ") as refused:
+            length(long, **{name: value})
+        assert refused.value.param == name
+    with pytest.raises(InvalidParameter, match=r"max_tokens_per_doc are for LLM\.score"):
+        length(long, max_tokens_per_doc=3)
+    with pytest.raises(InvalidParameter, match="tokenization_kwargs must be a dict"):
+        llm("bert_3").classify("a", tokenization_kwargs=["truncation"])  # type: ignore[arg-type]
+
+
+def test_parameters_may_say_what_they_are_for_and_how_long(llm: Callable[..., LLM]) -> None:
+    params = PoolingParams(task="classify", truncate_prompt_tokens=4)
+    one = llm("bert_3")
+    assert [
+        len(o.prompt_token_ids) for o in one.classify(TEXTS[:1] * 2, pooling_params=[params, PoolingParams()])
+    ] == [
+        4,
+        8,
+    ]
+    (output,) = one.classify(TEXTS[0], pooling_params=params, truncate_prompt_tokens=5)
+    assert len(output.prompt_token_ids) == 5
+    assert one.encode(TEXTS[0], params, pooling_task="classify")
+    for call in (
+        lambda: one.encode(TEXTS[0], params, pooling_task="token_classify"),
+        lambda: llm("bert").embed(TEXTS[0], pooling_params=params),
+        lambda: llm("bert").score(TEXTS[0], TEXTS[1], pooling_params=params),
+    ):
+        with pytest.raises(
+            ValueError, match=r"You cannot overwrite param\.task='classify' with pooling_task="
+        ):
+            call()
+    assert params.task == "classify"
+
+
+def test_a_scores_parameters_may_cut_either_side(llm: Callable[..., LLM]) -> None:
+    one, params = llm("xlmr_cross"), PoolingParams(extra_kwargs={"max_tokens_per_doc": 2})
+    (whole,), (short,) = one.score("a cat", TEXTS[0]), one.score("a cat", TEXTS[0], pooling_params=params)
+    (same,) = one.score("a cat", TEXTS[0], tokenization_kwargs={"max_tokens_per_doc": 2})
+    assert len(short.prompt_token_ids) < len(whole.prompt_token_ids)
+    assert short.outputs == same.outputs
+    with pytest.raises(InvalidParameter, match="extra_kwargs has no 'max_tokens'"):
+        one.score("a", "b", pooling_params=PoolingParams(extra_kwargs={"max_tokens": 2}))
+    with pytest.raises(InvalidParameter, match="chat_template_kwargs must be a dict, got 5"):
+        one.score("a", "b", chat_template_kwargs=5)  # type: ignore[arg-type]
+    with pytest.raises(InvalidParameter, match=r"extra_kwargs is for LLM\.score"):
+        one.classify("a", pooling_params=params)
+    with pytest.raises(TypeError, match="made of PoolingParams, not of list"):
+        one.score("a", "b", pooling_params=[params])  # type: ignore[arg-type]
+
+
+def test_a_width_is_refused_where_there_is_none(llm: Callable[..., LLM]) -> None:
+    params = PoolingParams(dimensions=2)
+    for call in (
+        lambda: llm("bert_3").classify("a", pooling_params=params),
+        lambda: llm("xlmr_cross").score("a", "b", pooling_params=params),
+    ):
+        with pytest.raises(InvalidParameter, match="dimensions is for dense embeddings"):
+            call()
+
+
+def test_what_a_caller_did_wrong_is_a_value_error_as_in_the_reference(llm: Callable[..., LLM]) -> None:
+    for call in (
+        lambda: llm("bert").classify("a"),
+        lambda: llm("bert").embed("the cat " * 200),
+        lambda: llm("bert").embed([[-1]]),
+        lambda: llm("bert").score(["a", "b"], "a"),
+        lambda: llm("bert").embed("a", pooling_params=PoolingParams(dimensions=3)),
+    ):
+        with pytest.raises(ValueError):  # noqa: PT011  that it is one is what is tested
+            call()
+
+
+def test_answers_are_of_the_classes_of_the_reference(llm: Callable[..., LLM]) -> None:
+    assert isinstance(llm("bert").embed("a")[0], carpool.EmbeddingRequestOutput)
+    assert isinstance(llm("bert_3").classify("a")[0], carpool.ClassificationRequestOutput)
+    assert isinstance(llm("bert").score("a", "b")[0], carpool.ScoringRequestOutput)
+    assert isinstance(llm("bert").encode("a", pooling_task="token_embed")[0], carpool.PoolingRequestOutput)
+
+
+def test_the_tokenizer_can_be_had_and_is_the_callers_own(llm: Callable[..., LLM]) -> None:
+    one = llm("bert_3")
+    theirs = one.get_tokenizer()
+    (before,) = one.classify(TEXTS[0])
+    assert theirs(TEXTS[0])["input_ids"] == before.prompt_token_ids
+    assert theirs.truncation_side == "right"
+    theirs.add_tokens([TEXTS[0]])
+    assert one.classify(TEXTS[0])[0].prompt_token_ids == before.prompt_token_ids
+    assert one.get_tokenizer()(TEXTS[0])["input_ids"] == before.prompt_token_ids
 
 
 @pytest.fixture(scope="module")
@@ -473,7 +601,7 @@ def test_prompts_ride_on_the_adapters_they_name(
 
 def test_no_adapter_is_no_adapter(llm: Callable[..., LLM]) -> None:
     assert llm("bert").embed("a", lora_request=None)
-    with pytest.raises(InvalidParameter, match="There is no adapter 'None'"):
+    with pytest.raises(TypeError, match="lora_request is made of LoRARequest, not of object"):
         llm("bert").embed("a", lora_request=object())  # type: ignore[arg-type]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 import pytest
 
@@ -87,3 +88,40 @@ def test_closing_from_its_own_thread_does_not_wait_for_itself(loop: LoopThread) 
     loop.run(close())
     loop._thread.join(10)
     assert not loop._thread.is_alive()
+
+
+def test_of_many_calls_so_many_are_under_way_at_once_and_answers_keep_their_order(loop: LoopThread) -> None:
+    under_way, most = 0, 0
+
+    def call(number: int) -> Callable[[], Coroutine[Any, Any, int]]:
+        async def answer() -> int:
+            nonlocal under_way, most
+            under_way += 1
+            most = max(most, under_way)
+            for _ in range(10 - number):  # the first are the last to end
+                await asyncio.sleep(0)
+            under_way -= 1
+            return number
+
+        return answer
+
+    assert loop.run_all([call(number) for number in range(10)], at_once=3) == list(range(10))
+    assert most == 3
+
+
+def test_the_first_call_that_fails_ends_all(loop: LoopThread) -> None:
+    ended = threading.Event()
+
+    async def long() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        loop.run_all([long, fails, long], at_once=2)
+    assert ended.wait(10)
