@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -24,15 +25,16 @@ from carpool.engine.errors import (
     NotReady,
     UnsupportedTask,
 )
+from carpool.engine.late_interaction import in_role
 from carpool.engine.listwise import ListPlan
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.outputs import PoolingResult, ScoreResult
-from carpool.engine.params import PoolingParams, Task, TokenizationParams
-from carpool.engine.preparation import INLINE_CHARS, Built, is_long, prepared, slot, told
+from carpool.engine.params import PoolingParams, Task, TokenizationParams, check_dimensions
+from carpool.engine.preparation import INLINE_CHARS, Built, is_long, needs_slicing, prepared, slot, told
 from carpool.engine.preparation import Prompts as Prompts
 from carpool.engine.prepared import Prepared
 from carpool.engine.request import Request
-from carpool.engine.scoring import Plan, pair_prompts, plan
+from carpool.engine.scoring import Plan, pair_prompts, plan, taking_part
 from carpool.engine.slicing import merge_rows, slice_ids
 from carpool.engine.stats import CacheStats, Observer, ResultStats, State
 
@@ -139,6 +141,14 @@ class AsyncEngine:
         """The vocabulary's entry for each id."""
         return self._loaded().tokenizer.tokens(token_ids)
 
+    def offsets(self, text: str, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Its ids, and the characters that each stands for; blocks as long as the tokenizer takes."""
+        return self._loaded().tokenizer.offsets(text, add_special_tokens)
+
+    def fast_tokenizer(self) -> Any:
+        """The model's tokenizer as transformers has it: a copy, for callers who want more of it than ids."""
+        return deepcopy(self._loaded().chat.tokenizer)
+
     async def detokenize(self, token_ids: list[int]) -> str:
         """Text of the ids, special tokens kept, unknown ids skipped."""
         return await self._off_loop(
@@ -177,12 +187,15 @@ class AsyncEngine:
         parts = self._loaded()
         tasks = task if isinstance(task, tuple) else (task,)
         self._check(parts.model, prompts, params, tasks)
+        roles = parts.model.roles
+        texts = in_role(prompts, tokenization.input_type, roles)
+        prompts = prompts if texts is None else texts
         request = Request(params, tasks, slot(parts.model, adapter), cache_salt, client, priority)
         longest = parts.model.max_embed_len if tasks == ("embed",) else -1
         prepare = partial(prepared, parts, request, prompts, tokenization, longest)
         ready = await self._off_loop(prepare, is_long(prompts))
         whole = ready.token_ids
-        sliced = longest != -1 and any(len(ids) > parts.model.max_model_len for ids in whole)
+        sliced = needs_slicing(parts, ready)
         if sliced:
             slices, counts = slice_ids(whole, parts.model.max_model_len)
             if ready.skip:
@@ -204,6 +217,9 @@ class AsyncEngine:
             result.prompt_token_ids = whole
             of_slices = iter(result.cached)
             result.cached = [sum(islice(of_slices, count)) for count in counts]
+        if texts is not None:
+            chosen = partial(taking_part, result.rows, result.prompt_token_ids, texts, roles)
+            result.rows = await self._off_loop(chosen, is_long(texts))
         return result
 
     async def score(
@@ -237,7 +253,7 @@ class AsyncEngine:
             result = await self.pool(
                 planned.prompts,
                 replace(params, embed_dtype="float32"),  # scores are computed on the host
-                replace(tokenization, add_special_tokens=True),
+                replace(tokenization, add_special_tokens=True, input_type=None),
                 task=planned.task,
                 adapter=adapter,
                 client=client,
@@ -277,7 +293,7 @@ class AsyncEngine:
             queries = parts.tokenizer.shorten(queries, tokenization.max_tokens_per_query)
         if tokenization.max_tokens_per_doc:
             documents = parts.tokenizer.shorten(documents, tokenization.max_tokens_per_doc)
-        framer = parts.chat.replaced(template).for_pairs() if template else parts.framer
+        framer = parts.chat.pairs_by(template) if template else parts.framer
         limit = tokenization.truncate_prompt_tokens
         return plan(parts.model, queries, documents, framer, template_kwargs, limit)
 
@@ -292,6 +308,7 @@ class AsyncEngine:
         *,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
+        tools: Seq[Mapping[str, Any]] | None = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """A conversation as the text that the model's chat template makes of it. May be called from any thread."""
@@ -299,6 +316,7 @@ class AsyncEngine:
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            tools=tools,
             kwargs=kwargs,
         )
 
@@ -312,8 +330,7 @@ class AsyncEngine:
             raise EmptyInput("You must pass at least one prompt", "input")
         if not self.config.token_id_input and isinstance(prompts[0], list):
             raise InvalidInput("This server takes text, not token ids (--no-token-id-input).", "input")
-        if {"embed", "token_embed"} & model.tasks:
-            model.matryoshka.check(params.dimensions, self.config.model or model.root)
+        check_dimensions(params.dimensions, tasks, model.matryoshka, self.config.model or model.root)
 
     async def _off_loop(self, call: Callable[[], T], long: bool) -> T:
         """Run on the loop what is quick, in a thread what is not."""

@@ -29,7 +29,6 @@ from carpool.engine.listwise import MARKS, Listwise
 from carpool.engine.memory import bound_primitive_cache, keep_buffers
 from carpool.engine.model_info import ModelInfo, PairShape
 from carpool.engine.models.backbone import Backbone
-from carpool.engine.models.loader import Loaded
 from carpool.engine.models.model import Model
 from carpool.engine.models.probe import attention_chosen, keeps_unseen
 from carpool.engine.models.surgery.encoder import unite
@@ -39,9 +38,18 @@ from carpool.engine.params import Task
 from carpool.engine.poolers.adapted import AdaptedPool
 from carpool.engine.poolers.bge_m3 import Marks
 from carpool.engine.poolers.pooler import Pool, Pooler, reads
-from carpool.engine.pools import STEP_TAG, head_width, make_pools, pooling_modes, pooling_name, similarity_of
+from carpool.engine.pools import (
+    STEP_TAG,
+    has_linear_head,
+    head_width,
+    make_pools,
+    pooling_modes,
+    pooling_name,
+    similarity_of,
+)
 from carpool.engine.runner import ModelRunner
 from carpool.engine.scoring import Framer
+from carpool.engine.side_files import named_prompts
 from carpool.engine.tokenizer import Tokenizer
 from carpool.kernels import crew, launch, native
 from carpool.kernels.attention import Choice
@@ -66,7 +74,7 @@ class Parts(parcel.Parts):
 def build(config: EngineConfig) -> Parts:
     """Load and check the model. Raises ConfigError with one sentence if it cannot be served as asked."""
     bound_primitive_cache()
-    folder = locate(config.model, config.revision)
+    folder = locate(config.model, config.revision, config.download_dir)
     plan = Blueprint.of(config, folder)
     with threads.spread(plan.checkpoint.path) if plan.device.type == "cpu" else nullcontext():
         parts = _built(plan, folder)
@@ -77,10 +85,18 @@ def build(config: EngineConfig) -> Parts:
 def _built(plan: Blueprint, folder: Path) -> Parts:
     """`folder` is where the model lies."""
     config = plan.config
-    words = locate(config.tokenizer) if config.tokenizer else plan.checkpoint.path
+    words = plan.checkpoint.path
+    if config.tokenizer or config.tokenizer_revision:
+        told = locate(config.tokenizer or config.model, config.tokenizer_revision, config.download_dir)
+        words = words if told == folder else told
     fast = load_fast(words, trust_remote_code=config.trust_remote_code)
     tokenizer = plan.tokenizer(fast)
-    chat = ChatTemplate.of(fast, config.chat_template)
+    chat = ChatTemplate.of(
+        fast,
+        config.chat_template,
+        content_format=config.chat_template_content_format,
+        kwargs=config.default_chat_template_kwargs,
+    )
     framer = _framer(plan, chat, tokenizer)
     if plan.device.type == "cuda" and config.gpu_memory_utilization:
         limit_memory(plan.devices, config.gpu_memory_utilization)
@@ -101,10 +117,17 @@ def _built(plan: Blueprint, folder: Path) -> Parts:
         kept.notice,
         unexpanded,
         _unprompted(plan),
+        _without_steps(plan),
         *_attention_notices(plan.device, (*attention, *kept.attention)),
         *_device_notices(config, plan.device),
         end_notice(words, fast),
-        *plan.pairing.notices(framer, plan.config, blunt=_is_blunt(plan, model, width)),
+        *plan.pairing.notices(
+            framer,
+            chat,
+            plan.config,
+            scores=_scores_pairs(plan, width),
+            blunt=_is_blunt(plan, model, width),
+        ),
     )
     info = replace(
         _model_info(plan, model, pools, width, attention, kept),
@@ -250,9 +273,10 @@ def _model_info(
         max_embed_len=_max_embed_len(config, plan.max_model_len),
         vocab_size=checkpoint.vocab_size,
         embedding_size=vector_size,
+        linear_head=has_linear_head(checkpoint, model.loaded),
         matryoshka=replace(checkpoint.matryoshka, size=vector_size),
         labels=labels_of(checkpoint.config, num_labels),
-        prompts=checkpoint.config.get("task_instructions") or checkpoint.prompts,
+        prompts=_prompts(checkpoint),
         adapters=model.adapters.names,
         lora_modules=model.adapters.lora_modules,
         task_adapters=model.adapters.tasks,
@@ -261,7 +285,7 @@ def _model_info(
         normalize=checkpoint.normalize and architecture.kind not in ("sparse", "listwise"),
         leaves_out_prompts=checkpoint.leaves_out_prompts,
         similarity=similarity_of(checkpoint, architecture),
-        pairs="listwise" if architecture.kind == "listwise" else _pairs(checkpoint, model.loaded),
+        pairs="listwise" if architecture.kind == "listwise" else _pairs(plan),
         dtype=str(plan.dtype).removeprefix("torch."),
         device=", ".join(map(str, plan.devices)),
         workers=_workers(config, plan.devices),
@@ -283,6 +307,12 @@ def _model_info(
     )
 
 
+def _prompts(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """By `input_type`: those of config.json, else those of the sentence-transformers files."""
+    listed = checkpoint.config.get("task_instructions")
+    return named_prompts(listed) if listed and isinstance(listed, Mapping) else checkpoint.prompts
+
+
 def _give_up_expansion(tokenizer: Tokenizer, backbone: Backbone, vocab_size: int) -> str | None:
     """Queries of a late interaction are left as they are where the model cannot look past what fills them up."""
     if not tokenizer.expands_unseen or keeps_unseen(backbone, vocab_size):
@@ -302,11 +332,25 @@ def _unprompted(plan: Blueprint) -> str | None:
     )
 
 
+def _without_steps(plan: Blueprint) -> str | None:
+    """What is said of steps, where every token has its result, is passed over as the reference does."""
+    pooler, kind = plan.config.pooler_config, plan.architecture.kind
+    steps = pooler.steps if pooler.steps is not None else kind == "process_reward"
+    said = [name for name in ("step_tag_id", "returned_token_ids") if getattr(pooler, name) is not None]
+    if not said or steps or kind == "judge":
+        return None
+    return f"Without pooling_type STEP, the pooler config's {' and '.join(said)} decide nothing."
+
+
+def _scores_pairs(plan: Blueprint, width: int) -> bool:
+    """Whether the model is a cross-encoder."""
+    return plan.architecture.kind == "classify" and width == 1
+
+
 def _is_blunt(plan: Blueprint, model: Model, width: int) -> bool:
     """Whether a language model is scored and nobody said how its pairs are put together."""
     return (
-        plan.architecture.kind == "classify"
-        and width == 1
+        _scores_pairs(plan, width)
         and model.loaded.pooling == "last"
         and not {"use_sep_token", "use_pad_token"} & plan.checkpoint.config.keys()
     )
@@ -355,15 +399,15 @@ def _marks(plan: Blueprint, fast: Any, tokenizer: Tokenizer) -> Marks:
     return marks
 
 
-def _pairs(checkpoint: Checkpoint, loaded: Loaded) -> PairShape:
+def _pairs(plan: Blueprint) -> PairShape:
     """Whether a scored pair is one text, q + d, or two texts with the tokenizer's separators, unless it has a framer.
 
-    sentence-transformers has it apart where its files say nothing; of a language model nobody knows it.
+    Where nothing says it, it is as the reference has it: one text to a language model whose words are scored.
     """
-    config = checkpoint.config
+    config = plan.checkpoint.config
     flag = config.get("use_sep_token", config.get("use_pad_token"))
     if flag is None:
-        return "unknown" if loaded.pooling == "last" and checkpoint.pairs is None else "separated"
+        flag = plan.pairing.scorer is None or plan.checkpoint.pairs is not None
     return "separated" if flag else "concatenated"
 
 
@@ -372,9 +416,10 @@ def _pairs(checkpoint: Checkpoint, loaded: Loaded) -> PairShape:
 
 def _max_embed_len(config: EngineConfig, max_model_len: int) -> int | None:
     """Longest text to embed; None where slices are averaged and nobody set a bound."""
-    if not config.pooler_config.enable_chunked_processing:
-        return max_model_len
-    return config.pooler_config.max_embed_len
+    longest = config.pooler_config.max_embed_len
+    if config.pooler_config.enable_chunked_processing:
+        return longest
+    return max_model_len if longest is None else min(longest, max_model_len)
 
 
 def _workers(config: EngineConfig, devices: Seq[torch.device]) -> int:

@@ -32,6 +32,21 @@ def cut_pair(first: list[int], second: list[int], room: int, side: Side) -> tupl
     return cut(first, keep_first, side), cut(second, keep_second, side)
 
 
+def cut_second(first: list[int], second: list[int], room: int, side: Side) -> tuple[list[int], list[int]]:
+    """The second side only, as the tokenizers library's only_second does.
+
+    Raises InvalidParameter if nothing would be left of it: all documents would score the same.
+    """
+    if len(first) + len(second) > room and len(first) >= room:
+        raise InvalidParameter(
+            f"truncate_prompt_tokens leaves room for {room} tokens of a query and a document, and where "
+            f"max_tokens_per_doc is set only the document is cut: the query alone has {len(first)}. Please set "
+            "max_tokens_per_query as well.",
+            "truncate_prompt_tokens",
+        )
+    return first, cut(second, room - len(first), side)
+
+
 def give_way(
     parts: list[list[int]], yields: Seq[int], tail: list[int], limit: int, specials: int
 ) -> list[list[int]]:

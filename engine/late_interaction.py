@@ -4,18 +4,20 @@
     Stanford's ColBERT       artifact.metadata: query_token_id, query_maxlen, attend_to_mask_tokens, …
     sentence-transformers 6  prompts; the Transformer's query_length, query_expansion, …; MultiVectorMask
 
-Only /score and /rerank know what is a query and what a document, so only they write texts in this way. What the files
-leave out is what PyLate, who made nearly all of them, takes for it.
+/score and /rerank know what is a query and what a document, and of other texts a request's `input_type` may say it;
+only then are they written in this way. What the files leave out is what PyLate, who made nearly all of them, takes for
+it.
 """
 
 from __future__ import annotations
 
 import string
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
-from carpool.engine.errors import ConfigError
+from carpool.engine.errors import ConfigError, InvalidParameter
 
 Role = Literal["query", "document"]
 
@@ -45,6 +47,20 @@ class RoleText(NamedTuple):
 
     role: Role
     text: str
+
+
+def in_role(
+    prompts: Seq[object], role: str | None, roles: Mapping[Role, frozenset[int]]
+) -> list[RoleText] | None:
+    """Prompts as texts of one of the `roles` that a model has; None where it has none, or none is named."""
+    if role is None or not roles:
+        return None
+    if role not in roles:
+        raise InvalidParameter(f"input_type must be 'query' or 'document', not {role!r}.", "input_type")
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if len(texts) < len(prompts):
+        raise InvalidParameter("input_type goes with texts, not with token ids.", "input_type")
+    return [RoleText(cast("Role", role), text) for text in texts]
 
 
 @dataclass(frozen=True, slots=True)

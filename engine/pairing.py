@@ -1,7 +1,7 @@
 """Pairing: how a checkpoint is to be asked about pairs of texts, and which logits answer. Decided once, at start.
 
 In whose words a pair is put, the first that there is: the user's template, the folder's own (a sentence-transformers
-CrossEncoder), the row of `rerankers` that fits. With none of them a language model is not asked, and that is said.
+CrossEncoder), the row of `rerankers` that fits. That there is none of them for a language model is said.
 """
 
 from __future__ import annotations
@@ -70,13 +70,14 @@ class Pairing:
 
         Raises ConfigError where words are needed that cannot be had.
         """
-        if config.chat_template:
-            return chat.for_pairs()
+        if config.chat_template and not (own := chat.for_pairs()).drops_pairs:
+            return own
         if self.files is not None and self.files.chat:
-            own = chat.for_pairs(
+            own = chat.of_the_folder.for_pairs(
                 specials=False,
                 options=self.files.options,
                 prompt=self.files.prompt,
+                prompts=self.files.prompts,
                 parts=self.files.parts,
                 instruction_is_system=True,
             )
@@ -98,8 +99,16 @@ class Pairing:
             )
         return None
 
-    def notices(self, framer: Framer | None, config: EngineConfig, *, blunt: bool) -> Iterator[str]:
-        """What a user has to know. `blunt`: a language model is to score pairs, and nobody said how they are put."""
+    def notices(
+        self, framer: Framer | None, chat: ChatTemplate, config: EngineConfig, *, scores: bool, blunt: bool
+    ) -> Iterator[str]:
+        """What a user has to know. `scores`: the model does pairs; `blunt`: it is a language model, and nobody said how
+        they are put."""
+        if scores and config.chat_template and chat.for_pairs().drops_pairs:
+            yield (
+                "--chat-template has no place for a query and a document, which are messages of these two roles: pairs "
+                "are put as they are without it."
+            )
         told = config.hf_overrides.get("is_original_qwen3_reranker")
         if isinstance(framer, Reranker) and framer.called is not None and not told:
             yield (
@@ -107,10 +116,10 @@ class Pairing:
                 "--chat-template puts another in its place, --convert embed makes it an embedding model."
             )
         if framer is None and blunt:
-            now = "refuse them" if self.files is None else "give it both texts as its tokenizer joins them"
             yield (
-                f"No prompt is known for pairs of this language model: /score and /rerank {now}. Give the prompt that "
-                "it was trained on with --chat-template."
+                "No prompt is known for pairs of this language model: /score and /rerank give it both texts, one after "
+                "the other, and what it makes of them may mean nothing. Give the prompt that it was trained on with "
+                "--chat-template."
             )
 
 

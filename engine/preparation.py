@@ -60,8 +60,17 @@ class Built(Known, Protocol):
 def prepared(
     parts: Known, request: Request, prompts: Prompts, tokenization: TokenizationParams, longest: int | None
 ) -> Prepared:
-    """The prompts as ids, none longer than `longest` (-1: than the model takes), and what is told of them."""
-    return told(parts, request, parts.tokenizer.prepare(prompts, tokenization, longest))
+    """The prompts as ids, none longer than `longest` (-1: than the model takes), and what is told of them.
+
+    Of prompts that are to be sliced nothing is told here: it is their slices that will run.
+    """
+    ready = parts.tokenizer.prepare(prompts, tokenization, longest)
+    return ready if needs_slicing(parts, ready) else told(parts, request, ready)
+
+
+def needs_slicing(parts: Known, prompts: Prepared) -> bool:
+    """Whether one is longer than the model takes, which the tokenizer lets pass only where slices are averaged."""
+    return any(len(ids) > parts.model.max_model_len for ids in prompts.token_ids)
 
 
 def told(parts: Known, request: Request, prompts: Prepared) -> Prepared:

@@ -10,7 +10,6 @@ No model and no event loop here: `plan` says what to run, `Plan.scores` reads th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -80,11 +79,7 @@ class Plan:
     def scores(self, rows: Seq[Row], token_ids: Seq[list[int]] = ()) -> list[float]:
         """One score a pair, in order, of the prompts' results; `token_ids` of the prompts, where there are roles."""
         if self.roles:
-            texts = cast("list[RoleText]", self.prompts)
-            rows = [
-                _without(row, ids, self.roles[text.role])
-                for row, ids, text in zip(rows, token_ids, texts, strict=True)
-            ]
+            rows = taking_part(rows, token_ids, cast("list[RoleText]", self.prompts), self.roles)
         return [self.measure(rows[a], rows[b]) for a, b in self.pairs]
 
     def by_pair(self, prompts: Seq[Tokens]) -> list[Tokens]:
@@ -93,10 +88,7 @@ class Plan:
 
     def blame(self, error: InvalidInput) -> InvalidInput:
         """The same error, with the query or document to blame where it names a prompt."""
-        place = re.fullmatch(r"input(?:\[(\d+)\])?", error.param or "")
-        if place:
-            error.param = self.fields[int(place[1] or 0)]
-        return error
+        return error.blaming(self.fields)
 
 
 def plan(
@@ -153,19 +145,9 @@ def pair_prompts(
     framer: Framer | None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Prompts:
-    """Each pair as one prompt: in the framer's words, one text after the other, or apart.
-
-    A language model that is asked in other words than it was trained on gives scores that look like some and mean
-    nothing: where nobody said which they are, it is not asked.
-    """
+    """Each pair as one prompt: in the framer's words, one text after the other, or apart."""
     if framer is not None:
         return framer.frames(pairs, kwargs)
-    if model.pairs == "unknown":
-        raise UnsupportedTask(
-            "Nobody knows in what words this language model is to be asked about a pair of texts: start the server "
-            "with --chat-template, or, if clients write the whole prompt, half of it around each text, with "
-            """--hf-overrides '{"use_sep_token": false}'."""
-        )
     if model.pairs == "concatenated":
         return [query + document for query, document in pairs]
     return pairs
@@ -196,6 +178,11 @@ def mean_max_sim(query: Row, document: Row) -> float:
     return max_sim(query, document) / max(1, len(query))
 
 
-def _without(row: Row, ids: list[int], skipped: frozenset[int]) -> Row:
-    """The vectors [tokens, D] of those tokens that take part."""
-    return row[[token not in skipped for token in ids]] if skipped else row
+def taking_part(
+    rows: Seq[Row], token_ids: Seq[list[int]], texts: Seq[RoleText], roles: Mapping[Role, frozenset[int]]
+) -> list[Row]:
+    """Of each text's vectors [tokens, D] those of tokens that its role does not leave out."""
+    return [
+        row[[token not in skipped for token in ids]] if (skipped := roles[text.role]) else row
+        for row, ids, text in zip(rows, token_ids, texts, strict=True)
+    ]

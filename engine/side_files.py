@@ -61,7 +61,7 @@ class PairFiles:
 
     `token_ids`: whose logits are the answer, (false, true) or (true,); empty where the model has a head of its own.
     `chat`: query and document are messages of these roles, rendered by the tokenizer's chat template with `options`;
-    `parts`: their content is a list of parts. `prompt` is a system message before them.
+    `parts`: their content is a list of parts. `prompt` is a system message before them, `prompts` others by name.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -69,6 +69,7 @@ class PairFiles:
     parts: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     prompt: str | None = None
+    prompts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +172,7 @@ class SideFiles:
             cross_encoder={"sentence_transformers": {"activation_fn": side["activation_fn"]}}
             if side.get("activation_fn")
             else {},
-            prompts={str(k): str(v) for k, v in (side.get("prompts") or {}).items()},
+            prompts=named_prompts(side.get("prompts") or {}),
             pairs=_pair_files(side, bert, token_ids),
             files=files,
             leaves_out_prompts=leaves_out_prompts,
@@ -182,6 +183,11 @@ class SideFiles:
             transformer=bert,
             mask=mask,
         )
+
+
+def named_prompts(listed: Mapping[str, Any]) -> dict[str, str]:
+    """The prompts among them: what is no text, a null above all, is none."""
+    return {str(name): prompt for name, prompt in listed.items() if isinstance(prompt, str)}
 
 
 def _kind_of_files(side: Mapping[str, Any], types: list[str]) -> Kind | None:
@@ -221,6 +227,7 @@ def _pair_files(
     message = (modalities or {}).get("message")
     if not token_ids and (side.get("model_type") != "CrossEncoder" or message is None):
         return None
+    prompts = named_prompts(side.get("prompts") or {})
     return PairFiles(
         token_ids=token_ids,
         chat=message is not None or modalities is None,
@@ -232,7 +239,8 @@ def _pair_files(
             ).items()
             if key not in _NOT_FOR_TEMPLATES
         },
-        prompt=(side.get("prompts") or {}).get(side.get("default_prompt_name") or "") or None,
+        prompt=prompts.get(side.get("default_prompt_name") or "") or None,
+        prompts=prompts,
     )
 
 

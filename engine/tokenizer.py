@@ -14,7 +14,7 @@ from typing import Any, cast
 import tokenizers
 
 from carpool.engine.affixes import NONE, Affixes
-from carpool.engine.cutting import cut, cut_pair, give_way
+from carpool.engine.cutting import cut, cut_pair, cut_second, give_way
 from carpool.engine.errors import (
     ConfigError,
     EmptyInput,
@@ -159,7 +159,10 @@ class Tokenizer:
             self._check_vocabulary(batch)
         self._check_lengths(batch, longest)
         if params.padding == "max_length" or (self._pads and params.padding is None):
-            batch = [ids + [self._pad_id] * (self._max_model_len - len(ids)) for ids in batch]
+            full = self._max_model_len
+            if longest is not None and not self._pads:
+                full = min(longest, full)
+            batch = [ids + [self._pad_id] * (full - len(ids)) for ids in batch]
         return Prepared(batch, type_starts, unseen, self._prompt_tokens(params))
 
     def _prompt_tokens(self, params: TokenizationParams) -> int:
@@ -196,8 +199,10 @@ class Tokenizer:
     ) -> tuple[list[list[int]], list[int | None]]:
         """Each pair as one prompt with the tokenizer's own separators, and where its type 1 begins.
 
-        Each side is tokenised by itself, every distinct text once: a query is shared by all its documents.
+        Each side is tokenised by itself, every distinct text once: a query is shared by all its documents. What is too
+        long is cut where it is longest, or, where documents have a limit of their own, at the document.
         """
+        shorter = cut_second if params.max_tokens_per_doc else cut_pair
         distinct = list(dict.fromkeys(text for pair in pairs for text in pair))
         ids = dict(zip(distinct, self.encode(distinct, add_special_tokens=False), strict=True))
         batch: list[list[int]] = []
@@ -208,7 +213,7 @@ class Tokenizer:
                 self._pair_affixes if document else self._affixes
             )  # as transformers has it: no text, no pair
             if limit is not None and params.truncation_side is None and len(around) <= limit:
-                first, second = cut_pair(first, second, limit - len(around), self._side)
+                first, second = shorter(first, second, limit - len(around), self._side)
             whole = [*around.prefix, *first, *around.middle, *second, *around.suffix]
             start = len(whole)
             if self._type_offset is not None and document:
@@ -237,6 +242,15 @@ class Tokenizer:
             whole = [*around.prefix, *(token for part in parts for token in part), *around.suffix]
             batch.append(whole if limit is None else cut(whole, limit, "left"))
         return batch
+
+    def offsets(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """Its ids, and the characters of the text that each stands for, from the first to behind the last."""
+        _check_text([text])
+        own = text.lower() if self._lowercase else text
+        if len(own) != len(text):
+            raise InvalidInput("This text changes its length in lower case: its tokens have no place in it.")
+        encoding = self._backend.encode(own, add_special_tokens=add_special_tokens)
+        return encoding.ids, encoding.offsets
 
     def shorten(self, texts: list[str], limit: int) -> list[str]:
         """Each text cut, between characters, so that it has at most `limit` tokens (special ones not counted)."""
@@ -269,8 +283,8 @@ class Tokenizer:
             )
         if longest is not None and truncate > longest:
             raise InvalidParameter(
-                f"truncate_prompt_tokens value is greater than max_model_len ({truncate} > {longest}). "
-                "Please request a smaller truncation size.",
+                "truncate_prompt_tokens value is greater than max_model_len. "
+                f"Please request a smaller truncation size. ({truncate} > {longest})",
                 "truncate_prompt_tokens",
             )
         return truncate
@@ -329,8 +343,9 @@ class Tokenizer:
                 )
             if longest is not None and len(ids) > longest:
                 raise InputTooLong(
-                    f"This model's maximum context length is {longest} tokens. However, your input has "
-                    f"at least {len(ids)} tokens. Please reduce its length or set truncate_prompt_tokens to -1.",
+                    f"This model's maximum context length is {longest} tokens. However, your input has at least "
+                    f"{len(ids)} tokens. Please reduce the length of the input prompt, or have it cut by setting "
+                    "truncate_prompt_tokens to -1.",
                     _name(i, batch),
                 )
 

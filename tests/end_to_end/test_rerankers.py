@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import tiny
 import tiny_heads
 from carpool.engine.async_engine import AsyncEngine
 from carpool.engine.config import EngineConfig
 from carpool.engine.llm import LLM
 from serving import Served, assert_error, serving
+from zoo import heads
 from zoo import rerankers as zoo
 
 QUERY = "where is the cat?"
@@ -92,15 +96,51 @@ async def test_what_a_listwise_reranker_does_with_a_request(tmp_path: Path) -> N
         assert "leaves no room" in assert_error(refused, 400, "BadRequestError", "truncate_prompt_tokens")
 
 
-async def test_a_language_model_that_nobody_knows_how_to_ask_is_refused_and_says_so(tmp_path: Path) -> None:
+async def test_a_language_model_that_nobody_knows_how_to_ask_says_so_and_reads_both_texts(
+    tmp_path: Path,
+) -> None:
     async with served(tiny_heads.qwen2_cross, tmp_path) as server:
-        for route, body in (
-            ("/rerank", RANKING),
-            ("/score", {"text_1": "a", "text_2": "b"}),
-            ("/predict", {"inputs": [["a", "b"]]}),
-        ):
-            message = assert_error(await server.post(route, body), 400, "BadRequestError")
-            assert "--chat-template" in message
-        notices = (await server.get("/info")).json["notices"]
-        assert any("/score and /rerank refuse them" in notice for notice in notices)
-        assert (await server.post("/classify", {"input": "a whole text"})).status == 200
+        (notice,) = [text for text in (await server.get("/info")).json["notices"] if "No prompt" in text]
+        assert "may mean nothing" in notice
+        assert "--chat-template" in notice
+        score = (await server.post("/score", {"text_1": "a cat", "text_2": "on a mat"})).json
+        counts = [
+            (await server.post("/tokenize", {"prompt": text})).json["count"] for text in ("a cat", "on a mat")
+        ]
+        assert score["usage"]["prompt_tokens"] == sum(counts)
+        ranked = (await server.post("/rerank", {"query": "a cat", "documents": ["on a mat"]})).json
+        assert ranked["results"][0]["relevance_score"] == score["data"][0]["score"]
+        pair = await server.post("/predict", {"inputs": [["a cat", "on a mat"]]})
+        assert pair.json[0][0]["score"] == pytest.approx(score["data"][0]["score"])
+
+
+async def test_a_colberts_vectors_of_queries_and_documents_make_the_scores(tmp_path: Path) -> None:
+    """Clients index documents by /pooling and compare by themselves."""
+    query, documents = "where, where is the cat?", ["the cat sat on a mat.", "rain (in) spain!", "!"]
+    async with served(partial(heads.colbert_v2, mask_punctuation=True), tmp_path) as server:
+
+        async def vectors(texts: list[str], input_type: str | None) -> tuple[list[Any], int]:
+            body = {"input": texts, "task": "token_embed", "input_type": input_type}
+            answer = (await server.post("/pooling", body)).json
+            return [np.array(item["data"]) for item in answer["data"]], answer["usage"]["prompt_tokens"]
+
+        (asked,), asked_tokens = await vectors([query], "query")
+        told, told_tokens = await vectors(documents, "document")
+        answer = (await server.post("/score", {"queries": query, "documents": documents})).json
+        found = [(asked @ document.T).max(axis=1).sum() for document in told]
+        assert found == pytest.approx([item["score"] for item in answer["data"]], abs=1e-4)
+        assert asked_tokens + told_tokens == answer["usage"]["prompt_tokens"]
+        assert sum(map(len, told)) < told_tokens  # punctuation is run, and left out
+        bare, bare_tokens = await vectors(documents, None)
+        assert sum(map(len, bare)) == bare_tokens == told_tokens - len(documents)
+        for wrong in ({"input_type": "passage"}, {"input_type": "query", "input": [5, 6]}):
+            refused = await server.post("/pooling", {"input": "a", **wrong})
+            assert_error(refused, 400, "BadRequestError", "input_type")
+    async with served(tiny.bert, tmp_path / "other") as server:
+        answers = [
+            (
+                await server.post("/pooling", {"input": "a cat", "task": "token_embed", "input_type": each})
+            ).json
+            for each in (None, "query", "document", "passage")
+        ]
+        assert len({str(answer["data"]) for answer in answers}) == 1

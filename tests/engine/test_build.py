@@ -124,6 +124,39 @@ def test_facts_about_the_model_are_told(checkpoint: Callable[[str], Path]) -> No
     assert model.notices == ()
 
 
+@pytest.mark.parametrize(
+    ("instructions", "known"),
+    [
+        ({"query": "mine: ", "document": "", "none": None}, {"query": "mine: ", "document": ""}),
+        ({}, {"query": "find: "}),
+        (["query"], {"query": "find: "}),
+        (None, {"query": "find: "}),
+    ],
+)
+def test_instructions_of_the_config_win_over_the_files_prompts(
+    instructions: Any, known: dict[str, str], fresh: Callable[[str], Path]
+) -> None:
+    path = fresh("bert")
+    tiny.edit_json(path / "config_sentence_transformers.json", prompts={"query": "find: "})
+    tiny.edit_json(path / "config.json", task_instructions=instructions)
+    assert made(path).model.prompts == known
+
+
+@pytest.mark.parametrize("tokenizer", [None, "another/one"])
+def test_the_tokenizers_own_revision_is_obeyed_whosever_it_is(
+    tokenizer: str | None, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, asked = checkpoint("bert"), []
+
+    def locate(*name: str | None) -> Path:
+        asked.append(name)
+        return folder
+
+    monkeypatch.setattr(building, "locate", locate)
+    build(EngineConfig(model="some/model", revision="a", tokenizer=tokenizer, tokenizer_revision="b"))
+    assert asked == [("some/model", "a", None), (tokenizer or "some/model", "b", None)]
+
+
 def test_batches_are_filled_to_what_was_measured_unless_told_otherwise(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -496,6 +529,28 @@ def test_what_sentence_transformers_does_unasked_is_done_or_said(
     np.testing.assert_allclose(cut, whole[:8] / np.linalg.norm(whole[:8]), rtol=0, atol=1e-6)
     assert any("puts this model's prompt 'query' before every text" in said for said in parts.model.notices)
     assert not any("before every text" in said for said in made(checkpoint("bert")).model.notices)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("qwen2", {"step_tag_id": 3}, "pooler config's step_tag_id decide nothing."),
+        (
+            "qwen2_prm",
+            {"tok_pooling_type": "ALL", "step_tag_id": 3, "returned_token_ids": (1,)},
+            "returned_token_ids",
+        ),
+        ("qwen2_prm", {"step_tag_id": 3}, ""),
+        ("qwen2", {}, ""),
+    ],
+)
+def test_what_is_said_of_steps_where_there_are_none_is_not_passed_over_silently(
+    checkpoint: Callable[[str], Path], kind: str, options: dict[str, Any], said: str
+) -> None:
+    notices = made(checkpoint(kind), pooler_config=PoolerConfig(**options)).model.notices
+    found = [sentence for sentence in notices if "pooling_type STEP" in sentence]
+    assert bool(found) is bool(said)
+    assert said in "".join(found)
 
 
 # ── Dense layers on disk ─────────────────────────────────────────────────────────────────────────────────────

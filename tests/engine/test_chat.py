@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,9 +58,43 @@ def test_the_users_template_wins_over_the_models(fresh: Callable[[str], Path], t
         assert given_one.render(MESSAGES) == "2 messages"
 
 
+@pytest.mark.parametrize(("shape", "seen"), [("auto", "c"), ("string", "c"), ("openai", "p")])
+def test_the_shape_of_contents_can_be_said(checkpoint: Callable[[str], Path], shape: Any, seen: str) -> None:
+    template = "{{ 'c' if messages[0].content is string else 'p' }}"
+    fast = AutoTokenizer.from_pretrained(checkpoint("qwen2"))
+    assert ChatTemplate.of(fast, template, content_format=shape).render(MESSAGES) == seen
+
+
+def test_the_template_may_tell_of_tools(made: Callable[..., ChatTemplate]) -> None:
+    chat = made("{{ tools[0].function.name if tools else 'none' }}")
+    assert chat.render(MESSAGES) == "none"
+    tool = {"type": "function", "function": {"name": "f", "description": None, "parameters": None}}
+    assert chat.render(MESSAGES, tools=[tool]) == "f"
+
+
+def test_variables_have_defaults_and_calls_win(checkpoint: Callable[[str], Path]) -> None:
+    fast = AutoTokenizer.from_pretrained(checkpoint("qwen2"))
+    template = "{{ a }}{{ b }}{{ add_generation_prompt }}"
+    defaults = {"a": 1, "b": 2, "add_generation_prompt": True}
+    chat = ChatTemplate.of(fast, template, kwargs=defaults)
+    assert chat.render(MESSAGES) == "12False"  # which every call says
+    assert chat.render(MESSAGES, kwargs={"b": 3}) == "13False"
+    assert chat.replaced("{{ b }}{{ a }}").render(MESSAGES) == "21"
+    with pytest.raises(ConfigError, match=r"^--default-chat-template-kwargs must not set messages\.$"):
+        ChatTemplate.of(fast, template, kwargs={"messages": []})
+
+
 def test_a_template_file_that_is_not_there_is_said(made: Callable[..., ChatTemplate]) -> None:
     with pytest.raises(ConfigError, match=r"--chat-template nowhere\.jinja: there is no such file"):
         made("nowhere.jinja")
+
+
+@pytest.mark.parametrize("template", ["{{ broken", "{% for %}", "{% for m in messages %}"])
+def test_a_template_that_is_none_is_said_before_anyone_asks(
+    template: str, made: Callable[..., ChatTemplate]
+) -> None:
+    with pytest.raises(ConfigError, match=r"^--chat-template is no Jinja template: .* \(line 1\)\.$"):
+        made(template)
 
 
 def test_a_template_that_comes_with_a_call_is_never_a_files_name(
@@ -94,6 +129,61 @@ def test_text_parts_are_lines_to_a_template_that_wants_a_string(
 def test_text_parts_are_parts_to_a_template_that_walks_them(made: Callable[..., ChatTemplate]) -> None:
     parts = ["a", {"type": "input_text", "text": "b"}]
     assert made(PARTS).render([{"role": "user", "content": parts}]) == "text=a;text=b;"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        PARTS,
+        "{% for m in messages %}{%for each in m.content%}{{ each.type }}={{ each.text }};{% endfor %}{% endfor %}",
+        "{% for m in messages %}{% set said = m.content %}{% for each in said %}{{ each.type }}={{ each.text }};"
+        "{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_plain_text_is_one_part_to_a_template_that_walks_them(
+    template: str, made: Callable[..., ChatTemplate]
+) -> None:
+    for content in ("hello", ["hello"], [{"type": "text", "text": "hello"}]):
+        assert made(template).render([{"role": "user", "content": content}]) == "text=hello;"
+
+
+@pytest.mark.parametrize("name", ["m.content", "m['content']", "content"])
+def test_a_template_that_takes_both_is_given_parts(name: str, made: Callable[..., ChatTemplate]) -> None:
+    both = "{% for m in messages %}{% set content = m.content %}{% if m.content is string %}{{ m.content }}"
+    both += "{% else %}{% for part in " + name + " %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
+    assert made(both).render([{"role": "user", "content": ["a", "b"]}]) == "ab"
+
+
+def test_an_empty_part_is_no_line(made: Callable[..., ChatTemplate]) -> None:
+    assert made(CHATML).render([{"role": "x", "content": ["", "a", ""]}]) == "<|x|>a\n"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "output_text", "text": "no"},
+        {"type": "refusal", "refusal": "no"},
+        {"type": "thinking", "thinking": "no"},
+    ],
+)
+def test_what_an_assistant_said_is_text(part: dict[str, str], made: Callable[..., ChatTemplate]) -> None:
+    assert made(CHATML).render([{"role": "assistant", "content": [part]}]) == "<|assistant|>no\n"
+
+
+def test_of_named_templates_it_is_the_default_one() -> None:
+    def named(**templates: str) -> Any:
+        return SimpleNamespace(
+            chat_template=templates, apply_chat_template=lambda _, chat_template, **__: chat_template
+        )
+
+    both = named(default="the default", tool_use="tools")
+    assert ChatTemplate.of(both, None).render(MESSAGES) == "the default"
+    assert not ChatTemplate.of(named(tool_use="tools"), None).present
+
+
+def test_a_variable_of_the_template_is_the_requests_to_set(made: Callable[..., ChatTemplate]) -> None:
+    rendered = made(CHATML).render(MESSAGES, kwargs={"add_generation_prompt": True})
+    assert rendered.endswith("<|assistant|>")
 
 
 def test_a_message_without_content_is_an_empty_one(made: Callable[..., ChatTemplate]) -> None:
@@ -135,7 +225,7 @@ def test_a_templates_own_words_are_not_the_callers(name: str, made: Callable[...
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ raise_exception('not like this') }}", "{{ messages[0].content.no.such }}", "{% for %}"]
+    "template", ["{{ raise_exception('not like this') }}", "{{ messages[0].content.no.such }}"]
 )
 def test_what_the_template_makes_nothing_of_is_the_callers_fault(
     template: str, made: Callable[..., ChatTemplate]
@@ -184,6 +274,16 @@ def test_what_a_template_puts_behind_both_texts_is_known(
     assert plain.tail == tail
 
 
+def test_what_a_template_has_against_a_pair_names_what_the_request_gave_it(
+    made: Callable[..., ChatTemplate],
+) -> None:
+    refusing = made("{{ raise_exception('no') }}").for_pairs()
+    for kwargs, param in (({"tone": "kind"}, "chat_template_kwargs"), (None, None)):
+        with pytest.raises(InvalidInput, match="no") as refused:
+            refusing.frames([("q", "d")], kwargs)
+        assert refused.value.param == param
+
+
 def test_an_instruction_can_be_a_system_message(made: Callable[..., ChatTemplate]) -> None:
     listing = "{% for message in messages %}{{ message.role }}={{ message.content }};{% endfor %}{{ end }}"
 
@@ -211,4 +311,34 @@ def test_an_instruction_can_be_a_system_message(made: Callable[..., ChatTemplate
 def test_whether_a_template_has_a_place_for_a_pair_is_tried(
     template: str, carries: bool, made: Callable[..., ChatTemplate]
 ) -> None:
-    assert made(template).for_pairs().carries_pairs is carries
+    pairs = made(template).for_pairs()
+    assert pairs.carries_pairs is carries
+    assert pairs.drops_pairs is (not carries and "raise_exception" not in template)
+
+
+@pytest.mark.parametrize(("shape", "seen"), [("string", "cc"), ("openai", "pp")])
+def test_the_shape_that_is_said_is_also_a_pairs(
+    shape: Any, seen: str, checkpoint: Callable[[str], Path]
+) -> None:
+    template = "{% for m in messages %}{{ 'c' if m.content is string else 'p' }}{% endfor %}"
+    fast = AutoTokenizer.from_pretrained(checkpoint("qwen2"))
+    (framed,) = ChatTemplate.of(fast, template, content_format=shape).for_pairs().frames([("q", "d")], None)
+    assert framed.parts == (seen,)
+
+
+@pytest.mark.parametrize("shown", ["part.text", "part['text'].strip()"])
+def test_a_pair_is_given_in_parts_to_a_template_that_walks_them(
+    shown: str, made: Callable[..., ChatTemplate]
+) -> None:
+    walking = (
+        "{% for message in messages %}{% for part in message.content %}{{ "
+        + shown
+        + " }};{% endfor %}{% endfor %}"
+    )
+    (framed,) = made(walking).for_pairs().frames([("q", "d")], None)
+    assert framed.parts == ("q;d;",)
+    (framed,) = made("").pairs_by(walking).frames([("q", "d")], None)
+    assert framed.parts == ("q;d;",)
+    with pytest.raises(InvalidInput, match="no place for a query and a document") as refused:
+        made("").pairs_by("{{ messages[0].content }}")
+    assert refused.value.param == "chat_template"

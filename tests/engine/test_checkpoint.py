@@ -125,6 +125,12 @@ def test_lower_case_and_prompts_are_read(tmp_path: Path) -> None:
     assert dict(read(tmp_path).prompts) == {"query": "find: "}
 
 
+def test_a_prompt_that_is_no_text_is_none(tmp_path: Path) -> None:
+    prompts: Any = {"query": "find: ", "document": None, "x": 5}
+    tiny.sentence_transformers_files(folder(tmp_path), prompts=prompts)
+    assert dict(read(tmp_path).prompts) == {"query": "find: "}
+
+
 @pytest.mark.parametrize(
     "name", ["bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"]
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 from carpool import LLM
 from carpool.engine.build import build
 from carpool.engine.config import EngineConfig
-from carpool.engine.errors import ConfigError
+from carpool.engine.errors import ConfigError, InvalidParameter
 from carpool.engine.late_interaction import Expansion, LateInteraction, Role, Writing
 from carpool.engine.models.probe import keeps_unseen
 from carpool.engine.scoring import max_sim, mean_max_sim, plan
@@ -194,6 +194,26 @@ def test_pooling_takes_texts_as_they_are(tmp_path: Path) -> None:
     (answer,) = llm.encode("rain in spain", use_tqdm=False)
     llm.close()
     assert len(answer.outputs.data) == len(answer.prompt_token_ids) == 5
+
+
+def test_texts_whose_role_is_told_are_written_in_it_and_make_the_score(tmp_path: Path) -> None:
+    heads.colbert_v2(tmp_path)
+    llm = LLM(str(tmp_path), dtype="float32", cpu_workers=1)
+    asked, told = (
+        llm.encode("rain, in spain!", use_tqdm=False, tokenization_kwargs={"input_type": role})[0]
+        for role in ("query", "document")
+    )
+    (answer,) = llm.score("rain, in spain!", "rain, in spain!", use_tqdm=False)
+    with pytest.raises(InvalidParameter, match="'query' or 'document', not 'passage'"):
+        llm.encode("a", use_tqdm=False, tokenization_kwargs={"input_type": "passage"})
+    with pytest.raises(InvalidParameter, match="texts, not with token ids"):
+        llm.encode([[5]], use_tqdm=False, tokenization_kwargs={"input_type": "query"})
+    llm.close()
+    assert asked.prompt_token_ids + told.prompt_token_ids == answer.prompt_token_ids
+    query, document = asked.outputs.data, told.outputs.data
+    assert len(query) == 32
+    assert len(document) == len(told.prompt_token_ids) - 2  # the comma, the exclamation mark
+    assert float((query @ document.T).max(1).values.sum()) == pytest.approx(answer.outputs.score, abs=1e-5)
 
 
 def test_a_model_that_looks_at_everything_is_not_expanded_and_says_so(

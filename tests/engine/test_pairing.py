@@ -14,7 +14,7 @@ import tiny
 import tiny_heads
 from carpool.engine.build import build
 from carpool.engine.config import EngineConfig
-from carpool.engine.errors import ConfigError
+from carpool.engine.errors import ConfigError, InvalidInput
 from carpool.engine.llm import LLM
 from carpool.engine.model_info import ModelInfo
 from zoo import rerankers as zoo
@@ -72,6 +72,29 @@ def test_an_instruction_is_their_prompt(tmp_path: Path) -> None:
     assert not close(ours, theirs(tmp_path))  # whose files have another by default
 
 
+def test_a_request_may_name_another_of_their_prompts_or_bring_its_own(tmp_path: Path) -> None:
+    zoo.qwen3_with_files(tmp_path)
+    side = tmp_path / "config_sentence_transformers.json"
+    tiny.edit_json(side, prompts={"web_search": "Find pages", "cats": "Find the cat"})
+    found = {
+        words: scores(tmp_path, ["the cat sat"], chat_template_kwargs=dict([words] if words else []))
+        for words in (None, ("prompt_name", "cats"), ("prompt_name", None), ("prompt", "See"), ("prompt", ""))
+    }
+    assert close(found[None], theirs(tmp_path, ["the cat sat"]))
+    assert found["prompt_name", None] == found[None]
+    assert close(found["prompt_name", "cats"], theirs(tmp_path, ["the cat sat"], prompt_name="cats"))
+    assert close(found["prompt", "See"], theirs(tmp_path, ["the cat sat"], prompt="See"))
+    assert len({tuple(each) for each in found.values()}) == 4  # "" is none at all
+    for wrong, why in (
+        ({"prompt_name": "dogs"}, "Unsupported prompt_name 'dogs'. Supported values: cats, web_search"),
+        ({"prompt_name": ["cats"]}, "Unsupported prompt_name"),
+        ({"prompt": 1}, "prompt must be a text"),
+    ):
+        with pytest.raises(InvalidInput, match=why) as refused:
+            scores(tmp_path, ["a"], chat_template_kwargs=wrong)
+        assert refused.value.param == "chat_template_kwargs"
+
+
 def test_what_is_cut_keeps_the_end_of_their_template(tmp_path: Path) -> None:
     zoo.qwen3_with_files(tmp_path)
     assert close(scores(tmp_path, truncate_prompt_tokens=150), theirs(tmp_path, max_length=150))
@@ -121,6 +144,35 @@ def test_a_template_without_a_place_for_pairs_is_refused_unless_the_family_is_kn
     assert served(tmp_path, chat_template=tiny_heads.SCORE_TEMPLATE).score_template
     zoo.named(tmp_path, "Qwen/Qwen3-Reranker-0.6B")
     assert served(tmp_path).score_template
+
+
+@pytest.mark.parametrize("family", ["xlmr_cross", "qwen2_cross"])
+def test_a_template_of_the_users_that_loses_pairs_is_not_asked_with(
+    family: str, checkpoint: Callable[[str], Path]
+) -> None:
+    """It is there for conversations; every pair would score the same."""
+    folder = checkpoint(family)
+    users = "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}!"
+    model = served(folder, chat_template=users)
+    (notice,) = [notice for notice in model.notices if "no place for a query and a document" in notice]
+    assert "--chat-template" in notice
+    assert not model.score_template
+    assert not [each for each in served(folder, chat_template=zoo.JUDGING).notices if "no place" in each]
+    if family == "xlmr_cross":
+        assert scores(folder, chat_template=users) == scores(folder)
+
+
+@pytest.mark.parametrize("make", [zoo.qwen3_with_files, zoo.zerank_with_files])
+def test_in_its_place_stands_the_files_own(make: Callable[[Path], Any], tmp_path: Path) -> None:
+    make(tmp_path)
+    users = "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}!"
+    assert scores(tmp_path, DOCUMENTS[:2], chat_template=users) == scores(tmp_path, DOCUMENTS[:2])
+
+
+def test_an_embedding_model_may_have_any_template(checkpoint: Callable[[str], Path]) -> None:
+    assert not [
+        n for n in served(checkpoint("bert"), chat_template="{{ 'hello' }}").notices if "no place" in n
+    ]
 
 
 def test_a_word_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:

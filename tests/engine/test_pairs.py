@@ -114,6 +114,26 @@ def test_the_longer_side_is_cut_first_as_transformers_does(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=25, deadline=None)
+@given(query=words, document=words, limit=st.integers(5, LONGEST))
+def test_where_documents_have_a_limit_only_they_are_cut_as_transformers_does(
+    family: str, query: str, document: str, limit: int, both: Callable[[str], tuple[Tokenizer, Any]]
+) -> None:
+    ours, theirs = both(family)
+    asked: dict[str, Any] = {"truncate_prompt_tokens": limit, "max_tokens_per_doc": 50}
+    whole = expected(theirs, query, document)
+    alone = len(theirs(query, add_special_tokens=False)["input_ids"])
+    around = theirs.num_special_tokens_to_add(pair=bool(document))
+    if alone + around < limit or len(whole[0]) <= limit:
+        reference = expected(theirs, query, document, truncation="only_second", max_length=limit)
+        if reference[0]:
+            assert prepared(ours, [(query, document)], **asked) == [reference]
+    elif around <= limit:  # nothing would be left of the document
+        with pytest.raises(InvalidParameter, match=f"the query alone has {alone}"):
+            prepared(ours, [(query, document)], **asked)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=25, deadline=None)
 @given(query=anything, document=anything)
 def test_any_two_texts_make_the_pair_that_transformers_makes(
     family: str, query: str, document: str, both: Callable[[str], tuple[Tokenizer, Any]]

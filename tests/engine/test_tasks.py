@@ -165,16 +165,21 @@ def test_pairs_are_truncated_as_transformers_does(
     assert result.prompt_tokens == sum(len(ids) for ids, _ in pairs)
 
 
-def test_a_causal_cross_encoder_that_nobody_knows_how_to_ask_is_not_asked(
+def test_a_causal_cross_encoder_that_nobody_knows_how_to_ask_reads_both_texts_as_its_tokenizer_has_them(
     serve: Callable[..., Engine], oracle: Callable[..., HeadOracle]
 ) -> None:
-    """Its scores would look like some; as a classifier of whole texts it is as good as any."""
     engine, theirs = serve("qwen2_cross"), oracle("qwen2_cross")
-    for documents in (DOCUMENTS, DOCUMENTS[:1]):
-        with pytest.raises(UnsupportedTask, match=r"in what words .* --chat-template.*use_sep_token"):
-            engine.score([QUERY], documents)
-    (row,) = engine.rows([QUERY], "classify", PLAIN)
-    assert close(row, theirs.logits(theirs.tokenizer(QUERY)["input_ids"]))
+    ids = [theirs.tokenizer(text)["input_ids"] for text in (QUERY, *DOCUMENTS)]
+    expected = [theirs.logits(ids[0] + own) for own in ids[1:]]
+    assert close(scores(engine.score([QUERY], DOCUMENTS, PLAIN).scores), torch.cat(expected))
+
+
+def test_a_language_model_whose_words_are_scored_reads_a_pair_as_one_text(
+    serve: Callable[..., Engine],
+) -> None:
+    yes = {"classifier_from_token": ["yes"], "method": "no_post_processing"}
+    assert serve("qwen3_lm", hf_overrides=yes).model.pairs == "concatenated"
+    assert serve("qwen3_lm", hf_overrides={**yes, "use_sep_token": True}).model.pairs == "separated"
 
 
 _ONE_TEXT = {"use_sep_token": False}
@@ -790,6 +795,31 @@ def test_slices_have_a_bound_that_can_be_set(serve: Callable[..., Engine]) -> No
         assert engine.pool([LONG], truncate_prompt_tokens=truncate).prompt_tokens == length
     with pytest.raises(InvalidParameter, match="101 > 100"):
         engine.pool([LONG], truncate_prompt_tokens=101)
+
+
+def test_a_text_longer_than_a_batch_is_embedded_in_slices(
+    serve: Callable[..., Engine], checkpoint: Callable[[str], Path]
+) -> None:
+    pooler = PoolerConfig(enable_chunked_processing=True, use_activation=False)
+    engine = serve("bert", max_model_len=50, max_num_batched_tokens=64, pooler_config=pooler)
+    theirs = Oracle(checkpoint("bert"), ["mean"], normalize=False)
+    ids = theirs.ids(LONG)
+    assert len(ids) > 64
+    slices = [ids[i : i + 50] for i in range(0, len(ids), 50)]
+    expected = torch.stack([len(part) * theirs.embed(part) for part in slices]).sum(0) / len(ids)
+    assert close(torch.from_numpy(engine.pool([LONG]).rows[0]), expected)
+
+
+def test_texts_to_embed_have_a_bound_of_their_own_without_slices(serve: Callable[..., Engine]) -> None:
+    engine = serve("bert", max_model_len=50, pooler_config=PoolerConfig(max_embed_len=8))
+    assert engine.model.max_embed_len == 8
+    with pytest.raises(InputTooLong, match="maximum context length is 8 tokens"):
+        engine.pool([LONG])
+    assert engine.pool([LONG], truncate_prompt_tokens=-1).prompt_tokens == 8
+    assert engine.pool(["a"], padding="max_length").prompt_tokens == 8
+    assert engine.pool([list(range(5, 35))], "token_embed").prompt_tokens == 30
+    engine = serve("bert", max_model_len=50, pooler_config=PoolerConfig(max_embed_len=60))
+    assert engine.model.max_embed_len == 50
 
 
 def test_other_tasks_take_no_text_in_slices(serve: Callable[..., Engine]) -> None:
