@@ -84,11 +84,18 @@ class Call:
     async def prompts(self, asked: TextRequest) -> Prompts:
         """The request's texts or token ids; chats are rendered."""
         if asked.is_chat:
-            return await self.render(asked.conversations(), asked.rendering())
+            return await self.render(asked.conversations(), asked.rendering(), asked.field)
         return asked.prompts(self._app[CONFIG].engine.token_id_input)
 
-    async def render(self, conversations: Sequence[Conversation], options: Mapping[str, Any]) -> list[str]:
-        return await rendered(self._app, conversations, options)
+    async def render(
+        self, conversations: Sequence[Conversation], options: Mapping[str, Any], field: str
+    ) -> list[str]:
+        """`field` is where they stood in the body."""
+        try:
+            return await rendered(self._app, conversations, options)
+        except InvalidInput as error:
+            rename(error, {"messages": field})
+            raise
 
     async def tokenize(self, texts: list[str], tokenization: TokenizationParams) -> list[list[int]]:
         """What `pool` would run on, uncut."""
@@ -113,7 +120,7 @@ class Call:
         try:
             result = await self._engine.pool(prompts, params, tokenization, task=task, **self._terms)
         except InvalidInput as error:
-            _rename(error, {"input": field})
+            rename(error, {"input": field})
             raise
         self._note(result)
         return result
@@ -133,7 +140,7 @@ class Call:
                 queries, documents, params, tokenization, template_kwargs=template_kwargs, **self._terms
             )
         except InvalidInput as error:
-            _rename(error, {"queries": fields[0], "documents": fields[1]})
+            rename(error, {"queries": fields[0], "documents": fields[1]})
             raise
         self._note(result)
         return result
@@ -176,7 +183,7 @@ class Call:
         return response
 
 
-def _rename(error: InvalidInput, fields: Mapping[str, str]) -> None:
+def rename(error: InvalidInput, fields: Mapping[str, str]) -> None:
     """The engine has its own names for what it was given; the client is to read those of its request."""
     name, bracket, rest = (error.param or "").partition("[")
     if name in fields:

@@ -104,6 +104,7 @@ FIELDS: dict[str, Schema] = {
     "messages": _either(CHAT, _list(CHAT), says="A chat, or a list of chats, for the model's chat template."),
     "TokenizeRequest.messages": _either(CHAT, says="A chat, for the model's chat template."),
     "prompt": {"description": "The text."},
+    "tools": {"description": "Functions that the model's chat template is to tell of."},
     "add_special_tokens": {"description": "By default true for texts and false for chats."},
     "add_generation_prompt": {"description": "Whether the template opens the assistant's turn."},
     "continue_final_message": {"description": "Whether the template leaves the last message open."},
@@ -140,8 +141,16 @@ FIELDS: dict[str, Schema] = {
     "CohereEmbedRequest.inputs": _either(_list(PARTS), says="Texts as lists of parts, in place of texts."),
     "images": {"description": "For models of images, which are not served here.", "type": "null"},
     "input_type": {"description": "The name of one of the model's prompts, to put before each text."},
+    "PoolingRequest.input_type": {
+        "description": "What the texts are to a ColBERT, which writes queries and documents differently; null: as they "
+        "are. Without effect on other models.",
+        "enum": ["query", "document", None],
+    },
     "embedding_types": {"description": "By default float."},
-    "max_tokens": {"description": "Cut to so many tokens; 0: to what the model takes."},
+    "max_tokens": {
+        "description": "Cut to so many tokens, or refuse what has more if truncate is NONE; null or -1: to what the "
+        "model takes."
+    },
     # pairs
     "queries": SIDE,
     "items": SIDE,

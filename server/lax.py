@@ -23,7 +23,7 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, description="an integer of at least 
 S = TypeVar("S", bound=msgspec.Struct)
 
 MOST_DIGITS = 4300  # that Python turns into an int
-INTEGER = re.compile(r"\s*[+-]?\d+(?:_\d+)*(?:\.0+)?\s*")
+INTEGER = re.compile(r"\s*[+-]?[0-9]+(?:_[0-9]+)*(?:\.0+)?\s*")
 BOOLEANS = {
     **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
     **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False),

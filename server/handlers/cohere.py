@@ -12,6 +12,7 @@ from carpool.server.body import read_request
 from carpool.server.call import Call
 from carpool.server.encoding import bare_array, base64_list, list_array, sign_items
 from carpool.server.errors import InvalidRequest
+from carpool.server.keys import CONFIG
 from carpool.server.protocol import (
     ApiVersion,
     CohereEmbedRequest,
@@ -21,7 +22,7 @@ from carpool.server.protocol import (
     EmbedUnits,
     decode_cohere_embed_request,
 )
-from carpool.server.protocol.cohere import instructed
+from carpool.server.protocol.cohere import conversation
 from carpool.server.slices import Array
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ async def embed(request: web.Request) -> web.StreamResponse:
     call = Call(request, asked)
     call.require("embed" in call.model.tasks, "Embeddings")
     call.model.matryoshka.check(asked.output_dimension, call.name, "output_dimension")
-    _check_width(asked.output_dimension or call.model.embedding_size, asked.types)
+    own = request.app[CONFIG].engine.pooler_config.dimensions or call.model.embedding_size
+    _check_width(asked.output_dimension or own, asked.types)
     result = await _run(call, asked)
     body = CohereEmbedResponse(
         id=f"embd-{call.id}",
@@ -62,24 +64,24 @@ async def embed(request: web.Request) -> web.StreamResponse:
 
 
 async def _run(call: Call, asked: CohereEmbedRequest) -> PoolingResult:
-    """The instruction is a system message where the model has a chat template, and else stands before the text.
+    """Where the model has a chat template, `inputs` are messages, and an instruction is the system's before them.
 
-    So it does where the model leaves prompts out of its pooling, for in a rendered chat nobody knows where it ends.
-    Where the checkpoint has an adapter for the `input_type`, its instruction is part of that.
+    Else an instruction stands before the text. So it does where the model leaves prompts out of its pooling, for in a
+    rendered chat nobody knows where it ends. Where the checkpoint has an adapter for the `input_type`, its instruction
+    is part of that.
     """
-    texts = asked.plain_texts()
+    items = asked.items()
+    field = "inputs" if asked.texts is None else "texts"
     task = asked.task(call.model.task_adapters)
     instruction = call.take_task(task, "input_type") if task else asked.instruction(call.model.prompts)
-    as_chat = (
-        bool(instruction) and call.model.chat_template and not task and not call.model.leaves_out_prompts
-    )
+    can_chat = call.model.chat_template and not task and not call.model.leaves_out_prompts
+    as_chat = can_chat and bool(instruction or asked.inputs)
+    tokenization = asked.tokenization(call.model.longest_embedded, add_special_tokens=not as_chat)
     if as_chat:
-        texts = await call.render([instructed(instruction, text) for text in texts], {})
+        texts = await call.render([conversation(instruction, item) for item in items], {}, field)
     else:
-        texts = [instruction + text for text in texts]
-    tokenization = asked.tokenization(call.model.max_model_len, add_special_tokens=not as_chat)
-    field = "inputs" if asked.texts is None else "texts"
-    if asked.truncate == "NONE" and asked.max_tokens:
+        texts = [instruction + (item if isinstance(item, str) else "\n".join(item)) for item in items]
+    if asked.truncate == "NONE" and asked.max_tokens not in (None, -1):
         _check_lengths(await call.tokenize(texts, tokenization), asked.max_tokens)
     return await call.pool(
         "embed", texts, asked.pooling(), tokenization, field, "" if as_chat else instruction

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from carpool.engine.model_info import ModelInfo
 
 
+ADAPTER = "X-Amzn-SageMaker-Adapter-Identifier"  # wins over the body's `model`
+
+
 class Endpoint(NamedTuple):
     decode: RequestDecoder[Any]
     answer: Callable[[web.Request, Any], Awaitable[web.StreamResponse]]
@@ -43,7 +46,10 @@ async def invoke(request: web.Request) -> web.StreamResponse:
     body = await read_json_body(request)
     document = await decoded(body, parse)
     endpoint = _endpoint(document, request.app[ENGINE].model)
-    return await endpoint.answer(request, await decoded(body, endpoint.decode))
+    asked = await decoded(body, endpoint.decode)
+    if adapter := request.headers.get(ADAPTER):
+        asked.model = adapter
+    return await endpoint.answer(request, asked)
 
 
 def _endpoint(document: Any, model: ModelInfo) -> Endpoint:
@@ -51,7 +57,9 @@ def _endpoint(document: Any, model: ModelInfo) -> Endpoint:
     fields = _given(document)
     if fields & {"input", "messages"}:
         task = document.get("task")
-        pools = task is not None and not (isinstance(task, str) and task in model.task_adapters)
+        pools = task not in (None, model.default_task) and not (
+            isinstance(task, str) and task in model.task_adapters
+        )
         if pools or model.default_task not in ("embed", "classify"):
             return POOLING
         return EMBEDDING if model.default_task == "embed" else CLASSIFICATION

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from carpool.engine.errors import UnsupportedTask
+from carpool.engine.params import check_dimensions
 from carpool.server.body import read_request
 from carpool.server.call import Call, prefixed
 from carpool.server.encoding import POOLING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from carpool.engine.params import Task
 
 OF_TOKENS: tuple[Task, ...] = ("token_embed", "token_classify")
+NO_PLUGINS = "No IOProcessor plugin installed: carpool has no plugins, send texts or token ids as input."
 
 
 async def create_pooling(request: web.Request) -> web.StreamResponse:
@@ -29,16 +31,11 @@ async def create_pooling(request: web.Request) -> web.StreamResponse:
 async def pool(request: web.Request, asked: PoolingRequest) -> web.StreamResponse:
     call = Call(request, asked)
     if asked.data is not None and asked.input is None and asked.messages is None:
-        raise InvalidRequest("This server has no plugins to give data to; send texts as input.", "data")
+        raise InvalidRequest(NO_PLUGINS, "data")
     tasked = asked.task in call.model.task_adapters
     prompt = call.take_task(asked.task, "task") if tasked else ""
     tasks = (call.model.default_task,) if tasked else tasks_of(asked.task, call.model)
-    if {"embed", "token_embed"}.intersection(tasks):
-        call.model.matryoshka.check(asked.dimensions, call.name)
-    elif asked.dimensions is not None:
-        raise InvalidRequest(
-            "dimensions is for dense embeddings, which this task does not give.", "dimensions"
-        )
+    check_dimensions(asked.dimensions, tasks, call.model.matryoshka, call.name)
     several = tasks if len(tasks) > 1 else ()
     if several and asked.encoding_format in ("bytes", "bytes_only"):
         raise InvalidRequest("Results of several tasks come as float or base64.", "encoding_format")
@@ -61,6 +58,8 @@ def tasks_of(name: str | None, model: ModelInfo) -> tuple[Task, ...]:
     """The tasks a request names, joined by `&`, each once; null leaves it to the model."""
     if name is None:
         return (model.default_task,)
+    if name == "plugin":
+        raise UnsupportedTask(NO_PLUGINS, "task")
     tasks = [_task_of(part, model) for part in name.split("&")]
     if None not in tasks:
         return tuple(dict.fromkeys(task for task in tasks if task is not None))

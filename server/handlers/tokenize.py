@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from carpool.engine.errors import InvalidInput
 from carpool.engine.params import TokenizationParams
 from carpool.server.answer import HOLE, json_around
 from carpool.server.body import read_request
-from carpool.server.call import rendered, served_name
+from carpool.server.call import rename, rendered, served_name
 from carpool.server.encoding import list_array
 from carpool.server.keys import ENGINE
 from carpool.server.protocol import (
@@ -25,7 +26,12 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
     served_name(request.app, asked.model)
     engine = request.app[ENGINE]
     params = TokenizationParams(add_special_tokens=asked.specials)
-    [token_ids] = await engine.tokenize([await _text(request.app, asked)], params)
+    text = await _text(request.app, asked)
+    try:
+        [token_ids] = await engine.tokenize([text], params)
+    except InvalidInput as error:
+        rename(error, {"input": "prompt" if asked.messages is None else "messages"})
+        raise
     arrays = [list_array(token_ids)]
     if asked.return_token_strs:
         arrays.append(list_array(await in_good_time(engine.tokens, ITEM * len(token_ids), token_ids)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from carpool.engine.params import TEXT_PARTS
 from carpool.server.errors import InvalidRequest
 from carpool.server.lax import Message, shown
 
@@ -57,13 +58,14 @@ def _check_message(message: Any, path: str) -> None:
 
 
 def text_of_part(part: Any, path: str) -> str:
-    """The text of `{"type": "text", "text": …}`; parts of other types are images and the like."""
+    """The text of `{"type": "text", "text": …}` and its kin; parts of other types are images and the like."""
     if not isinstance(part, dict):
         raise InvalidRequest(f"{path} must be a text part, got {shown(part)}.", path)
-    kind, text = part.get("type", "text"), part.get("text")
-    if isinstance(kind, str) and kind not in ("text", "input_text"):
+    kind = part.get("type", "text")
+    if isinstance(kind, str) and kind not in TEXT_PARTS:
         raise InvalidRequest(TEXT_ONLY, path)
-    if not isinstance(kind, str) or not isinstance(text, str):
+    text = part.get(TEXT_PARTS[kind]) if isinstance(kind, str) else None
+    if not isinstance(text, str):
         raise InvalidRequest(f"{path} must be a text part, with its text a string.", path)
     return text
 

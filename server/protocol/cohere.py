@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Container, Mapping, Sequence
+from typing import Any, Literal
 
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Struct, UnsetType
 
 from carpool.engine.params import PoolingParams, TokenizationParams
 from carpool.server.decoding import RequestDecoder
 from carpool.server.errors import InvalidRequest
 from carpool.server.lax import read_text
 from carpool.server.protocol.chat import TEXT_ONLY, Conversation, text_of_part
-from carpool.server.protocol.model_request import CacheSalt, Priority
+from carpool.server.protocol.model_request import CacheSalt, Priority, Truncation
 
 EmbeddingType = Literal["float", "binary", "ubinary", "base64"]
-MaxTokens = Annotated[int, Meta(ge=0, description="an integer of at least 0")]
+Item = str | list[str]  # to embed: a text, or the texts of its parts
 
 # Cohere's names for what checkpoints with an adapter a task call by Jina's.
 TASKS = {
@@ -36,7 +36,7 @@ class CohereEmbedRequest(Struct, kw_only=True, gc=False):
     embedding_types: list[EmbeddingType] | None = None
     output_dimension: int | None = None
     truncate: Literal["NONE", "START", "END"] | None = None
-    max_tokens: MaxTokens | None = None
+    max_tokens: Truncation | None = None
     priority: Priority | None = None
     request_id: str | None = None
     cache_salt: CacheSalt | None = None
@@ -45,14 +45,14 @@ class CohereEmbedRequest(Struct, kw_only=True, gc=False):
     def types(self) -> list[EmbeddingType]:
         return self.embedding_types or ["float"]
 
-    def plain_texts(self) -> list[str]:
-        """The texts to embed, before any prompt."""
+    def items(self) -> Sequence[Item]:
+        """What to embed, before any prompt."""
         given = [field for field in ("texts", "images", "inputs") if getattr(self, field) is not None]
         if len(given) != 1 or not getattr(self, given[0]):
             raise InvalidRequest(f"{ONE_OF}.", given[-1] if given else "texts")
         if self.images is not None:
             raise InvalidRequest(TEXT_ONLY, "images")
-        return self.texts or [_text_of(item, f"inputs[{i}]") for i, item in enumerate(self.inputs or ())]
+        return self.texts or [_parts_of(item, f"inputs[{i}]") for i, item in enumerate(self.inputs or ())]
 
     def task(self, tasks: Container[str]) -> str | None:
         """Which of the checkpoint's own tasks `input_type` means, by its own name or by Cohere's; None if none."""
@@ -74,8 +74,12 @@ class CohereEmbedRequest(Struct, kw_only=True, gc=False):
     def pooling(self) -> PoolingParams:
         return PoolingParams(dimensions=self.output_dimension)
 
-    def tokenization(self, max_model_len: int, add_special_tokens: bool) -> TokenizationParams:
-        limit = min(self.max_tokens, max_model_len) if self.max_tokens else -1
+    def tokenization(self, longest: int | None, add_special_tokens: bool) -> TokenizationParams:
+        """`longest`: how many tokens the model embeds at most; None is any number."""
+        limit = -1 if self.max_tokens is None else self.max_tokens
+        if self.truncate != "NONE" and (limit == 0 or (longest is not None and limit > longest)):
+            most = "" if longest is None else f" and at most {longest}, what the model takes"
+            raise InvalidRequest(f"max_tokens must be at least 1{most}, or -1; got {limit}.", "max_tokens")
         return TokenizationParams(
             truncate_prompt_tokens=None if self.truncate == "NONE" else limit,
             truncation_side="left" if self.truncate == "START" else None,
@@ -83,17 +87,18 @@ class CohereEmbedRequest(Struct, kw_only=True, gc=False):
         )
 
 
-def _text_of(item: Mapping[str, Any], path: str) -> str:
+def _parts_of(item: Mapping[str, Any], path: str) -> list[str]:
     parts = item.get("content")
     if not isinstance(parts, list) or not parts:
         raise InvalidRequest(f"{path}.content must be a list of parts.", f"{path}.content")
-    texts = [text_of_part(part, f"{path}.content[{index}]") for index, part in enumerate(parts)]
-    return read_text("\n".join(texts), path)
+    places = [f"{path}.content[{index}]" for index in range(len(parts))]
+    return [read_text(text_of_part(part, at), at) for part, at in zip(parts, places, strict=True)]
 
 
-def instructed(instruction: str, text: str) -> Conversation:
-    """A text and what is to be done with it, for models that have a chat template."""
-    return [{"role": "system", "content": instruction}, {"role": "user", "content": text}]
+def conversation(instruction: str, item: Item) -> Conversation:
+    """What to embed and, if anything, what is to be done with it, for models that have a chat template."""
+    said = {"role": "user", "content": item}
+    return [{"role": "system", "content": instruction}, said] if instruction else [said]
 
 
 class ApiVersion(Struct, frozen=True, gc=False):

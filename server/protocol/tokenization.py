@@ -26,6 +26,7 @@ class TokenizeRequest(Struct, kw_only=True, gc=False):
     chat_template: str | None = None  # refused: a template is code
     chat_template_kwargs: dict[str, Any] | None = None
     media_io_kwargs: Any = None
+    tools: list[dict[str, Any]] | None = None  # that the template is to tell of
 
     def text(self) -> str:
         if self.prompt is None:
@@ -37,11 +38,26 @@ class TokenizeRequest(Struct, kw_only=True, gc=False):
         return conversation
 
     def rendering(self) -> Mapping[str, Any]:
-        return rendering(self, add_generation_prompt=True)
+        tools = [_read_tool(tool, f"tools[{index}]") for index, tool in enumerate(self.tools or ())]
+        return {**rendering(self, add_generation_prompt=True), "tools": tools or None}
 
     @property
     def specials(self) -> bool:
         return self.messages is None if self.add_special_tokens is None else self.add_special_tokens
+
+
+def _read_tool(tool: dict[str, Any], path: str) -> dict[str, Any]:
+    """A function as templates get it from the reference: whole, with null for what was not said."""
+    function = tool.get("function")
+    if tool.get("type", "function") != "function" or not isinstance(function, dict):
+        raise InvalidRequest(f"{path} must be a function, with its facts in `function`.", path)
+    if not isinstance(function.get("name"), str):
+        raise InvalidRequest(f"{path}.function.name must be a string.", f"{path}.function.name")
+    return {
+        **tool,
+        "type": "function",
+        "function": {"name": None, "description": None, "parameters": None, **function},
+    }
 
 
 class DetokenizeRequest(Struct, kw_only=True, gc=False):

@@ -44,7 +44,7 @@ def test_what_passes_for_an_integer(value: Any, number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [32.5, "32.5", "x", "", "1e2", [32], {}, float("nan"), float("inf"), "９" * 5000]
+    "value", [32.5, "32.5", "x", "", "1e2", [32], {}, float("nan"), float("inf"), "９" * 5000, "٣", "１２"]
 )
 def test_what_does_not(value: Any) -> None:
     error = refusal(dimensions=value)

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from carpool.engine.config import EngineConfig, PoolerConfig
 from carpool.engine.params import Matryoshka
+from carpool.server.config import ServerConfig
 from fakes import FAKE_MODEL, WIDTH, FakeEngine
 from serving import Served, assert_error, serving
 
@@ -61,6 +63,15 @@ async def test_bits_fill_whole_bytes_only() -> None:
         assert_error(answer, 400, "BadRequestError", "output_dimension")
 
 
+async def test_bits_are_of_the_width_that_the_server_cuts_to() -> None:
+    config = ServerConfig(engine=EngineConfig(pooler_config=PoolerConfig(dimensions=7)))
+    engine = FakeEngine(replace(FAKE_MODEL, matryoshka=Matryoshka(WIDTH, flexible=True)))
+    async with serving(config, engine) as server:
+        answer = await server.post(PATH, {"texts": ["a"], "embedding_types": ["ubinary"]})
+        assert "but got 7" in assert_error(answer, 400, "BadRequestError", "embedding_types")
+        assert await embed(server, output_dimension=WIDTH, embedding_types=["ubinary"])
+
+
 async def test_input_types_are_the_models_own_prompts(served: Served) -> None:
     async with serving(engine=FakeEngine(PROMPTED)) as server:
         await embed(server, input_type="query")
@@ -90,7 +101,9 @@ async def test_with_a_chat_template_the_prompt_is_a_system_message() -> None:
         ({"truncate": "NONE"}, (None, None)),
         ({"max_tokens": 5}, (5, None)),
         ({"max_tokens": 5, "truncate": "START"}, (5, "left")),
-        ({"max_tokens": 100_000}, (FAKE_MODEL.max_model_len, None)),
+        ({"max_tokens": -1}, (-1, None)),
+        ({"max_tokens": -1, "truncate": "NONE"}, (None, None)),
+        ({"max_tokens": FAKE_MODEL.max_model_len}, (FAKE_MODEL.max_model_len, None)),
     ],
 )
 async def test_truncation(served: Served, fields: dict[str, Any], expected: Any) -> None:
@@ -105,7 +118,19 @@ async def test_none_and_a_maximum_refuse_what_is_longer(served: Served) -> None:
     assert "Input of 4 tokens exceeds max_tokens=3" in assert_error(
         answer, 400, "BadRequestError", "max_tokens"
     )
-    assert len(served.engine.calls) == 1  # the second was not run for nothing
+    answer = await served.post(PATH, {"texts": ["ab"], "truncate": "NONE", "max_tokens": 0})
+    assert_error(answer, 400, "BadRequestError", "max_tokens")
+    assert len(served.engine.calls) == 1  # the others were not run for nothing
+
+
+async def test_a_maximum_beyond_the_models_own_is_refused_where_texts_would_be_cut() -> None:
+    async with serving(engine=FakeEngine(replace(FAKE_MODEL, max_embed_len=99))) as server:
+        answer = await server.post(PATH, {"texts": ["ab"], "max_tokens": 100})
+        message = assert_error(answer, 400, "BadRequestError", "max_tokens")
+        assert message.startswith("max_tokens must be at least 1 and at most 99")
+        await embed(server, truncate="NONE", max_tokens=100)
+    async with serving(engine=FakeEngine(replace(FAKE_MODEL, max_embed_len=None))) as server:
+        await embed(server, max_tokens=100_000)
 
 
 async def test_inputs_of_text_parts_are_texts(served: Served) -> None:
@@ -114,6 +139,20 @@ async def test_inputs_of_text_parts_are_texts(served: Served) -> None:
     assert answer.status == 200
     assert "texts" not in answer.json
     assert served.engine.calls[0]["prompts"] == ["x\nx"]
+
+
+async def test_with_a_chat_template_inputs_are_messages() -> None:
+    inputs = [{"content": [{"type": "text", "text": text}]} for text in ("x", "y")]
+    async with serving(engine=FakeEngine(replace(PROMPTED, chat_template=True))) as server:
+        for input_type, system in ((None, ""), ("document", ""), ("query", "<system>Q: ")):
+            server.engine.calls.clear()
+            answer = await server.post(PATH, {"inputs": inputs, "input_type": input_type})
+            assert answer.status == 200
+            [call] = server.engine.calls
+            assert call["prompts"] == [f"{system}<user>['x']", f"{system}<user>['y']"]
+            assert call["tokenization"].add_special_tokens is False  # type: ignore[attr-defined]
+        await embed(server)
+        assert server.engine.calls[-1]["prompts"] == ["ab"]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +173,12 @@ async def test_inputs_of_text_parts_are_texts(served: Served) -> None:
         ({"inputs": [5]}, "inputs[0]"),
         ({"texts": ["a"], "embedding_types": ["int8"]}, "embedding_types[0]"),
         ({"texts": ["a"], "truncate": "MIDDLE"}, "truncate"),
-        ({"texts": ["a"], "max_tokens": -1}, "max_tokens"),
+        ({"texts": ["a"], "max_tokens": -2}, "max_tokens"),
+        ({"texts": ["a"], "max_tokens": 0}, "max_tokens"),
+        (
+            {"inputs": [{"content": [{"type": "text", "text": "\ud800"}]}]},
+            "inputs[0].content[0]",
+        ),
         ({"texts": ["a"], "output_dimension": 4}, None),
         ({"texts": ["a" * 500], "truncate": "NONE"}, "texts"),
     ],

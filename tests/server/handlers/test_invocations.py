@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from carpool.server.config import ServerConfig
 from fakes import FAKE_MODEL, FAKES, FakeEngine
 from serving import assert_error, serving
 
@@ -19,6 +20,9 @@ MODELS = {**FAKES, "late": replace(FAKE_MODEL, default_task="token_embed")}
         ("embedder", {"input": "a"}, "embd-"),
         ("embedder", {"input": ["a"], "encoding_format": "base64"}, "embd-"),
         ("embedder", {"input": "a", "task": "token_embed"}, "pool-"),
+        ("embedder", {"input": "a", "task": "embed"}, "embd-"),
+        ("classifier", {"input": "a", "task": "classify"}, "classify-"),
+        ("classifier", {"input": "a", "task": "token_classify"}, "pool-"),
         ("late", {"input": "a"}, "pool-"),
         ("tagger", {"input": "a"}, "pool-"),
         ("classifier", {"input": "a"}, "classify-"),
@@ -33,6 +37,16 @@ async def test_the_right_endpoint_answers(model: str, body: dict[str, Any], pref
     async with serving(engine=FakeEngine(MODELS[model])) as server:
         answer = await server.post("/invocations", body)
         assert answer.json["id"].startswith(prefix), answer.json
+
+
+@pytest.mark.parametrize(
+    "body", [{"input": "a"}, {"input": "a", "model": "unheard"}, {"query": "a", "texts": ["b"]}]
+)
+async def test_the_platforms_header_names_the_adapter(body: dict[str, Any]) -> None:
+    async with serving(ServerConfig(served_model_name=("known",))) as server:
+        for name, status in (("known", 200), ("missing", 404)):
+            headers = {"X-Amzn-SageMaker-Adapter-Identifier": name}
+            assert (await server.post("/invocations", body, headers=headers)).status == status
 
 
 async def test_teis_rerank_is_known_too() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from carpool.engine.errors import InvalidInput
 from fakes import FAKE_MODEL, FakeEngine
 from serving import Served, assert_error, serving
 
@@ -29,6 +30,37 @@ async def test_a_chat_is_rendered_and_then_tokenised() -> None:
         assert (await server.post("/tokenize", asked)).json["token_strs"] == ["e", *"<a>b", "f"]
         asked = {**chat, "continue_final_message": True, "prompt": "unread"}
         assert (await server.post("/tokenize", asked)).json["token_strs"][:4] == list("<a>b")
+
+
+async def test_tools_are_told_of() -> None:
+    async with serving(engine=FakeEngine(replace(FAKE_MODEL, chat_template=True))) as server:
+        tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+        asked = {"messages": [{"role": "a", "content": "b"}], "tools": [tool], "return_token_strs": True}
+        text = "".join((await server.post("/tokenize", asked)).json["token_strs"])
+        whole = {"name": "f", "description": None, "parameters": {"type": "object"}}
+        assert text == f"<a>b>{[{'type': 'function', 'function': whole}]}"
+        for tools, param in (
+            ([{}], "tools[0]"),
+            ([{"type": "retrieval"}], "tools[0]"),
+            ([tool, {"function": {}}], "tools[1].function.name"),
+            ([5], "tools[0]"),
+            ({}, "tools"),
+        ):
+            answer = await server.post("/tokenize", {**asked, "tools": tools})
+            assert_error(answer, 400, "BadRequestError", param)
+
+
+async def test_text_that_the_engine_refuses_is_blamed_on_its_own_field(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def refuse(*_: Any) -> None:
+        raise InvalidInput("input is no text.", "input")
+
+    engine = FakeEngine(replace(FAKE_MODEL, chat_template=True))
+    monkeypatch.setattr(engine, "tokenize", refuse)
+    async with serving(engine=engine) as server:
+        for body in ({"messages": [{"role": "a", "content": "b"}]}, {"prompt": "b"}):
+            assert_error(await server.post("/tokenize", body), 400, "BadRequestError", *body)
 
 
 async def test_there_is_no_length_limit(served: Served) -> None:
