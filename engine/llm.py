@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -240,6 +240,12 @@ class LLM:
     def model_info(self) -> ModelInfo:
         """What the model is and how it is run: what `GET /info` tells of a server."""
         return self._engine.model
+
+    def generate(self, *_: object, **__: object) -> NoReturn:
+        """Raises UnsupportedTask: there is no text to be had of a pooling model."""
+        raise UnsupportedTask("carpool runs pooling models and generates no text: try LLM.encode.")
+
+    chat = generate
 
     def get_tokenizer(self) -> Any:
         """The model's tokenizer as transformers has it: a copy, which the caller may change."""

@@ -185,6 +185,12 @@ def test_a_task_that_does_not_exist_names_those_that_do(llm: LLM) -> None:
         llm.encode("a", pooling_task="poetry")
 
 
+def test_text_is_not_generated_and_that_is_said(llm: LLM) -> None:
+    for ask in (llm.generate, llm.chat):
+        with pytest.raises(ValueError, match="generates no text"):
+            ask(["a prompt"], use_tqdm=False)
+
+
 def test_results_are_the_callers_own(llm: LLM) -> None:
     (output,) = llm.encode("a")
     output.outputs.data.zero_()
@@ -211,6 +217,21 @@ def test_an_option_that_is_not_known_names_its_neighbour(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         LLM(**{"model": str(checkpoint("bert")), **options})
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ({"max_model_len": "x"}, "max_model_len must be an integer, got 'x'"),
+        ({"max_num_seqs": True}, "max_num_seqs must be an integer, got True"),
+        ({"gpu_memory_utilization": "much"}, "gpu_memory_utilization must be a number"),
+    ],
+)
+def test_an_option_that_is_no_number_and_should_be_one_is_named(
+    option: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        LLM("no/model", **option)
 
 
 @pytest.mark.parametrize("key", ["pooler_config", "override_pooler_config"])
