@@ -184,6 +184,12 @@ def from_arguments(arguments: Iterable[str]) -> Settings:
             if isinstance(following, list) and len(following) > 1 and "model" not in settings.values:
                 settings.swallowed = (word, following[-1])
         elif "model" not in settings.values:
+            if last in OPTIONS and OPTIONS[last].is_list and not _is_plainly_a_model(word):
+                # Not shown: it may be a key, and a model's name is told to the hub.
+                raise ConfigError(
+                    f"Is the second word after {flag_of(last)} one of its values, or MODEL? Write MODEL before "
+                    f"{flag_of(last)}, or {flag_of(last)} before each value."
+                )
             settings.put("model", word)
             last = ""  # `--api-key A MODEL B`: is B a key, too?
         elif last in OPTIONS and OPTIONS[last].is_list:
@@ -191,6 +197,10 @@ def from_arguments(arguments: Iterable[str]) -> Settings:
         else:
             raise ConfigError(f"Unexpected argument {word}: the model is given already.")
     return settings
+
+
+def _is_plainly_a_model(word: str) -> bool:
+    return "/" in word or Path(word).exists()
 
 
 def _following(name: str, word: str, words: deque[str]) -> Any:

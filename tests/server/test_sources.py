@@ -36,7 +36,7 @@ def arguments(line: str) -> dict[str, Any]:
         ("--served-model-name a b --port 1", {"served_model_name": ["a", "b"], "port": "1"}),
         ("--served-model-name a --served-model-name b", {"served_model_name": ["a", "b"]}),
         ("--served-model-name=a", {"served_model_name": ["a"]}),
-        ("--api-key a m --api-key b", {"api_key": ["a", "b"], "model": "m"}),
+        ("--api-key a some/m --api-key b", {"api_key": ["a", "b"], "model": "some/m"}),
         (
             "--served-model-name x -dp 4 m",
             {"served_model_name": ["x"], "data_parallel_size": "4", "model": "m"},
@@ -77,7 +77,11 @@ def test_a_command_line_is_read(line: str, values: dict[str, Any]) -> None:
         ("--port", "--port needs a value."),
         ("--port --host a", "--port needs a value."),
         ("--served-model-name", "--served-model-name needs a value."),
-        ("--api-key a m n", "Unexpected argument n: the model is given already."),
+        ("--api-key a some/m n", "Unexpected argument n: the model is given already."),
+        (
+            "--api-key a b",
+            "Is the second word after --api-key one of its values, or MODEL? Write MODEL before",
+        ),
         ("a b", "Unexpected argument b: the model is given already."),
         ("--hf-overrides [1]", "--hf-overrides must be a JSON object, got [1]."),
         (
