@@ -54,6 +54,14 @@ MESSAGE: Schema = {
     "required": ["role"],
 }
 CHAT = _list(MESSAGE)
+TOOL: Schema = {
+    "type": "object",
+    "properties": {
+        "type": {"enum": ["function"], "default": "function"},
+        "function": {"type": "object", "properties": {"name": TEXT}, "required": ["name"]},
+    },
+    "required": ["function"],
+}
 PROMPTS = (TEXT, _list(TEXT), TOKENS, _list(TOKENS))
 SIDE = _either(TEXT, PARTS, _list({"anyOf": [TEXT, PARTS]}), says="A text, or a list of texts to pair up.")
 DOCUMENT: Schema = {
@@ -104,7 +112,9 @@ FIELDS: dict[str, Schema] = {
     "messages": _either(CHAT, _list(CHAT), says="A chat, or a list of chats, for the model's chat template."),
     "TokenizeRequest.messages": _either(CHAT, says="A chat, for the model's chat template."),
     "prompt": {"description": "The text."},
-    "tools": {"description": "Functions that the model's chat template is to tell of."},
+    "tools": _either(
+        {"type": "array", "items": TOOL}, says="Functions that the model's chat template is to tell of."
+    ),
     "add_special_tokens": {"description": "By default true for texts and false for chats."},
     "add_generation_prompt": {"description": "Whether the template opens the assistant's turn."},
     "continue_final_message": {"description": "Whether the template leaves the last message open."},

@@ -31,6 +31,7 @@ class TokenizeRequest(Struct, kw_only=True, gc=False):
     def text(self) -> str:
         if self.prompt is None:
             raise InvalidRequest("prompt is required.", "prompt")
+        self.functions()  # which a prompt has no use for, but wrong ones are wrong
         return self.prompt
 
     def conversation(self) -> Conversation:
@@ -38,8 +39,11 @@ class TokenizeRequest(Struct, kw_only=True, gc=False):
         return conversation
 
     def rendering(self) -> Mapping[str, Any]:
-        tools = [_read_tool(tool, f"tools[{index}]") for index, tool in enumerate(self.tools or ())]
-        return {**rendering(self, add_generation_prompt=True), "tools": tools or None}
+        return {**rendering(self, add_generation_prompt=True), "tools": self.functions() or None}
+
+    def functions(self) -> list[dict[str, Any]]:
+        """The tools as templates get them."""
+        return [_read_tool(tool, f"tools[{index}]") for index, tool in enumerate(self.tools or ())]
 
     @property
     def specials(self) -> bool:

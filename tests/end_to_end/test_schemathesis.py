@@ -213,6 +213,7 @@ limits = partial(settings, deadline=None, suppress_health_check=list(HealthCheck
 # What a well-formed request may be refused for: no schema knows the model.
 BEYOND_SCHEMAS = re.compile(
     "maximum context length|no tokens|lengths must be either|exceeds max_tokens|several tasks come as float or base64"
+    "|max_tokens must be at least 1 and at most"
 )
 
 
