@@ -21,7 +21,7 @@ from structlog.testing import capture_logs
 from carpool.engine.errors import ConfigError
 from carpool.server import doors, lifespan, tls
 from carpool.server.config import ServerConfig
-from certificates import make_certificate, needs_openssl
+from certificates import make_certificate, needs_openssl, trusting
 from fakes import FakeEngine
 from serving import EMBEDDINGS, Served, assert_error
 
@@ -168,8 +168,7 @@ async def test_https_is_served_with_a_certificate(tmp_path: Path) -> None:
     life = asyncio.create_task(lifespan.serve(config, engine))  # type: ignore[arg-type]
     await until(lambda: engine.state == "ready")
     await asyncio.sleep(0.05)
-    trusted = ssl.create_default_context(cafile=certificate)
-    trusted.check_hostname = False
+    trusted = trusting(certificate)
     async with (
         ClientSession() as session,
         session.get(f"https://127.0.0.1:{config.port}/health", ssl=trusted) as response,
@@ -187,8 +186,7 @@ async def test_a_client_needs_a_certificate_if_it_is_said_so(tmp_path: Path) -> 
     life = asyncio.create_task(lifespan.serve(config, engine))  # type: ignore[arg-type]
     await until(lambda: engine.state == "ready")
     await asyncio.sleep(0.05)
-    trusted = ssl.create_default_context(cafile=certificate)
-    trusted.check_hostname = False
+    trusted = trusting(certificate)
     async with ClientSession() as session:
         with pytest.raises(ClientError):
             await session.get(f"https://127.0.0.1:{config.port}/health", ssl=trusted)

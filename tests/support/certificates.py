@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import ssl
 import subprocess
 from pathlib import Path
 
@@ -20,3 +21,10 @@ def make_certificate(folder: Path, name: str, passphrase: str = "") -> tuple[str
     )
     subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
     return str(certificate), str(key)
+
+
+def trusting(certificate: str) -> ssl.SSLContext:
+    """A client's, which takes this certificate for whatever host it is shown by."""
+    context = ssl.create_default_context(cafile=certificate)
+    context.check_hostname = False
+    return context
