@@ -23,8 +23,10 @@ class Batch:
     def of(cls, sequences: list[Sequence], counts: Mapping[Sequence, int] | None = None) -> "Batch":
         """`counts` where they are not all that remains."""
         size = {seq: seq.remaining for seq in sequences} if counts is None else counts
-        ordered = sorted(sequences, key=lambda seq: (seq.computed > 0, seq.adapter, size[seq]))
-        return cls(tuple(ordered), tuple(size[seq] for seq in ordered))
+        ordered = sequences
+        if len(sequences) > 1:
+            ordered = sorted(sequences, key=lambda seq: (seq.computed > 0, seq.adapter, size[seq]))
+        return cls(tuple(ordered), tuple(map(size.__getitem__, ordered)))
 
     def __post_init__(self) -> None:
         if not self.counts:

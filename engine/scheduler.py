@@ -1,8 +1,8 @@
 """Scheduler: which sequences ride next. A pure card game: no tensors, no clock, no I/O; time is an argument.
 
 * Work-conserving: whenever something waits, `schedule` deals a batch. There is no timer.
-* Fair: priority first; then the client that was served the fewest tokens; then that client's request that was
-  served the fewest; then order of arrival. A request of 2,048 texts cannot starve a request of one.
+* Fair (`fair_queue.py`): priority first; then the client that was served the fewest tokens; then that client's request
+  that was served the fewest; then order of arrival. A request of 2,048 texts cannot starve a request of one.
 * Length-aware: of the next few in fair order, those near the first one's length ride along with it, but none is
   overtaken for longer than `max_overtaken_s`.
 * Of a prompt that has a cache to help it a batch may run a part only (`cache/paging.py`); then it waits again, before
@@ -12,71 +12,17 @@
 
 from __future__ import annotations
 
-import heapq
-from bisect import insort
-from collections import OrderedDict
 from collections.abc import Container
-from itertools import count
 
 from carpool.engine.batch import Batch
 from carpool.engine.cache.blocks import Prompt
 from carpool.engine.cache.paging import Boarding, Paging
+from carpool.engine.fair_queue import FairQueue
 from carpool.engine.sequence import Sequence
 from carpool.engine.twins import Twins
 
 _MAX_CANDIDATES = 256  # waiting sequences that one deal looks at (or max_num_seqs): bounds what a deal costs
 _LEAST_PART = 4  # a batch is not cut below this part of a full one for workers that are busy yet
-_FEW_CLIENTS = 64  # idle clients that are not worth a look at whether they may be forgotten
-
-
-class _Flow:
-    """A queue that gives each of its children the same number of tokens; a leaf deals sequences in order.
-
-    `served` is the flow's virtual time: tokens dealt from it so far. The least served child goes first, and one
-    that joins starts level with the least served of those that wait, so none can save up turns or owe them
-    (start-time fair queueing, Goyal et al., 1996).
-    """
-
-    __slots__ = ("_children", "num_waiting", "order", "parent", "served", "waiting")
-
-    def __init__(self, parent: _Flow | None, order: int) -> None:
-        self.parent = parent
-        self.order = order
-        self.served = 0
-        self.num_waiting = 0
-        self.waiting: OrderedDict[Sequence, None] = OrderedDict()  # as a queue, of which any may be taken out
-        # A heap whose stale entries (the child was dealt from since, or has nothing left) are dropped when met.
-        self._children: list[tuple[int, int, _Flow]] = []
-
-    def least_served(self) -> _Flow | None:
-        """The child whose turn it is, or None if none waits."""
-        while self._children:
-            served, _, child = self._children[0]
-            if served == child.served and child.num_waiting:
-                return child
-            heapq.heappop(self._children)
-        return None
-
-    def join(self, child: _Flow) -> None:
-        """Start `child` level with the least served; called when it goes from nothing waiting to something."""
-        least = self.least_served()
-        if least is not None:
-            child.served = max(child.served, least.served)
-
-    def put_first(self, seq: Sequence) -> None:
-        self.waiting[seq] = None
-        self.waiting.move_to_end(seq, last=False)
-
-    def dealt(self, tokens: int, sequences: int) -> None:
-        """Record that sequences left this leaf (or, with negative numbers, came back), all the way up."""
-        flow: _Flow | None = self
-        while flow is not None:
-            flow.served += tokens
-            flow.num_waiting -= sequences
-            moved = tokens != 0 or flow.num_waiting == -sequences  # else its entry in the heap still holds
-            if flow.parent is not None and flow.num_waiting and moved:
-                heapq.heappush(flow.parent._children, (flow.served, flow.order, flow))
-            flow = flow.parent
 
 
 class Scheduler:
@@ -103,6 +49,7 @@ class Scheduler:
         paging: Paging | None = None,
     ) -> None:
         self._paging = paging
+        self._queue = FairQueue()
         self._begun: dict[Sequence, None] = {}  # those that wait for their next chunk
         self._max_tokens = max_num_batched_tokens
         self._batch_tokens = min(batch_tokens or max_num_batched_tokens, max_num_batched_tokens)
@@ -112,90 +59,78 @@ class Scheduler:
         self._window_tokens = 4 * self._batch_tokens if window_tokens is None else window_tokens
         self._min_share_tokens = min_share_tokens
         self._max_candidates = max(_MAX_CANDIDATES, max_num_seqs)
-        self._many_clients = _FEW_CLIENTS
-        self._arrivals = count()
-        self._priorities: list[int] = []  # sorted; those with a class below
-        self._classes: dict[int, _Flow] = {}
-        self._clients: dict[int, dict[str, _Flow]] = {}  # by priority
-        self._requests: dict[int, _Flow] = {}
         self._twins = Twins()
         self._expired: list[Sequence] = []
-        self.waiting_tokens = 0
-        self.waiting_sequences = 0
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Still to be run of all that wait."""
+        return self._queue.num_tokens
+
+    @property
+    def waiting_sequences(self) -> int:
+        return self._queue.num_sequences
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence; it must `fit`. The sequences of a request share its priority."""
         if not self.fits(seq):
             raise ValueError(f"{seq.num_tokens} tokens do not fit a batch of {self._max_tokens}")
-        self._queue(seq)
+        self._wait(seq)
 
     def fits(self, seq: Sequence) -> bool:
         """Whether it can be run at all: whole in a batch by itself or, with the cache's help, in chunks."""
         in_chunks = self._paging is not None and seq.prompt is not None and self._paging.holds(seq.num_tokens)
         return 0 < seq.num_tokens <= self._max_tokens or in_chunks
 
-    def _queue(self, seq: Sequence) -> None:
+    def _wait(self, seq: Sequence) -> None:
         """Behind the rest of its request or, if it has begun, before it; nowhere if it rests."""
         if self._twins.rests(seq):
             return
-        request = self._requests.get(seq.request_id) or self._open(seq)
-        if seq.table is None:
-            request.waiting[seq] = None
-        else:
-            request.put_first(seq)
+        begun = seq.table is not None
+        self._queue.add(seq, first=begun)
+        if begun:
             self._begun[seq] = None
-        request.dealt(0, -1)
-        self.waiting_tokens += seq.remaining
-        self.waiting_sequences += 1
 
     def abort(self, request_id: int) -> int:
         """Drop what still waits or rests of a request; returns how many sequences that were."""
         rested = self._twins.forget_resting(request_id)
-        request = self._requests.pop(request_id, None)
-        if request is None:
-            return rested
-        dropped = len(request.waiting)
-        self.waiting_tokens -= sum(seq.remaining for seq in request.waiting)
-        self.waiting_sequences -= dropped
-        gone = list(request.waiting)
-        request.waiting.clear()
-        request.dealt(0, dropped)
-        for seq in gone:
+        dropped = self._queue.drop(request_id)
+        for seq in dropped:
             self._give_up(seq)
             self._twins.forget(seq)
             self._rouse(seq)
-        self._forget_idle()
-        return rested + dropped
+        self._queue.settle()
+        return rested + len(dropped)
 
     def schedule(self, now: float, idle_workers: int = 1) -> Batch | None:
         """Deal the next batch, or None if nothing waits. What has expired never rides: see `take_expired`."""
-        if not self.waiting_sequences:
+        if not self._queue.num_sequences:
             return None
         budget = self._share(idle_workers)
         candidates = self._pick(max(budget, self._window_tokens), now)
         if not candidates:
-            self._forget_idle()
+            self._queue.settle(self._expired)
             return None
         chosen = self._choose(candidates, budget, now)
         last = max((i for i, seq in enumerate(candidates) if seq in chosen), default=-1)
         for i in range(len(candidates) - 1, -1, -1):
             seq = candidates[i]
             if seq not in chosen:
-                self._put_back(seq)
+                self._queue.put_back(seq)
+                if seq.table is not None:
+                    self._begun[seq] = None
                 if i < last and seq.overtaken_at is None:
                     seq.overtaken_at = now
         if not chosen and self._begun:
             # All that was looked at waits for blocks, and those who hold some stand further back.
             chosen = self._next_chunk(next(iter(self._begun)))
             candidates = list(chosen)
-        for seq in candidates:
-            request = self._requests.get(seq.request_id)
-            if request is not None and not request.num_waiting:
-                del self._requests[seq.request_id]
         for seq, tokens in chosen.items():
             for twin in self._twins.leads(seq, lands=tokens == seq.remaining):
-                self._withdraw(twin)
-        self._forget_idle()
+                self._queue.remove(twin)  # it rests from now on
+                self._give_up(twin)
+                candidates.append(twin)
+        self._queue.settle((*candidates, *self._expired))
         return Batch.of(list(chosen), chosen) if chosen else None
 
     def landed(self, batch: Batch, gone: Container[Sequence] = (), failed: Container[Sequence] = ()) -> None:
@@ -215,7 +150,7 @@ class Scheduler:
                 continue
             self._paging.landed(seq, tokens)
             if seq.remaining:
-                self._queue(seq)
+                self._wait(seq)
 
     def undone(self, batch: Batch, gone: Container[Sequence] = ()) -> None:
         """The batch failed, and one of its sequences may have read what another should have written: none of it counts.
@@ -229,7 +164,7 @@ class Scheduler:
                 if seq.prompt is not None:
                     seq.prompt = Prompt(seq.num_tokens, reuse=False)
                 if seq not in gone:
-                    self._queue(seq)
+                    self._wait(seq)
 
     def take_twins(self, seq: Sequence) -> list[Sequence]:
         """Those that rested while it was run, each exactly once: its result is theirs."""
@@ -238,18 +173,7 @@ class Scheduler:
     def _rouse(self, seq: Sequence) -> None:
         """It leaves without a result: its twins wait again, each in its own place."""
         for twin in self._twins.take(seq):
-            self._queue(twin)
-
-    def _withdraw(self, seq: Sequence) -> None:
-        """Take one that rests from now on out of the middle of the queue. Nobody is charged."""
-        request = self._requests[seq.request_id]
-        del request.waiting[seq]
-        self._give_up(seq)
-        self.waiting_tokens -= seq.remaining
-        self.waiting_sequences -= 1
-        request.dealt(0, 1)
-        if not request.num_waiting:
-            del self._requests[seq.request_id]
+            self._wait(twin)
 
     def _give_up(self, seq: Sequence) -> None:
         """Take back what it holds of the cache."""
@@ -259,19 +183,16 @@ class Scheduler:
 
     def _next_chunk(self, seq: Sequence) -> dict[Sequence, int]:
         """Take one that has begun out of the middle of the queue, and run its next chunk by itself."""
-        request = self._requests[seq.request_id]
-        del request.waiting[seq]
-        del self._begun[seq]
-        self.waiting_tokens -= seq.remaining
-        self.waiting_sequences -= 1
         tokens = Boarding(self._paging, self._max_tokens).take(seq)
-        request.dealt(tokens, 1)
+        del self._begun[seq]
+        self._queue.remove(seq, tokens)
         return {seq: tokens}
 
     @property
     def fills_a_batch(self) -> bool:
         """Whether so much waits that nothing to come could still join the next batch."""
-        return self.waiting_tokens >= self._batch_tokens or self.waiting_sequences >= self._max_seqs
+        waiting = self._queue
+        return waiting.num_tokens >= self._batch_tokens or waiting.num_sequences >= self._max_seqs
 
     def take_expired(self) -> list[Sequence]:
         """The sequences that were dropped because their deadline had passed, each exactly once."""
@@ -282,8 +203,9 @@ class Scheduler:
 
     def _share(self, idle_workers: int) -> int:
         """Tokens one batch may hold so that every worker gets its part of a short queue: small ones if it is idle."""
-        share = -(-self.waiting_tokens // max(1, idle_workers))
-        of_all = -(-self.waiting_tokens // self._workers)
+        waiting = self._queue.num_tokens
+        share = -(-waiting // max(1, idle_workers))
+        of_all = -(-waiting // self._workers)
         return min(
             self._batch_tokens,
             max(share, self._min_share_tokens),
@@ -331,77 +253,24 @@ class Scheduler:
             keys.add(seq.key)
         for seq, tokens in chosen.items():
             if tokens < charged[seq]:
-                self._requests[seq.request_id].dealt(tokens - charged[seq], 0)
+                self._queue.charge(seq, tokens - charged[seq])
         return chosen
 
     def _pick(self, tokens: int, now: float) -> list[Sequence]:
         """Take sequences in fair order until `tokens` are passed; the expired are set aside."""
         picked: list[Sequence] = []
         total = 0
-        for priority in self._priorities:
-            level = self._classes[priority]
-            while level.num_waiting and total < tokens and len(picked) < self._max_candidates:
-                flow: _Flow | None = level
-                while flow is not None and not flow.waiting:
-                    flow = flow.least_served()
-                assert flow is not None, "a class that counts waiting sequences has a request that holds one"
-                seq, _ = flow.waiting.popitem(last=False)
-                self._begun.pop(seq, None)
-                self.waiting_tokens -= seq.remaining
-                self.waiting_sequences -= 1
-                if seq.deadline is not None and seq.deadline <= now:
-                    flow.dealt(0, 1)
-                    self._give_up(seq)
-                    self._twins.forget(seq)
-                    self._expired.append(seq)
-                    if not flow.num_waiting:
-                        self._requests.pop(seq.request_id)
-                    continue
-                flow.dealt(seq.remaining, 1)
-                picked.append(seq)
-                total += min(seq.remaining, self._batch_tokens)
+        queue = self._queue
+        while queue.num_sequences and total < tokens and len(picked) < self._max_candidates:
+            seq = queue.first()
+            self._begun.pop(seq, None)
+            if seq.deadline is not None and seq.deadline <= now:
+                queue.remove(seq)
+                self._give_up(seq)
+                self._twins.forget(seq)
+                self._expired.append(seq)
+                continue
+            queue.remove(seq, seq.remaining)
+            picked.append(seq)
+            total += min(seq.remaining, self._batch_tokens)
         return picked
-
-    def _put_back(self, seq: Sequence) -> None:
-        """Undo a pick. In reverse order of picking, every queue is as it was."""
-        request = self._requests[seq.request_id]
-        request.put_first(seq)
-        if seq.table is not None:
-            self._begun[seq] = None
-        request.dealt(-seq.remaining, -1)
-        self.waiting_tokens += seq.remaining
-        self.waiting_sequences += 1
-
-    def _open(self, seq: Sequence) -> _Flow:
-        """Make the request's flow, below its client's, below its priority's."""
-        level = self._classes.get(seq.priority)
-        if level is None:
-            level = self._classes[seq.priority] = _Flow(None, next(self._arrivals))
-            self._clients[seq.priority] = {}
-            insort(self._priorities, seq.priority)
-        clients = self._clients[seq.priority]
-        client = clients.get(seq.client)
-        if client is None:
-            self._forget_clients(level, clients)
-            client = clients[seq.client] = _Flow(level, next(self._arrivals))
-        if not client.num_waiting:
-            level.join(client)
-        request = self._requests[seq.request_id] = _Flow(client, next(self._arrivals))
-        client.join(request)
-        return request
-
-    def _forget_clients(self, level: _Flow, clients: dict[str, _Flow]) -> None:
-        """Now and then, drop the idle clients that others have caught up with: they would start level anyway."""
-        least = level.least_served()
-        if least is None or len(clients) < self._many_clients:
-            return
-        for name, flow in list(clients.items()):
-            if not flow.num_waiting and flow.served <= least.served:
-                del clients[name]
-        self._many_clients = max(_FEW_CLIENTS, 2 * len(clients))
-
-    def _forget_idle(self) -> None:
-        """Once nothing of a priority waits, nobody's past counts: its clients start afresh, whoever comes first."""
-        for priority in [p for p in self._priorities if not self._classes[p].num_waiting]:
-            self._priorities.remove(priority)
-            del self._classes[priority], self._clients[priority]

@@ -239,8 +239,8 @@ def assert_nothing_left(engine: AsyncEngine) -> None:
     assert core(engine)._all_answered.is_set()
     scheduler = core(engine)._scheduler
     assert scheduler is not None
-    assert not scheduler._requests
-    assert not scheduler._clients
+    assert not scheduler._queue._requests
+    assert not scheduler._queue._clients
     if engine.state == "ready":  # else batches were left behind
         twins = scheduler._twins
         assert (twins._waiting, twins._resting) == ({}, {})

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from carpool.engine import scheduler as scheduler_module
+from carpool.engine import fair_queue
 from carpool.engine.batch import Batch
 from carpool.engine.params import PoolingParams, Task
 from carpool.engine.scheduler import Scheduler
@@ -234,7 +234,7 @@ def test_a_request_whose_last_sequence_expired_is_forgotten_though_others_wait()
     add(scheduler, 3, deadline=1.0)
     add(scheduler, 3, 3)
     scheduler.schedule(2.0)
-    assert len(scheduler._requests) == 1
+    assert len(scheduler._queue._requests) == 1
 
 
 # ── shares of idle workers ───────────────────────────────────────────────────────────────────────────────────
@@ -513,7 +513,7 @@ def test_the_cost_of_a_deal_does_not_grow_with_what_waits(
         return call
 
     counting = SimpleNamespace(heappush=counted(heapq.heappush), heappop=counted(heapq.heappop))
-    monkeypatch.setattr(scheduler_module, "heapq", counting)
+    monkeypatch.setattr(fair_queue, "heapq", counting)
     costs = []
     for _ in range(20):
         before = operations
@@ -523,7 +523,7 @@ def test_the_cost_of_a_deal_does_not_grow_with_what_waits(
 
 
 def heap_entries(scheduler: Scheduler) -> int:
-    flows = {flow for entry in scheduler._classes.values() for flow in [entry]}
+    flows = {flow for entry in scheduler._queue._classes.values() for flow in [entry]}
     total = 0
     while flows:
         flow = flows.pop()
@@ -544,9 +544,9 @@ def test_memory_does_not_grow_while_the_queue_never_empties() -> None:
         scheduler.abort(late.request_id)
         if round_ % 500 == 499:
             assert scheduler.waiting_sequences
-            sizes.append(heap_entries(scheduler) + len(scheduler._requests) + remembered_clients(scheduler))
+            sizes.append(heap_entries(scheduler) + len(scheduler._queue._requests) + remembered_clients(scheduler))
     assert sizes[-1] <= 3 * sizes[0] + 100
 
 
 def remembered_clients(scheduler: Scheduler) -> int:
-    return sum(len(clients) for clients in scheduler._clients.values())
+    return sum(len(clients) for clients in scheduler._queue._clients.values())

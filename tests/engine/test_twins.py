@@ -48,7 +48,7 @@ def deal(scheduler: Scheduler) -> Batch:
 def assert_idle(scheduler: Scheduler) -> None:
     assert (scheduler.waiting_tokens, scheduler.waiting_sequences) == (0, 0)
     assert scheduler.schedule(0.0) is None
-    assert (scheduler._requests, scheduler._clients, scheduler._begun) == ({}, {}, {})
+    assert (scheduler._queue._requests, scheduler._queue._clients, scheduler._begun) == ({}, {}, {})
     twins = scheduler._twins
     assert (twins._waiting, twins._rides, twins._resting) == ({}, {}, {})
 
