@@ -103,10 +103,15 @@ class Fleet:
     def _dispatch(self) -> None:
         """Give every worker that can do with one a batch, as long as something waits."""
         self._due = False
-        while not self._over and (worker := self._taker(self._scheduler.fills_a_batch)):
+        scheduler = self._scheduler
+        while (
+            scheduler.waiting_sequences
+            and not self._over
+            and (worker := self._taker(scheduler.fills_a_batch))
+        ):
             # A worker counts once, whatever its places: a short queue is shared by devices.
-            batch = self._scheduler.schedule(time.monotonic(), len(self.idle))
-            if expired := self._scheduler.take_expired():
+            batch = scheduler.schedule(time.monotonic(), len(self.idle))
+            if expired := scheduler.take_expired():
                 self._owner.expired(expired)
             if batch is None:
                 return
@@ -146,7 +151,9 @@ class Fleet:
         self._owner.landed(batch, rows, seconds, began)
 
     def _return(self, batch: Batch, rows: list[Row]) -> None:
-        """Tell the scheduler how the batch went."""
+        """Tell the scheduler how the batch went, if it keeps anything for those in it."""
+        if not self._scheduler.is_paged:
+            return
         gone = {seq for seq in batch.sequences if not self._owner.is_waited_for(seq)}
         if any(isinstance(row, Undone) for row in rows):
             self._scheduler.undone(batch, gone)

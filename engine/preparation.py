@@ -70,7 +70,7 @@ def prepared(
 
 def needs_slicing(parts: Known, prompts: Prepared) -> bool:
     """Whether one is longer than the model takes, which the tokenizer lets pass only where slices are averaged."""
-    return any(len(ids) > parts.model.max_model_len for ids in prompts.token_ids)
+    return max(map(len, prompts.token_ids)) > parts.model.max_model_len
 
 
 def told(parts: Known, request: Request, prompts: Prepared) -> Prepared:

@@ -28,7 +28,8 @@ _LEAST_PART = 4  # a batch is not cut below this part of a full one for workers 
 class Scheduler:
     """Deals batches of at most `max_num_batched_tokens` tokens and `max_num_seqs` sequences.
 
-    With `paging`, prompts may be run in chunks and share prefixes; every batch is then to be reported to `landed`.
+    With `paging`, prompts may be run in chunks and share prefixes; every batch is then to be reported to `landed` or
+    `undone`.
 
     Batches are filled up to `batch_tokens` (default: the most); only a prompt that is longer goes beyond, by itself.
     `window_tokens` is how far ahead in fair order a deal looks for sequences of similar length (default: four
@@ -132,6 +133,11 @@ class Scheduler:
                 candidates.append(twin)
         self._queue.settle((*candidates, *self._expired))
         return Batch.of(list(chosen), chosen) if chosen else None
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether it keeps anything for what rides, and so has to know how every batch went."""
+        return self._paging is not None
 
     def landed(self, batch: Batch, gone: Container[Sequence] = (), failed: Container[Sequence] = ()) -> None:
         """The batch was run. Those with more to do wait again; nothing is kept of the `gone`, whose request ended, nor

@@ -178,7 +178,9 @@ class Call:
         """Account for the answer, and say in it where the time went; of a large one, up to its first bytes."""
         assert self._timings is not None, "the model ran"
         encode = perf_counter() - self._answered
-        self._app[METRICS].answered(self._tokens, self._timings, encode)
+        # After the answer: it leaves in this turn of the loop.
+        counted = self._app[METRICS].answered
+        asyncio.get_running_loop().call_soon(counted, self._tokens, self._timings, encode)
         response.headers["Server-Timing"] = _server_timing(self._timings, encode)
         return response
 

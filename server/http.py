@@ -19,8 +19,8 @@ from aiohttp import web
 from aiohttp.http import RawRequestMessage
 from aiohttp.web_protocol import RequestHandler
 
-from carpool.server.keys import METRICS
-from carpool.server.middleware import refuse_malformed
+from carpool.server.keys import METRICS, ROUTE_TAKEN
+from carpool.server.middleware import front_door, refuse_malformed
 
 log = structlog.get_logger()
 
@@ -151,15 +151,38 @@ class Connection(RequestHandler):
 
 
 class Server(web.Server):
-    """The factory of connections."""
+    """The factory of connections; their requests go through the application's front door.
+
+    To a path without variables by a table: aiohttp's router makes its findings and their middlewares anew for each.
+    """
 
     def __init__(self, app: web.Application, **options: Any) -> None:
-        handle: Any = app._handle
+        handle: Any = self._take
         super().__init__(handle, request_factory=app._make_request, **options)
         self.app = app
+        self._found = {
+            (route.method, route.resource.canonical): _found(app, route)
+            for route in app[ROUTE_TAKEN]
+            if isinstance(route.resource, web.PlainResource)
+        }
 
     def __call__(self) -> Connection:
         return Connection(self, loop=self._loop, **self._kwargs)
+
+    async def _take(self, request: web.Request) -> web.StreamResponse:
+        found = self._found.get((request.method, request.raw_path))
+        if found is None or "Expect" in request.headers:
+            return await self.app._handle(request)
+        request._match_info = found
+        return await front_door(request, found.handler)
+
+
+def _found(app: web.Application, route: web.AbstractRoute) -> web.UrlMappingMatchInfo:
+    """What the router would find of a request for this route; nothing in it is the request's own."""
+    match = web.UrlMappingMatchInfo({}, route)
+    match.add_app(app)
+    match.freeze()
+    return match
 
 
 class Runner(web.AppRunner):
