@@ -13,8 +13,9 @@ def concrete(route: Route) -> str:
     return route.path.replace("{model}", "all-MiniLM-L6-v2").replace("{asset}", "docs.css")
 
 
-def test_no_path_is_there_twice() -> None:
-    assert len({route.path for route in ROUTES}) == len(ROUTES)
+def test_no_method_of_a_path_is_there_twice() -> None:
+    served = [(method, route.path) for route in ROUTES for method in route.methods]
+    assert len(set(served)) == len(served)
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.path)
@@ -24,6 +25,23 @@ async def test_every_path_has_its_spellings(route: Route) -> None:
         for spelling in (path, path + "/", "/proxy" + path, "/proxy" + path + "/"):
             for method in route.methods:
                 assert (await server.ask(method, spelling, json={})).status in (200, 400)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "status"),
+    [
+        (b"/v1/embeddings?a=b", 200),
+        (b"/v1/%65mbeddings", 200),
+        (b"//v1/embeddings", 404),
+        (b"/V1/embeddings", 404),
+    ],
+)
+async def test_what_is_not_in_the_table_of_plain_paths_is_the_routers(
+    served: Served, spelling: bytes, status: int
+) -> None:
+    packet = b'POST %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 15\r\n\r\n{"input": "hi"}'
+    answers = [await served.raw(packet % path) for path in (EMBEDDINGS.encode(), spelling) * 2]
+    assert [answer.status for answer in answers] == [200, status] * 2
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.path)
