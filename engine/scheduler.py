@@ -113,15 +113,8 @@ class Scheduler:
             self._queue.settle(self._expired)
             return None
         chosen = self._choose(candidates, budget, now)
-        last = max((i for i, seq in enumerate(candidates) if seq in chosen), default=-1)
-        for i in range(len(candidates) - 1, -1, -1):
-            seq = candidates[i]
-            if seq not in chosen:
-                self._queue.put_back(seq)
-                if seq.table is not None:
-                    self._begun[seq] = None
-                if i < last and seq.overtaken_at is None:
-                    seq.overtaken_at = now
+        if len(chosen) < len(candidates):
+            self._put_back(candidates, chosen, now)
         if not chosen and self._begun:
             # All that was looked at waits for blocks, and those who hold some stand further back.
             chosen = self._next_chunk(next(iter(self._begun)))
@@ -223,6 +216,8 @@ class Scheduler:
 
         Each with the tokens that are run of it. Nobody is chosen only if all would have to wait for the cache.
         """
+        if len(candidates) == 1 and self._paging is None:
+            return {seq: seq.num_tokens for seq in candidates}
         boarding = Boarding(self._paging, budget)
         chosen: dict[Sequence, int] = {}
         charged = {seq: seq.remaining for seq in candidates}
@@ -261,6 +256,18 @@ class Scheduler:
             if tokens < charged[seq]:
                 self._queue.charge(seq, tokens - charged[seq])
         return chosen
+
+    def _put_back(self, candidates: list[Sequence], chosen: Container[Sequence], now: float) -> None:
+        """Those that were not chosen wait as they did; some were overtaken."""
+        last = max((i for i, seq in enumerate(candidates) if seq in chosen), default=-1)
+        for i in range(len(candidates) - 1, -1, -1):
+            seq = candidates[i]
+            if seq not in chosen:
+                self._queue.put_back(seq)
+                if seq.table is not None:
+                    self._begun[seq] = None
+                if i < last and seq.overtaken_at is None:
+                    seq.overtaken_at = now
 
     def _pick(self, tokens: int, now: float) -> list[Sequence]:
         """Take sequences in fair order until `tokens` are passed; the expired are set aside."""
