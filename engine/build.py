@@ -34,6 +34,7 @@ from carpool.engine.models.probe import attention_chosen, keeps_unseen
 from carpool.engine.models.surgery.encoder import unite
 from carpool.engine.models.surgery.encoder_layer import straighten
 from carpool.engine.models.surgery.last_layer import narrow
+from carpool.engine.models.surgery.shortcut import shorten
 from carpool.engine.params import Task
 from carpool.engine.poolers.adapted import AdaptedPool
 from carpool.engine.poolers.bge_m3 import Marks
@@ -160,6 +161,8 @@ def _finished(plan: Blueprint, model: Model, pools: Mapping[Task, Pool]) -> Mode
     swapped["encoder"] = unite(backbone, vocab_size=vocab_size)
     if any(reads(pool) != "all" for pool in pools.values()):
         swapped["last_layer"] = narrow(backbone, vocab_size=vocab_size)
+    if swapped["encoder"]:
+        swapped["shortcut"] = shorten(backbone, vocab_size=vocab_size)
     return replace(model, surgery={**model.surgery, **swapped})
 
 
