@@ -37,6 +37,8 @@ class Batch:
 
         So that a text of which several results are asked, a vector and weights say, is run once.
         """
+        if len(self.sequences) == 1:
+            return self, [0]
         workers: dict[tuple[object, ...], int] = {}
         places = [workers.setdefault(seq.work, len(workers)) for seq in self.sequences]
         if len(workers) == len(places):
