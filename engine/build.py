@@ -31,6 +31,7 @@ from carpool.engine.model_info import ModelInfo, PairShape
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.model import Model
 from carpool.engine.models.probe import attention_chosen, keeps_unseen
+from carpool.engine.models.surgery.embedding_rows import sum_rows
 from carpool.engine.models.surgery.encoder import unite
 from carpool.engine.models.surgery.encoder_layer import straighten
 from carpool.engine.models.surgery.last_layer import narrow
@@ -161,6 +162,7 @@ def _finished(plan: Blueprint, model: Model, pools: Mapping[Task, Pool]) -> Mode
     swapped["encoder"] = unite(backbone, vocab_size=vocab_size)
     if any(reads(pool) != "all" for pool in pools.values()):
         swapped["last_layer"] = narrow(backbone, vocab_size=vocab_size)
+    swapped["embedding_rows"] = sum_rows(backbone, vocab_size=vocab_size)
     if swapped["encoder"]:
         swapped["shortcut"] = shorten(backbone, vocab_size=vocab_size)
     return replace(model, surgery={**model.surgery, **swapped})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from carpool.kernels import native, reference
 from carpool.kernels.native import ACTIVATIONS, pointer
 from carpool.kernels.reference import Activation, Output
+from carpool.kernels.twins_cpu import Norm
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -24,6 +26,12 @@ class _Norm(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("centred", ctypes.c_int),
     )
+
+
+class _Table(ctypes.Structure):
+    """As rows.cpp has it."""
+
+    _fields_ = (("rows", ctypes.c_void_p), ("ids", ctypes.c_void_p), ("count", ctypes.c_int64))
 
 
 def serves(x: Tensor, width: int | None = None) -> bool:
@@ -66,6 +74,36 @@ def norm_rows(
         *(pointer(out), pointer(total)),
     )
     return out, total if keep_sum else None
+
+
+def embed_rows(tables: Sequence[Tensor], ids: Sequence[Tensor | None], norm: Norm) -> Tensor:
+    """As its twin; the ids int64 and contiguous, one of them at least given. Raises IndexError as torch does."""
+    first, asked = tables[0], [own for own in ids if own is not None]
+    tokens, width = asked[0].numel(), first.shape[1]
+    _check(
+        all(own.dtype == torch.int64 and own.is_contiguous() and own.numel() == tokens for own in asked),
+        first,
+    )
+    _check(
+        all(own.is_contiguous() and own.shape[1] == width and own.dtype == first.dtype for own in tables),
+        first,
+    )
+    described = [
+        _Table(table.data_ptr(), None if own is None else own.data_ptr(), len(table))
+        for table, own in zip(tables, ids, strict=True)
+    ]
+    out = first.new_empty(tokens, width)
+    room = first.new_empty(width, dtype=torch.float32)
+    wrong = _call(
+        "embed_rows",
+        first,
+        *(ctypes.byref(_Norm(norm.weight.data_ptr(), pointer(norm.bias), norm.eps, norm.centred)),),
+        *((_Table * len(described))(*described), len(described), ctypes.c_int64(tokens), width),
+        *(pointer(room), pointer(out)),
+    )
+    if wrong:
+        raise IndexError("a token's row lies beyond its table")
+    return out
 
 
 def gated(both: Tensor, activation: Activation, *, gate_first: bool = True) -> Tensor:
@@ -132,8 +170,8 @@ def _check(holds: bool, x: Tensor) -> None:
         raise ValueError(f"{x.dtype} {list(x.shape)}, strides {x.stride()}, do not fit the rest")
 
 
-def _call(name: str, x: Tensor, *args: Any) -> None:
-    """The function for x's dtype, at this CPU's level."""
+def _call(name: str, x: Tensor, *args: Any) -> Any:
+    """The function for x's dtype, at this CPU's level; what it returns, if it does."""
     if not serves(x):
         raise ValueError(f"rows of {x.dtype} {list(x.shape)} are not served natively here")
-    getattr(native.library, f"carpool_{name}_{_SUFFIX[x.dtype]}")(*args, native.level)
+    return getattr(native.library, f"carpool_{name}_{_SUFFIX[x.dtype]}")(*args, native.level)

@@ -24,6 +24,16 @@ class Norm:
     centred: bool
 
 
+def embed_rows(tables: Sequence[Tensor], ids: Sequence[Tensor | None], norm: Norm) -> Tensor:
+    """norm(the sum of tables[i][ids[i]]): tables [V_i, H] of one dtype, ids int64 [T] each, None for row 0 → [T, H].
+
+    Summed in float32 and rounded once.
+    """
+    rows = [table[:1] if own is None else table[own] for table, own in zip(tables, ids, strict=True)]
+    total = sum((row.float() for row in rows), start=torch.zeros(()))
+    return _finished(total, None, norm).to(tables[0].dtype)
+
+
 def activate(x: Tensor, activation: Activation) -> Tensor:
     """Any shape, in float32 and back."""
     wide = x.float()

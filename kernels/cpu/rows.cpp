@@ -1,4 +1,4 @@
-// What is done to rows between the products: norms, gates, rotary positions, pooling. For x86-64 CPUs with AVX2 or
+// What is done to rows around the products: embeddings, norms, gates, rotary positions, pooling. For x86-64 CPUs with AVX2 or
 // AVX-512, chosen at run time. The torch twins are in kernels/reference.py, the Python face is kernels/native_rows.py.
 // Plain C ABI, single-threaded, as attention.cpp.
 //
@@ -15,32 +15,65 @@ struct Norm {
     int centred;
 };
 
+template <int W, typename From, typename To>
+INLINE void normed(const Norm& n, const From* row, int width, To* out) {
+    floats<W> sums = {}, squares = {};
+    if (n.centred)
+        for (int i = 0; i < width; i += W) sums += load<W>(row + i);
+    const float mean = sum(sums) / width;
+    for (int i = 0; i < width; i += W) {
+        const floats<W> centred = load<W>(row + i) - mean;
+        squares += centred * centred;
+    }
+    const float scale = 1.0f / std::sqrt(sum(squares) / width + n.eps);
+    for (int i = 0; i < width; i += W) {
+        floats<W> y = (load<W>(row + i) - mean) * scale * load<W>(n.weight + i);
+        if (n.bias) y += load<W>(n.bias + i);
+        store(out + i, y);
+    }
+}
+
 // out = norm(x + residual); the sum, rounded as the rows are, goes to `total`, which may be `out`. Without a residual
 // that is null, and `total` is not looked at.
 template <int W, typename T>
 INLINE void norm_rows(const Norm& n, const T* x, const T* residual, int64_t rows, int width, T* out, T* total) {
     for (int64_t r = 0; r < rows; r++, x += width, out += width) {
         const T* row = x;
-        floats<W> sums = {}, squares = {};
         if (residual) {
             for (int i = 0; i < width; i += W) store(total + i, load<W>(x + i) + load<W>(residual + i));
             row = total;
             residual += width;
             total += width;
         }
-        if (n.centred)
-            for (int i = 0; i < width; i += W) sums += load<W>(row + i);
-        const float mean = sum(sums) / width;
-        for (int i = 0; i < width; i += W) {
-            const floats<W> centred = load<W>(row + i) - mean;
-            squares += centred * centred;
+        normed<W>(n, row, width, out);
+    }
+}
+
+// An embedding's rows [count, width], and which of them each token has; without `ids` the first.
+struct Table {
+    const void* rows;
+    const int64_t* ids;
+    int64_t count;
+};
+
+// Whether each table has the rows that the tokens ask for.
+bool are_there(const Table* tables, int number, int64_t tokens) {
+    for (int n = 0; n < number; n++)
+        for (int64_t t = 0; tables[n].ids && t < tokens; t++)
+            if (tables[n].ids[t] < 0 || tables[n].ids[t] >= tables[n].count) return false;
+    return true;
+}
+
+// out [tokens, width] = norm(the sum of a token's rows). `room` is for one such sum.
+template <int W, typename T>
+INLINE void embed(const Norm& n, const Table* tables, int number, int64_t tokens, int width, float* room, T* out) {
+    for (int64_t t = 0; t < tokens; t++, out += width) {
+        std::memset(room, 0, width * sizeof(float));
+        for (int k = 0; k < number; k++) {
+            const T* row = static_cast<const T*>(tables[k].rows) + (tables[k].ids ? tables[k].ids[t] * width : 0);
+            for (int i = 0; i < width; i += W) store(room + i, load<W>(room + i) + load<W>(row + i));
         }
-        const float scale = 1.0f / std::sqrt(sum(squares) / width + n.eps);
-        for (int i = 0; i < width; i += W) {
-            floats<W> y = (load<W>(row + i) - mean) * scale * load<W>(n.weight + i);
-            if (n.bias) y += load<W>(n.bias + i);
-            store(out + i, y);
-        }
+        normed<W>(n, room, width, out);
     }
 }
 
@@ -121,6 +154,7 @@ INLINE void pool(const T* hidden, const int32_t* cu_seqlens, const int8_t* modes
     }
 
 AT_BOTH_LEVELS(norm, norm_rows)
+AT_BOTH_LEVELS(embed, embed)
 AT_BOTH_LEVELS(gate, gate_rows)
 AT_BOTH_LEVELS(rotary, turn)
 AT_BOTH_LEVELS(pool, pool)
@@ -132,6 +166,13 @@ AT_BOTH_LEVELS(pool, pool)
     void carpool_norm_rows_##suffix(const Norm* n, const T* x, const T* residual, int64_t rows, int width, T* out, \
                                     T* total, int level) { \
         norm_at(level, *n, x, residual, rows, width, out, total); \
+    } \
+    /* 1, and nothing done, if a table does not have a row that is asked for. */ \
+    int carpool_embed_rows_##suffix(const Norm* n, const Table* tables, int number, int64_t tokens, int width, \
+                                    float* room, T* out, int level) { \
+        if (!are_there(tables, number, tokens)) return 1; \
+        embed_at(level, *n, tables, number, tokens, width, room, out); \
+        return 0; \
     } \
     void carpool_gated_##suffix(int activation, const T* gate, const T* up, int64_t stride, int64_t rows, int width, \
                                 T* out, int level) { \

@@ -95,6 +95,47 @@ def test_gates_hold_where_numbers_are_large_or_none(level: int, activation: Acti
 
 
 @each_level
+@given(
+    tokens=st.integers(0, 9),
+    width=widths,
+    dtype=dtypes,
+    heights=st.lists(st.integers(1, 7), min_size=1, max_size=3),
+    absent=st.booleans(),
+    bias=st.booleans(),
+    centred=st.booleans(),
+)
+@few
+def test_embeddings_equal_their_twin(
+    level: int,
+    tokens: int,
+    width: int,
+    dtype: torch.dtype,
+    heights: list[int],
+    absent: bool,
+    bias: bool,
+    centred: bool,
+) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    tables = [randn(height + 9, width, dtype=dtype)[:height] for height in heights]
+    ids: list[Tensor | None] = [torch.randint(len(t), (tokens,), generator=generator) for t in tables]
+    if absent and len(ids) > 1:
+        ids[-1] = None
+    norm = twins_cpu.Norm(randn(width), randn(width).flip(0) if bias else None, 1e-6, centred)
+    with running_at(level):
+        mine = native_rows.embed_rows(tables, ids, norm)
+    assert mine.shape == (tokens, width)
+    assert mine.dtype == dtype
+    assert_near(mine, lambda *wide: twins_cpu.embed_rows(wide, ids, norm), *tables) if tokens else None
+
+
+@pytest.mark.parametrize("wrong", [-1, 5, 1 << 40])
+def test_a_row_that_is_not_there_is_refused(wrong: int) -> None:
+    norm = twins_cpu.Norm(torch.ones(16), None, 1e-6, centred=True)
+    with pytest.raises(IndexError, match="beyond its table"):
+        native_rows.embed_rows([randn(5, 16)], [torch.tensor([0, wrong])], norm)
+
+
+@each_level
 @given(rows=st.integers(1, 5), width=widths, dtype=dtypes, activation=activations, first=st.booleans())
 @few
 def test_gates_equal_their_twin(
