@@ -45,7 +45,9 @@ arrivals = st.tuples(
 
 
 @given(st.lists(arrivals | st.sampled_from(["ride", "ride", "look", "leave"]), max_size=60))
-def test_one_that_waits_alone_has_its_turn_as_if_it_were_filed(history: list[tuple[int, str, int, int] | str]) -> None:
+def test_one_that_waits_alone_has_its_turn_as_if_it_were_filed(
+    history: list[tuple[int, str, int, int] | str],
+) -> None:
     queues = FairQueue(), Filing()
     waiting: list[Sequence] = []
     for event in history:

@@ -544,7 +544,9 @@ def test_memory_does_not_grow_while_the_queue_never_empties() -> None:
         scheduler.abort(late.request_id)
         if round_ % 500 == 499:
             assert scheduler.waiting_sequences
-            sizes.append(heap_entries(scheduler) + len(scheduler._queue._requests) + remembered_clients(scheduler))
+            sizes.append(
+                heap_entries(scheduler) + len(scheduler._queue._requests) + remembered_clients(scheduler)
+            )
     assert sizes[-1] <= 3 * sizes[0] + 100
 
 

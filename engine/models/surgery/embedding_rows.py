@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from carpool.engine.models.attention import layout
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.surgery.rehearsal import Given, Rehearsal, small_batch
-from carpool.kernels import native_rows
+from carpool.kernels import launch, native_rows
 from carpool.kernels.twins_cpu import Norm
 
 _SILENT = (nn.Dropout, nn.Identity)
@@ -69,6 +69,7 @@ def _may_be(module: nn.Module) -> bool:
         and len(norms) == 1
         and len(tables) + 1 == len(children)
         and "forward" not in vars(module)
+        and not launch.backend.serves(tables[0].weight.device)
         and all(native_rows.serves(table.weight) and table.max_norm is None for table in tables)
         and not list(module.parameters(recurse=False))
     )

@@ -41,7 +41,7 @@ POST_NORM = ("bert", "xlmr", "roberta")
 _BERT = {"joint_linear": 2, "linear_gelu": 2, "linear": 6}
 _LLAMA = {"rms_norm": 5, "rotary": 2, "gated_mlp": 2, "joint_linear": 2, "linear": 8}
 # No encoder: heads of 8 are not attended natively.
-NONE = {**dict.fromkeys(KINDS, 0), "encoder_layer": 0, "encoder": 0}
+NONE = {**dict.fromkeys(KINDS, 0), "encoder_layer": 0, "encoder": 0, "embedding_rows": 0}
 SWAPS = {
     "bert": _BERT,
     "xlmr": {**_BERT, "last_layer": 3},
@@ -56,7 +56,8 @@ SWAPS = {
 
 def swaps(family: str, dtype: str = "float32") -> dict[str, int]:
     """What is to be swapped on a CPU: linear layers run natively where it has the instructions."""
-    found = {**NONE, **SWAPS[family]}
+    summed = native.level >= 1 and family in (*POST_NORM, "modernbert")
+    found = {**NONE, **SWAPS[family], "embedding_rows": int(summed)}
     if native.level < (1 if dtype == "float32" else 3):
         return found
     ends = {"residual_norm": 4, "encoder_layer": 2} if family in POST_NORM else {}
