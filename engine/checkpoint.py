@@ -17,7 +17,7 @@ from carpool.engine.errors import ConfigError
 from carpool.engine.json_file import read_json
 from carpool.engine.late_interaction import PYLATE_KEYS, LateInteraction
 from carpool.engine.params import Matryoshka
-from carpool.engine.side_files import Dense, PairFiles, PoolingMode, SideFiles, Splade
+from carpool.engine.side_files import Dense, Layer, Norm, PairFiles, PoolingMode, SideFiles, Splade
 
 _USER_MODES: dict[str, PoolingMode] = {"CLS": "cls", "LAST": "last", "MEAN": "mean"}
 _CONFIG_MODES: dict[str, PoolingMode] = {"avg": "mean", "mean": "mean", "cls": "cls", "last": "last"}
@@ -70,7 +70,7 @@ class Checkpoint:
     architectures: tuple[str, ...]
     pooling: tuple[PoolingMode, ...]
     normalize: bool
-    dense: tuple[Dense, ...] = ()
+    dense: tuple[Layer, ...] = ()
     lowercase: bool = False
     tanh_int8: bool = False
     max_model_len: int  # what it was meant for
@@ -245,14 +245,15 @@ def _output_projection(
     )
 
 
-def _final_width(width: int, layers: tuple[Dense, ...]) -> int:
+def _final_width(width: int, layers: tuple[Layer, ...]) -> int:
     """What comes out of the layers behind a pooling of `width`."""
-    for dense in layers:
-        if dense.in_features != width:
+    for layer in layers:
+        taken = layer.width if isinstance(layer, Norm) else layer.in_features
+        if layer.folder is not None and taken != width:
             raise ConfigError(
-                f"{dense.folder.name} takes vectors of {dense.in_features} components and would get {width}."
+                f"{layer.folder.name} takes vectors of {taken} components and would get {width}."
             )
-        width = dense.out_features
+        width = width if isinstance(layer, Norm) else layer.out_features
     return width
 
 

@@ -15,14 +15,14 @@ from carpool.engine.models.loader import Loaded
 from carpool.engine.params import Task
 from carpool.engine.poolers.bge_m3 import Marks, UnmarkedPool, load_linear
 from carpool.engine.poolers.classify import ClassifyHead, ClassifyPool, TokenClassifyPool, activation_named
-from carpool.engine.poolers.dense import activation, load_dense
+from carpool.engine.poolers.dense import activation, load_layer
 from carpool.engine.poolers.embed import EmbedHead, EmbedPool, TokenEmbedPool
 from carpool.engine.poolers.marked import MarkedPool
 from carpool.engine.poolers.pooler import Pool
 from carpool.engine.poolers.sparse import LexicalPool, NonZeroPool
 from carpool.engine.poolers.splade import SpladePool
 from carpool.engine.poolers.tanh_int8 import TanhInt8
-from carpool.engine.side_files import PoolingMode
+from carpool.engine.side_files import Dense, PoolingMode
 
 STEP_TAG = "<extra_0>"  # which the one published family of process reward models ends its steps with
 
@@ -46,7 +46,7 @@ def make_pools(
             own = _bge_m3_pools(checkpoint, hidden_size, marks, device)
             return {**_embed_pools(checkpoint, config, modes, hidden_size, device), **own}
         case "multi_vector":
-            dense = [loaded.head] if loaded.head else [load_dense(spec, device) for spec in checkpoint.dense]
+            dense = [loaded.head] if loaded.head else [load_layer(spec, device) for spec in checkpoint.dense]
             return {
                 "token_embed": TokenEmbedPool(
                     EmbedHead(dense, checkpoint.normalize, _cut(checkpoint, config))
@@ -109,7 +109,9 @@ def similarity_of(checkpoint: Checkpoint, architecture: Architecture) -> Similar
 def has_linear_head(checkpoint: Checkpoint, loaded: Loaded) -> bool:
     """Whether a mean of vectors is the vector of the mean of their rows."""
     straight = loaded.head is None or isinstance(loaded.head, nn.Linear)
-    return straight and all(dense.activation.endswith(".Identity") for dense in checkpoint.dense)
+    return straight and all(
+        isinstance(layer, Dense) and layer.activation.endswith(".Identity") for layer in checkpoint.dense
+    )
 
 
 def head_width(loaded: Loaded) -> int:
@@ -129,11 +131,11 @@ def _embed_pools(
     hidden_size: int,
     device: torch.device,
 ) -> dict[Task, Pool]:
-    dense = [load_dense(spec, device) for spec in checkpoint.dense]
+    dense = [load_layer(spec, device) for spec in checkpoint.dense]
     head = EmbedHead(dense, checkpoint.normalize, _cut(checkpoint, config))
     whole = EmbedHead([*dense, TanhInt8()], checkpoint.normalize, _cut(checkpoint, config))
     pools: dict[Task, Pool] = {"embed": EmbedPool(modes, whole if checkpoint.tanh_int8 else head)}
-    if not checkpoint.dense or checkpoint.dense[0].in_features == hidden_size:
+    if not checkpoint.dense or len(modes) == 1:
         pools["token_embed"] = TokenEmbedPool(
             head
         )  # a head made for several modes at once takes no single row

@@ -26,8 +26,16 @@ _ST_MODES: dict[str, PoolingMode] = {
 _TANH_INT8 = "FlexibleQuantizer"  # a module of pplx-embed's own, which makes whole numbers of an embedding
 # Settings beside a chat template's own that say how sentence-transformers tokenises what it renders.
 _NOT_FOR_TEMPLATES = ("padding", "truncation", "max_length", "return_tensors", "restore_suffix")
-# Of sentence-transformers' modules.
-_ORDER = ("Transformer", "Pooling", "SpladePooling", "Dense", _TANH_INT8, "Normalize")
+# sentence-transformers' modules by the place that they have in a stack: those of one place come in any order.
+_PLACES = {
+    "Transformer": 0,
+    "Pooling": 1,
+    "SpladePooling": 1,
+    "Dense": 2,
+    "LayerNorm": 2,
+    "Normalize": 2,
+    _TANH_INT8: 3,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +49,17 @@ class Dense:
     activation: str
     prefix: str = ""  # of its weights' names, where the folder holds other weights as well
     residual: bool = False  # what goes in is added to what comes out
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A layer that keeps an embedding's width: a LayerNorm with its weights in `folder`, or unit length without any."""
+
+    folder: Path | None = None
+    width: int | None = None  # of a LayerNorm
+
+
+Layer = Dense | Norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +102,7 @@ class SideFiles:
     folder: Path
     pooling: tuple[PoolingMode, ...] = ()
     normalize: bool = True  # without modules.json, embeddings are normalised
-    dense: tuple[Dense, ...] = ()
+    dense: tuple[Layer, ...] = ()
     max_seq_length: int | None = None
     lowercase: bool = False
     tanh_int8: bool = False
@@ -107,16 +126,17 @@ class SideFiles:
         modules = read_json(path / "modules.json", optional=True, kind=list)
         transformer = path
         pooling: tuple[PoolingMode, ...] = ()
-        dense: list[Dense] = []
+        dense: list[Layer] = []
         token_ids: tuple[int, ...] = ()
         leaves_out_prompts = False
         splade = Splade()
         mask: Mapping[str, Any] = {}
         kinds = []
         files = _kind_of_files(side, [str(module.get("type", "")) for module in modules])
-        for module in modules:
-            # Only the class's own name is stable between the dialects.
-            kind = str(module.get("type", "")).rpartition(".")[2]
+        own = "token_embeddings" if files == "multi_vector" else "sentence_embedding"
+        # Only the class's own name is stable between the dialects.
+        names = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+        for module, kind in zip(modules, names, strict=True):
             kinds.append(kind)
             folder = path / str(module.get("path", ""))
             if kind in ("Transformer", "MLMTransformer"):
@@ -130,23 +150,32 @@ class SideFiles:
                         "weightedmean pooling without the prompt (include_prompt: false) is not served."
                     )
             elif kind == "Dense":
-                own = "token_embeddings" if files == "multi_vector" else "sentence_embedding"
                 dense.append(_dense(folder, own, scores=files == "classify"))
+            elif kind == "LayerNorm" and files is None:
+                dense.append(Norm(folder, int(read_json(folder / "config.json")["dimension"])))
+            elif kind == "Normalize":
+                _check_normalize(folder, own)
+                if not {"Dense", "LayerNorm", _TANH_INT8}.isdisjoint(names[len(kinds) :]):
+                    dense.append(Norm())
             elif kind == "SpladePooling":
                 splade = _splade(read_json(folder / "config.json"), side)
             elif kind == "MultiVectorMask":
                 mask = read_json(folder / "config.json")
             elif kind == "LogitScore":
                 token_ids = _logit_ids(read_json(folder / "config.json"))
-            elif kind not in ("Normalize", "Dropout", _TANH_INT8):
+            elif kind not in ("Dropout", _TANH_INT8):
                 raise ConfigError(
-                    f"modules.json names a {kind} module, which carpool cannot serve; "
-                    "it serves Transformer, Pooling, Dense, Normalize, SpladePooling and MultiVectorMask."
+                    f"modules.json names a {kind} module, which carpool cannot serve{_there(files)}; "
+                    "it serves Transformer, Pooling, Dense, LayerNorm, Normalize, SpladePooling and MultiVectorMask."
                 )
-        steps = [kind for kind in kinds if kind in _ORDER]
-        if steps != sorted(steps, key=_ORDER.index) or steps.count("Pooling") > 1:
+        steps = [kind for kind in kinds if kind in _PLACES]
+        last = len(steps)
+        while last and steps[last - 1] == "Normalize":
+            last -= 1
+        if steps[:last] != sorted(steps[:last], key=_PLACES.__getitem__) or steps.count("Pooling") > 1:
             raise ConfigError(
-                f"modules.json runs {', '.join(steps)} in this order; carpool serves {', '.join(_ORDER)}."
+                f"modules.json runs {', '.join(steps)} in this order; carpool serves a Transformer, one Pooling, and "
+                "behind it Dense, LayerNorm and Normalize in any order."
             )
         if files == "classify" and (len(pooling) > 1 or not dense or "Normalize" in kinds):
             raise ConfigError(
@@ -164,7 +193,7 @@ class SideFiles:
         return cls(
             folder=transformer,
             pooling=pooling,
-            normalize=not modules or "Normalize" in kinds or (files == "multi_vector" and is_pylate(side)),
+            normalize=not modules or last < len(steps) or (files == "multi_vector" and is_pylate(side)),
             dense=tuple(dense),
             max_seq_length=int(longest) if longest else None,
             lowercase=bool(bert.get("do_lower_case", False)),
@@ -264,6 +293,22 @@ def _pooling_modes(config: Mapping[str, Any], folder: Path) -> tuple[PoolingMode
     if named is None:  # booleans have no order of their own
         names.sort(key=list(_ST_MODES).index)
     return tuple(_ST_MODES[name] for name in names)
+
+
+def _there(files: Kind | None) -> str:
+    """Where a module that is served elsewhere is not."""
+    kinds: Mapping[Kind | None, str] = {
+        "multi_vector": " in a model of several vectors",
+        "sparse": " in a sparse model",
+        "classify": " in a cross-encoder",
+    }
+    return kinds.get(files, "")
+
+
+def _check_normalize(folder: Path, own: str) -> None:
+    named = read_json(folder / "config.json", optional=True).get("module_input_name")
+    if named not in (None, own):
+        raise ConfigError(f"{folder.name} works on {named!r}; carpool serves Normalize on {own} here.")
 
 
 def _dense(folder: Path, own: str, *, scores: bool) -> Dense:

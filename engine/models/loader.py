@@ -55,7 +55,7 @@ from carpool.engine.poolers.classifier import (
     head_from_weights,
     keep_words,
 )
-from carpool.engine.poolers.dense import load_dense
+from carpool.engine.poolers.dense import load_layer
 from carpool.engine.side_files import PoolingMode
 
 # Keys of a configuration that change how a model is run and not what it computes.
@@ -135,7 +135,7 @@ class Loader:
                 return Loaded(self._backbone(full.base_model), head_from_tokens(rows, scorer.method), "last")
             case "classify" if checkpoint.files == "classify":
                 model = self._model(AutoModel, checkpoint, config, **_without_pooler(config))
-                layers = [load_dense(spec, self.device) for spec in checkpoint.dense]
+                layers = [load_layer(spec, self.device) for spec in checkpoint.dense]
                 return Loaded(self._backbone(model), nn.Sequential(*layers))
             case "classify":
                 full = self._model(AutoModelForSequenceClassification, checkpoint, config)

@@ -1,30 +1,53 @@
-"""Dense heads of sentence-transformers: float32 [B, in] to [B, out], after pooling."""
+"""Layers of sentence-transformers behind its pooling, Dense above all: float32 [B, in] to [B, out]."""
 
 import re
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from carpool.engine.errors import ConfigError
 from carpool.engine.models.weights import stored
-from carpool.engine.side_files import Dense
+from carpool.engine.side_files import Dense, Layer
 
 _PREFIXES = ("linear.", "dense.", "")  # of a folder's weights that holds nothing else
 
 
-def load_dense(spec: Dense, device: torch.device) -> nn.Sequential:
-    """The layer and its activation, in float32."""
+def load_layer(spec: Layer, device: torch.device) -> nn.Module:
+    """In float32: a linear layer and its activation, or what keeps the width."""
+    if isinstance(spec, Dense):
+        return _load_dense(spec, device)
+    if spec.folder is None:
+        return _UnitLength()
+    return _load_norm(spec.folder, int(spec.width or 0), device)
+
+
+class _UnitLength(nn.Module):
+    """Each row [D] over its length."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return nn.functional.normalize(rows, dim=-1)
+
+
+def _load_norm(folder: Path, width: int, device: torch.device) -> nn.LayerNorm:
+    norm = nn.LayerNorm(width, dtype=torch.float32, device=device)
+    tensors = _read(folder, re.compile(r"norm\.(weight|bias)$"))
+    for name, parameter in norm.named_parameters():
+        found = tensors.get(f"norm.{name}")
+        if found is None or found.shape != parameter.shape:
+            raise ConfigError(f"{folder.name} has no norm.{name} of shape ({width},) for its LayerNorm.")
+        parameter.data.copy_(found)
+    return norm.requires_grad_(False).eval()
+
+
+def _load_dense(spec: Dense, device: torch.device) -> nn.Sequential:
     linear = nn.Linear(
         spec.in_features, spec.out_features, bias=spec.bias, dtype=torch.float32, device=device
     )
-    try:
-        tensors = _tensors(spec)
-    except ConfigError:
-        raise
-    except Exception as error:  # damaged, or a pickle that is not safe to load: each format has its own words
-        raise ConfigError(f"The weights in {spec.folder} cannot be read: {type(error).__name__}.") from error
+    names = "|".join(re.escape(prefix) for prefix in _prefixes(spec))
+    tensors = _read(spec.folder, re.compile(f"({names})(weight|bias)$|residual\\.weight$"))
     for name in ("weight", "bias") if spec.bias else ("weight",):
         found = next((tensors[p + name] for p in _prefixes(spec) if p + name in tensors), None)
         parameter = getattr(linear, name)
@@ -80,11 +103,16 @@ def activation(dotted: str) -> nn.Module:
     return made
 
 
-def _tensors(spec: Dense) -> dict[str, Tensor]:
-    if not any(spec.folder.glob("*.safetensors")) and not any(spec.folder.glob("pytorch_model*.bin")):
-        raise ConfigError(f"{spec.folder} has neither model.safetensors nor pytorch_model.bin.")
-    names = "|".join(re.escape(prefix) for prefix in _prefixes(spec))
-    return stored(spec.folder, re.compile(f"({names})(weight|bias)$|residual\\.weight$"))
+def _read(folder: Path, names: re.Pattern[str]) -> dict[str, Tensor]:
+    """The weights of these names in `folder`."""
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise ConfigError(f"{folder} has neither model.safetensors nor pytorch_model.bin.")
+    try:
+        return stored(folder, names)
+    except ConfigError:
+        raise
+    except Exception as error:  # damaged, or a pickle that is not safe to load: each format has its own words
+        raise ConfigError(f"The weights in {folder} cannot be read: {type(error).__name__}.") from error
 
 
 def _prefixes(spec: Dense) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from carpool.engine.checkpoint import Checkpoint
 from carpool.engine.config import PoolerConfig
 from carpool.engine.errors import ConfigError, InvalidParameter
 from carpool.engine.params import Matryoshka
-from carpool.engine.side_files import Splade
+from carpool.engine.side_files import Dense, Norm, Splade
 
 CONFIG = {"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 32, "vocab_size": 99,
           "max_position_embeddings": 512}  # fmt: skip
@@ -104,6 +104,8 @@ def test_dense_layers_come_in_order_and_set_the_width(dialect: str, tmp_path: Pa
         folder(tmp_path), dialect=dialect, dense=[(32, 64, tanh), (64, 16, identity)]
     )
     first, second = read(tmp_path).dense
+    assert isinstance(first, Dense)
+    assert isinstance(second, Dense)
     assert (first.folder.name, first.in_features, first.out_features, first.activation) == (
         "2_Dense",
         32,
@@ -147,14 +149,51 @@ def test_a_module_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_an_order_of_modules_that_is_not_ours_is_refused(tmp_path: Path) -> None:
+def test_layers_behind_the_pooling_come_in_any_order(tmp_path: Path) -> None:
     """Normalising before a Dense layer gives other vectors than normalising behind it."""
-    tiny.sentence_transformers_files(
-        folder(tmp_path), dense=[(32, 16, "torch.nn.modules.linear.Identity")], normalize=True
-    )
-    modules = json.loads((tmp_path / "modules.json").read_text())
-    tiny.write_json(tmp_path / "modules.json", [*modules[:2], modules[3], modules[2]])
-    with pytest.raises(ConfigError, match="Normalize, Dense"):
+    reordered(tmp_path, 0, 1, 3, 2)
+    assert [type(layer) for layer in read(tmp_path).dense] == [Norm, Dense]
+    assert not read(tmp_path).normalize, "which the last layer undoes"
+    reordered(tmp_path, 0, 1, 3, 2, 3, 3)
+    assert [type(layer) for layer in read(tmp_path).dense] == [Norm, Dense]
+    assert read(tmp_path).normalize
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (1, 0, 2, 3), (0, 1, 2, 1)])
+def test_an_order_of_modules_that_is_not_ours_is_refused(order: tuple[int, ...], tmp_path: Path) -> None:
+    reordered(tmp_path, *order)
+    with pytest.raises(ConfigError, match="in this order"):
+        read(tmp_path)
+
+
+def test_a_layer_norm_must_fit_and_is_for_one_vector_a_text(tmp_path: Path) -> None:
+    reordered(tmp_path, 0, 1, 2)
+    listed = json.loads((tmp_path / "modules.json").read_text())
+    norm = {"type": "sentence_transformers.models.LayerNorm", "path": "3_LayerNorm"}
+    tiny.write_json(tmp_path / "modules.json", [*listed, norm])
+    tiny.write_json(tmp_path / "3_LayerNorm" / "config.json", {"dimension": 16})
+    assert read(tmp_path).dense[-1] == Norm(tmp_path / "3_LayerNorm", 16)
+    tiny.write_json(tmp_path / "3_LayerNorm" / "config.json", {"dimension": 32})
+    with pytest.raises(ConfigError, match="3_LayerNorm takes vectors of 32 components and would get 16"):
+        read(tmp_path)
+    tiny.edit_json(tmp_path / "config_sentence_transformers.json", model_type="MultiVectorEncoder")
+    with pytest.raises(
+        ConfigError, match="a LayerNorm module, which carpool cannot serve in a model of several"
+    ):
+        read(tmp_path)
+
+
+def reordered(path: Path, *order: int) -> None:
+    """Transformer 0, Pooling 1, Dense 2 and Normalize 3, as modules.json is to run them."""
+    tiny.sentence_transformers_files(folder(path), dense=[(32, 16, "torch.nn.modules.linear.Identity")])
+    modules = json.loads((path / "modules.json").read_text())
+    tiny.write_json(path / "modules.json", [modules[i] for i in order])
+
+
+def test_normalising_tokens_is_refused_where_they_are_pooled(tmp_path: Path) -> None:
+    tiny.sentence_transformers_files(folder(tmp_path))
+    tiny.write_json(tmp_path / "2_Normalize" / "config.json", {"module_input_name": "token_embeddings"})
+    with pytest.raises(ConfigError, match="token_embeddings"):
         read(tmp_path)
 
 
@@ -449,7 +488,9 @@ def test_a_vector_a_token_is_told_by_the_files(
     checkpoint = read(tmp_path)
     assert checkpoint.files == "multi_vector"
     assert checkpoint.late is not None
-    assert [(layer.out_features, layer.residual) for layer in checkpoint.dense] == [(8, True)]
+    (layer,) = checkpoint.dense
+    assert isinstance(layer, Dense)
+    assert (layer.out_features, layer.residual) == (8, True)
     assert checkpoint.matryoshka.size == 8
 
 
