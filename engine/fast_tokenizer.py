@@ -20,35 +20,39 @@ def load_fast(path: str | Path, *, trust_remote_code: bool) -> Any:
     a text (`add_bos_token`, `add_eos_token`) are as tokenizer_config.json has them. Since version 5 transformers
     goes by tokenizer.json alone, which lacks the end that e5-mistral was trained with; we do not.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     folder = Path(path)
-    own = _read_json(folder / "tokenizer_config.json")
-    has_code = not trust_remote_code and "auto_map" in own
     try:
-        fast: Any
-        if has_code and (folder / "tokenizer.json").is_file():
-            ends = {key: own[key] for key in ("add_bos_token", "add_eos_token") if key in own}
-            fast = PreTrainedTokenizerFast.from_pretrained(str(path), **ends)
-        elif has_code and (folder / "tokenizer.model").is_file():
-            fast = _from_sentencepiece(folder, own)
-        else:
-            fast = AutoTokenizer.from_pretrained(
-                str(path),
-                trust_remote_code=trust_remote_code,
-                config=None if trust_remote_code else _stand_in(folder),
-            )
-            if own.get("add_eos_token") and not _ends_texts(fast):
-                fast = AutoTokenizer.from_pretrained(
-                    str(path),
-                    trust_remote_code=trust_remote_code,
-                    add_bos_token=own.get("add_bos_token", fast("a")["input_ids"][0] == fast.bos_token_id),
-                    add_eos_token=True,
-                )
+        with sentencepiece.read_by_transformers():
+            fast = _loaded(folder, trust_remote_code)
     except Exception as error:  # transformers raises whatever went wrong inside
         raise ConfigError(f"The tokenizer in {path} cannot be loaded: {first_line(error)}") from error
     if getattr(fast, "backend_tokenizer", None) is None:
         raise ConfigError(f"The tokenizer in {path} has no fast version; save one with tokenizer.json.")
+    return fast
+
+
+def _loaded(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    own = _read_json(folder / "tokenizer_config.json")
+    has_code = not trust_remote_code and "auto_map" in own
+    if has_code and (folder / "tokenizer.json").is_file():
+        ends = {key: own[key] for key in ("add_bos_token", "add_eos_token") if key in own}
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), **ends)
+    if has_code and (folder / "tokenizer.model").is_file():
+        return _from_sentencepiece(folder, own)
+    fast: Any = AutoTokenizer.from_pretrained(
+        str(folder),
+        trust_remote_code=trust_remote_code,
+        config=None if trust_remote_code else _stand_in(folder),
+    )
+    if own.get("add_eos_token") and not _ends_texts(fast):
+        fast = AutoTokenizer.from_pretrained(
+            str(folder),
+            trust_remote_code=trust_remote_code,
+            add_bos_token=own.get("add_bos_token", fast("a")["input_ids"][0] == fast.bos_token_id),
+            add_eos_token=True,
+        )
     return fast
 
 

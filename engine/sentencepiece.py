@@ -1,13 +1,16 @@
-"""SentencePiece: a byte-pair `tokenizer.model` as a fast tokenizer, for folders that have no tokenizer.json.
+"""SentencePiece: its model files (`tokenizer.model`, `spiece.model` …), for folders that have no tokenizer.json.
 
-InternLM2's repositories ship the model file and Python code to read it; what that code makes of it is made here.
-The file is a protocol buffer of which four fields matter.
+transformers makes fast tokenizers of them if two packages more are installed, which read the file: a protocol buffer
+of which a dozen fields matter. They are read here instead (`read_by_transformers`). InternLM2's repositories ship the
+file with Python code of their own; what that makes of it is made here (`read`).
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers
@@ -17,21 +20,93 @@ _SPACE = "▁"  # what sentencepiece writes for a blank
 _BPE = 2  # TrainerSpec.model_type; 1 would be a unigram model
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """An entry of the vocabulary. `type` is 1 of most; 2 unknown, 3 control, 4 defined by the user, 6 a byte."""
+
+    piece: str
+    score: float
+    type: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerSpec:
+    """As the protocol has it where a file does not say; a negative id is of a token that there is not."""
+
+    model_type: int = 1
+    byte_fallback: bool = False
+    unk_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+    unk_piece: str = "<unk>"
+    bos_piece: str = "<s>"
+    eos_piece: str = "</s>"
+
+
+@dataclass(frozen=True, slots=True)
+class NormalizerSpec:
+    """`precompiled_charsmap` replaces characters; `add_dummy_prefix`: a text begins with a blank."""
+
+    precompiled_charsmap: bytes = b""
+    add_dummy_prefix: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A model file, its names those of the protocol, by which transformers asks for them."""
+
+    pieces: tuple[Piece, ...]
+    trainer_spec: TrainerSpec
+    normalizer_spec: NormalizerSpec
+
+    @classmethod
+    def parse(cls, path: Path) -> ModelFile:
+        """Raises ValueError for a file that holds something else."""
+        pieces: list[Piece] = []
+        trainer, normalizer = TrainerSpec(), NormalizerSpec()
+        try:
+            for field, value in _fields(path.read_bytes()):
+                if field == 1:
+                    pieces.append(_piece(value))
+                elif field == 2:
+                    trainer = _trainer(value)
+                elif field == 3:
+                    own = dict(_fields(value))
+                    normalizer = NormalizerSpec(own.get(2, b""), bool(_number(own, 3, 1)))
+        except (IndexError, KeyError, struct.error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path.name} is not a sentencepiece model") from error
+        if not pieces:
+            raise ValueError(f"{path.name} is not a sentencepiece model")
+        return cls(tuple(pieces), trainer, normalizer)
+
+
+@contextmanager
+def read_by_transformers() -> Iterator[None]:
+    """Within this block transformers reads model files as this module does, whatever else is installed."""
+    from transformers import convert_slow_tokenizer
+
+    published = convert_slow_tokenizer.SentencePieceExtractor
+
+    class Extractor(published):  # type: ignore[misc, valid-type]
+        def __init__(self, model: str) -> None:
+            self.proto = ModelFile.parse(Path(model))
+
+    convert_slow_tokenizer.SentencePieceExtractor = Extractor
+    try:
+        yield
+    finally:
+        convert_slow_tokenizer.SentencePieceExtractor = published
+
+
 def read(path: Path, added: Mapping[int, AddedToken]) -> Tokenizer:
     """The tokenizer in `path`; `added` are tokens that stand at the places of some of its pieces, or behind them.
 
     Raises ValueError for a file that holds something else than byte pairs.
     """
-    pieces: list[tuple[str, float]] = []
-    kind, dummy_prefix = 1, True  # as the protocol has it where a file does not say
-    for field, value in _fields(path.read_bytes()):
-        if field == 1:
-            pieces.append(_piece(value))
-        elif field == 2:
-            kind = _number(value, 3, kind)
-        elif field == 3:
-            dummy_prefix = bool(_number(value, 3, dummy_prefix))
-    if kind != _BPE or not pieces:
+    model = ModelFile.parse(path)
+    pieces = [(piece.piece, piece.score) for piece in model.pieces]
+    dummy_prefix = model.normalizer_spec.add_dummy_prefix
+    if model.trainer_spec.model_type != _BPE:
         raise ValueError(f"{path.name} is not a byte-pair model; save a tokenizer.json with it")
     names = [added[i].content if i in added else piece for i, (piece, _) in enumerate(pieces)]
     vocabulary = {name: i for i, name in enumerate(names)}
@@ -70,15 +145,32 @@ def _merges(scores: Mapping[str, float], vocabulary: Mapping[str, int]) -> list[
     return [(left, right) for _, left, right in ranked]
 
 
-def _piece(message: bytes) -> tuple[str, float]:
-    """SentencePiece: its text and its score."""
+def _piece(message: bytes) -> Piece:
     fields = dict(_fields(message))
     (score,) = struct.unpack("<f", fields.get(2, bytes(4)))
-    return fields[1].decode(), score
+    return Piece(fields[1].decode(), score, _number(fields, 3, 1))
 
 
-def _number(message: bytes, field: int, otherwise: int) -> int:
-    return next((int.from_bytes(value, "big") for at, value in _fields(message) if at == field), otherwise)
+def _trainer(message: bytes) -> TrainerSpec:
+    fields = dict(_fields(message))
+    return TrainerSpec(
+        model_type=_number(fields, 3, 1),
+        byte_fallback=bool(_number(fields, 35, 0)),
+        unk_id=_number(fields, 40, 0),
+        bos_id=_number(fields, 41, 1),
+        eos_id=_number(fields, 42, 2),
+        unk_piece=fields.get(45, b"<unk>").decode(),
+        bos_piece=fields.get(46, b"<s>").decode(),
+        eos_piece=fields.get(47, b"</s>").decode(),
+    )
+
+
+def _number(fields: Mapping[int, bytes], field: int, otherwise: int) -> int:
+    """A whole number, which the protocol has in 64 bits of two's complement."""
+    if field not in fields:
+        return otherwise
+    value = int.from_bytes(fields[field], "big")
+    return value - 2**64 if value >= 2**63 else value
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
@@ -94,6 +186,8 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
             length = 8 if wire == 1 else 4
             if wire == 2:
                 length, at = _varint(message, at)
+            if at + length > len(message):
+                raise ValueError("this is not a sentencepiece model")
             yield field, message[at : at + length]
             at += length
         else:
