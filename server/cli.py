@@ -29,6 +29,7 @@ log = structlog.get_logger()
 
 USAGE_ERROR = 2
 FAILURE = 1
+INTERRUPTED = 130  # what a shell says of one whom Ctrl-C ended
 SUMMARY = """\
 usage: carpool serve [MODEL] [options]
        carpool serve --help
@@ -37,7 +38,22 @@ usage: carpool serve [MODEL] [options]
 
 
 def main() -> NoReturn:
-    sys.exit(run(sys.argv[1:], os.environ))
+    _open_what_was_closed()
+    try:
+        sys.exit(run(sys.argv[1:], os.environ))
+    except KeyboardInterrupt:  # before the server listens for signals, or a second one
+        sys.exit(INTERRUPTED)
+
+
+def _open_what_was_closed() -> None:
+    """Started without standard streams, as by `2>&-`: else the first socket would be taken for one of them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:

@@ -28,6 +28,7 @@ async def opened(config: ServerConfig) -> list[socket.socket]:
     loop = asyncio.get_running_loop()
     try:
         if config.uds:
+            _refuse_to_supplant(config.uds)
             bound = await loop.create_unix_server(asyncio.Protocol, config.uds, start_serving=False)
         else:
             bound = await loop.create_server(asyncio.Protocol, config.host, config.port, start_serving=False)
@@ -41,6 +42,19 @@ async def opened(config: ServerConfig) -> list[socket.socket]:
         reason = os.strerror(number) if number > 0 else str(error)
         raise ConfigError(f"Cannot listen on {place}: {reason.lower()}.") from error
     return sockets
+
+
+def _refuse_to_supplant(path: str) -> None:
+    """A socket's file is replaced, since a server leaves its own behind; not while another server listens there."""
+    with socket.socket(socket.AF_UNIX) as visitor:
+        visitor.settimeout(1.0)
+        try:
+            visitor.connect(path)
+        except TimeoutError:  # its queue is full: it is busy, or hangs
+            pass
+        except OSError:  # nobody is there, or nothing that can be asked
+            return
+    raise ConfigError(f"Cannot listen on {path}: another server listens there.")
 
 
 def url(config: ServerConfig, sockets: Sequence[socket.socket]) -> str:

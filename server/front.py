@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import pickle
-import signal
 import socket
 import sys
 
@@ -23,21 +22,21 @@ from carpool.server.keys import METRICS, STARTED_AT
 
 def main() -> None:
     """The arguments are descriptors: of the line to the engine's process, and of the sockets that listen."""
-    for known in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(
-            known, signal.SIG_IGN
-        )  # they reach the whole group, and it is the parent that says when to end
     config: ServerConfig
-    config, started_at = pickle.load(sys.stdin.buffer)
+    config, started_at, late = pickle.load(sys.stdin.buffer)
     logs.set_up(config.log_level, config.log_format)
     line, *listening = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
-    uvloop.run(live(config, line, listening, started_at))
+    uvloop.run(live(config, line, listening, started_at, late))
 
 
 async def live(
-    config: ServerConfig, line: socket.socket, listening: list[socket.socket], started_at: int
+    config: ServerConfig, line: socket.socket, listening: list[socket.socket], started_at: int, late: bool
 ) -> None:
-    """Until the engine's process says to end, or is gone."""
+    """Until the engine's process says to end, or is gone.
+
+    One that comes `late`, to a server that is ready, takes no clients before it is ready too: they are better off with
+    another front, or in the sockets' queues, than refused.
+    """
 
     async def reply(question: str) -> bytes:
         match question:
@@ -55,6 +54,8 @@ async def live(
     app[STARTED_AT] = started_at  # the server's, whichever front answers
     loading = asyncio.ensure_future(_load(engine))
     over = asyncio.ensure_future(core.over())
+    if late:
+        await asyncio.wait((loading, over), return_when=asyncio.FIRST_COMPLETED)
     async with serving(config, app, listening, config.api_workers):
         await asyncio.wait((loading, over), return_when=asyncio.FIRST_COMPLETED)
         if loading.done():

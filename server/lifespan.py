@@ -55,16 +55,23 @@ async def serve(config: ServerConfig, engine: AsyncEngine) -> bool:
 
 
 def _stop_signal() -> asyncio.Future[signal.Signals]:
-    """Done at the first SIGTERM or SIGINT; the second one has its usual, immediate effect."""
+    """Done at the first of the signals that end; the second one has its usual, immediate effect.
+
+    The terminal's end is one of them, but for who was told not to mind it (nohup).
+    """
     loop = asyncio.get_running_loop()
     received: asyncio.Future[signal.Signals] = loop.create_future()
+    ends = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        ends.append(signal.SIGHUP)
 
     def on_signal(which: signal.Signals) -> None:
-        for known in (signal.SIGTERM, signal.SIGINT):
+        for known in ends:
             loop.remove_signal_handler(known)
-        received.set_result(which)
+        if not received.done():  # two of them may come at once
+            received.set_result(which)
 
-    for known in (signal.SIGTERM, signal.SIGINT):
+    for known in ends:
         loop.add_signal_handler(known, on_signal, known)
     return received
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 import orjson
 import structlog
@@ -14,8 +15,24 @@ import structlog
 from carpool.server.config import LogFormat, LogLevel
 
 
+class _Lossy:
+    """A stream that loses what cannot be written: no client goes unanswered for a full disk or a pipe nobody reads."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError):  # ValueError: closed
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+
 def set_up(level: LogLevel, format: LogFormat) -> None:
     """One form for our own lines and for those of libraries, which log through the standard library."""
+    stream: Any = _Lossy(sys.stderr)
     threshold = logging.getLevelNamesMapping()[level.upper()]
     if format == "auto":
         format = "console" if sys.stderr.isatty() else "json"
@@ -34,10 +51,10 @@ def set_up(level: LogLevel, format: LogFormat) -> None:
     structlog.configure(
         processors=[*shared, render],
         wrapper_class=logger,
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(stream),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=render, foreign_pre_chain=shared))
     logging.basicConfig(handlers=[handler], level=max(threshold, logging.WARNING), force=True)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
@@ -88,6 +90,79 @@ def test_closing_from_its_own_thread_does_not_wait_for_itself(loop: LoopThread) 
     loop.run(close())
     loop._thread.join(10)
     assert not loop._thread.is_alive()
+
+
+async def forever() -> None:
+    await asyncio.Event().wait()
+
+
+def test_who_waits_when_it_is_closed_is_told(loop: LoopThread) -> None:
+    """Also one whose coroutine waits for a thread, which would have nobody to tell once the loop has stopped."""
+    proceed = threading.Event()
+    told: list[str] = []
+
+    async def busy() -> None:
+        await asyncio.get_running_loop().run_in_executor(None, proceed.wait, 20)
+
+    def call(coroutine: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        with pytest.raises(RuntimeError) as caught:
+            loop.run(coroutine())
+        told.append(str(caught.value))
+
+    async def under_way() -> int:
+        await asyncio.sleep(0.001)
+        return len(asyncio.all_tasks()) - 1
+
+    callers = [threading.Thread(target=call, args=(one,), daemon=True) for one in (busy, forever)]
+    for caller in callers:
+        caller.start()
+    while loop.run(under_way()) < 2:
+        pass
+    loop.close(nothing())
+    for caller in callers:
+        caller.join(10)
+    proceed.set()
+    assert told == ["This LLM was closed before it could answer."] * 2
+
+
+def test_nothing_is_run_once_it_is_closed(loop: LoopThread) -> None:
+    loop.close(nothing())
+    loop.close(nothing())
+    with pytest.raises(RuntimeError, match="is closed"):
+        loop.run(forever())
+
+
+def test_it_ends_even_if_the_last_wish_fails(loop: LoopThread) -> None:
+    async def fails() -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        loop.close(fails())
+    assert not loop._thread.is_alive()
+
+
+def test_who_asks_in_its_own_thread_is_refused(loop: LoopThread) -> None:
+    async def ask() -> None:
+        loop.run(forever())
+
+    with pytest.raises(RuntimeError, match="wait for itself"):
+        loop.run(ask())
+
+
+def test_a_forked_process_is_refused_and_leaves_it_alone(loop: LoopThread) -> None:
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            signal.alarm(20)
+            loop.run(forever())
+        except RuntimeError as error:
+            loop.close(nothing())
+            status = 0 if "forked" in str(error) else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert loop.run(thread_name()) == "under-test"
 
 
 def test_of_many_calls_so_many_are_under_way_at_once_and_answers_keep_their_order(loop: LoopThread) -> None:

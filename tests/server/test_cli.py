@@ -139,3 +139,30 @@ def test_the_command_runs_without_loading_torch() -> None:
     source = Path(carpool.__file__).resolve().parent.parent
     environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONSAFEPATH": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
+
+
+def test_standard_streams_that_were_closed_are_opened_before_a_socket_takes_their_place() -> None:
+    """As by `2>&-`: what libraries print would go to a client."""
+    code = (
+        "import os, sys\n"
+        "from carpool.server import cli\n"
+        "sys.argv = ['carpool', '--version']\n"
+        "try:\n    cli.main()\n"
+        "finally:\n    print('unheard', file=sys.stderr)\n    os.write(9, os.readlink('/proc/self/fd/2').encode())\n"
+    )
+    reader, writer = os.pipe()
+    command = f'exec "$0" -c "$1" 9>&{writer} 0<&- 1>&- 2>&-'
+    done = subprocess.run(["bash", "-c", command, sys.executable, code], pass_fds=[writer], timeout=60)
+    os.close(writer)
+    with open(reader) as said:
+        assert (done.returncode, said.read()) == (0, "/dev/null")
+
+
+def test_an_impatient_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130

@@ -74,7 +74,7 @@ async def test_it_listens_before_it_has_loaded() -> None:
         assert (await served.embed(input="a")).status == 200
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_accepted_work_is_finished_and_new_work_refused(which: signal.Signals) -> None:
     engine = FakeEngine()
     async with alive(local(), engine) as (served, life):
@@ -94,6 +94,19 @@ async def test_accepted_work_is_finished_and_new_work_refused(which: signal.Sign
         engine.gate.set()
         assert [(await one).status for one in accepted] == [200] * 5
         assert await life is True
+
+
+async def test_the_end_of_the_terminal_is_not_minded_by_who_was_told_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        engine = FakeEngine()
+        async with alive(local(), engine) as (served, life):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert (await served.embed(input="a")).status == 200
+            assert engine.state == "ready"
+            assert not life.done()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 async def test_work_that_takes_too_long_is_left_and_said_so() -> None:
@@ -236,8 +249,16 @@ async def test_a_unix_socket_serves_too(tmp_path: Path) -> None:
         session.post(f"http://carpool{EMBEDDINGS}", json={"input": "a"}) as response,
     ):
         assert response.status == 200
+        with pytest.raises(ConfigError, match=r"Cannot listen on .*: another server listens there\."):
+            await doors.opened(ServerConfig(uds=path))
+        async with session.get("http://carpool/health") as response:
+            assert response.status == 200
     os.kill(os.getpid(), signal.SIGTERM)
     assert await life is True
+    for own in await doors.opened(
+        ServerConfig(uds=path)
+    ):  # what is left of one that has ended is in nobody's way
+        own.close()
 
 
 async def test_ready_is_one_line_with_the_facts() -> None:

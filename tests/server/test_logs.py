@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import structlog
 import structlog.testing
 
 from carpool.server import logs
+from carpool.server.config import LogFormat
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +108,21 @@ def test_the_level_silences_libraries_too(capsys: pytest.CaptureFixture[str]) ->
     structlog.get_logger().warning("unheard")
     logging.getLogger("library").warning("unheard")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("format", ["json", "console"])
+def test_what_cannot_be_written_is_lost_and_nothing_else(
+    format: LogFormat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, or a pipe whose reader has died."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch, open(writer, "w", buffering=1) as pipe:
+        patch.setattr(sys, "stderr", pipe)
+        logs.set_up("info", format)
+        structlog.get_logger().info("lost")
+        structlog.get_logger().error("lost", exc_info=ValueError("with a traceback"))
+        logging.getLogger("library").warning("lost too")
+        with suppress(BrokenPipeError):
+            pipe.close()
+    assert capsys.readouterr().err == "", "logging does not complain of it either"
