@@ -55,11 +55,14 @@ RUN pip install --no-cache-dir --no-deps -c /install/constraints.txt gt-all-mini
 COPY --from=build /build/wheels /install/wheels
 RUN pip install --no-cache-dir --no-deps /install/wheels/*.whl
 
+# What is kept between starts, the hub's models and compiled kernels: a volume over a folder that is there takes over
+# its owner, one over nothing would be root's.
+RUN install -d -o carpool -g carpool .cache .cache/huggingface .cupy
 # By number, so that an orchestrator can see that it is not root.
 USER 1000
 EXPOSE 8000
 # Is a restart due? Not while the model loads, nor when too much is asked. For another port set CARPOOL_PORT; with TLS
-# or a Unix socket give a check of your own (docs/operations.md).
+# or a Unix socket give a check of your own (docs/operations.md). Not urllib: it would ask a proxy that http_proxy names.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"CARPOOL_PORT\"]}/health/live', timeout=4)"]
+    CMD ["python", "-c", "import http.client, os, sys; live = http.client.HTTPConnection('127.0.0.1', int(os.environ['CARPOOL_PORT']), timeout=4); live.request('GET', '/health/live'); sys.exit(live.getresponse().status != 200)"]
 ENTRYPOINT ["carpool", "serve"]

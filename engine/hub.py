@@ -18,7 +18,9 @@ _FILES = [
 _PICKLES = ["pytorch_model*.bin", "0_*/pytorch_model*.bin"]
 
 
-def locate(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
+def locate(
+    model: str, revision: str | None = None, download_dir: str | None = None, *, what: str = "model"
+) -> Path:
     """The folder that holds `model`. An empty name is the bundled MiniLM, whose weights are checked.
 
     What is taken from the hub is put into `download_dir`, by default where the hub's client keeps all.
@@ -29,7 +31,7 @@ def locate(model: str, revision: str | None = None, download_dir: str | None = N
     if folder.is_dir():
         return folder.resolve()
     if folder.is_absolute() or model.startswith(("./", "../", "~")):
-        raise ConfigError(f"There is no model folder {model}.")
+        raise ConfigError(f"There is no {what} folder {model}.")
     return _download(model, revision, download_dir)
 
 

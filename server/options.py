@@ -98,17 +98,23 @@ class Option:
         value = Fraction(number) * multiples.get(suffix, 0)
         fits = suffix in multiples and value.denominator == 1 and (suffix or "." not in number)
         self._expect(bool(fits), raw, "a size such as 64MiB" if self.unit == "bytes" else "an integer")
+        self._expect(abs(value) < 2**63, raw, "a number of 64 bits")
         return int(value)
 
     def _read_float(self, raw: Any) -> float:
         try:
             return float(raw)
         except (TypeError, ValueError):
-            raise ConfigError(f"{self.flag} must be a number, got {raw}.") from None
+            raise ConfigError(f"{self.flag} must be a number, got {_shown(raw)}.") from None
 
     def _expect(self, condition: bool, raw: Any, phrase: str) -> None:
         if not condition:
-            raise ConfigError(f"{self.flag} must be {phrase}, got {raw}.")
+            raise ConfigError(f"{self.flag} must be {phrase}, got {_shown(raw)}.")
+
+
+def _shown(raw: Any) -> str:
+    """A value in a sentence; one of blanks alone, which a script's unset variable leaves, in quotes."""
+    return str(raw) if str(raw).strip() else repr(raw)
 
 
 def flag_of(name: str) -> str:
@@ -162,7 +168,7 @@ def read_object(flag: str, raw: Any) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise ConfigError(f"{flag} must be a JSON object, got {raw}.")
+        raise ConfigError(f"{flag} must be a JSON object, got {_shown(raw)}.")
     return value
 
 

@@ -10,8 +10,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -186,5 +188,33 @@ def test_it_runs_as_nobody_special_and_says_how_it_is() -> None:
     assert "PYTHONSAFEPATH=1" in FINAL.one("ENV")
     check = json.loads(FINAL.one("HEALTHCHECK").partition(" CMD ")[2])
     assert check[0] == "python"
-    compile(check[2], "HEALTHCHECK", "exec")
     assert "/health/live" in check[2], "the only one that is not about what a restart would not help"
+
+
+@pytest.mark.parametrize(("status", "well"), [(200, True), (503, False)])
+def test_the_health_check_asks_the_server_itself(status: int, well: bool) -> None:
+    """And no proxy, whatever the environment says of one."""
+    asked = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Not to the tests' output."""
+
+    command = json.loads(FINAL.one("HEALTHCHECK").partition(" CMD ")[2])
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever).start()
+        environment = {
+            "PATH": _path(),
+            "CARPOOL_PORT": str(server.server_port),
+            "http_proxy": "http://127.0.0.1:9",
+        }
+        done = subprocess.run(command, capture_output=True, env=environment)
+        server.shutdown()
+
+    assert (done.returncode == 0) == well
+    assert asked == ["/health/live"]

@@ -63,7 +63,7 @@ def run(*command: str, path: Path | None = None, cwd: Path | None = None) -> str
 
 def shipped() -> set[str]:
     """All that the package holds, by the names it has in the package."""
-    own = {"carpool/__init__.py", "carpool/py.typed"}
+    own = {"carpool/__init__.py", "carpool/__main__.py", "carpool/py.typed"}
     rooms = {path for room in ROOMS for path in (ROOT / room).rglob("*") if path.is_file()}
     made = {path for path in rooms if "__pycache__" in path.parts or path.suffix == ".so"}
     return own | {f"carpool/{path.relative_to(ROOT)}" for path in rooms - made}
@@ -135,6 +135,12 @@ def test_the_console_script_runs(elsewhere: Path, tmp_path: Path, flag: str) -> 
     printed = run(str(elsewhere / "bin" / "carpool"), flag, path=elsewhere, cwd=tmp_path)
 
     assert (version() if flag == "--version" else "carpool serve") in printed
+
+
+def test_the_module_runs_as_the_console_script_does(elsewhere: Path, tmp_path: Path) -> None:
+    printed = run(sys.executable, "-m", "carpool", "--version", path=elsewhere, cwd=tmp_path)
+
+    assert printed == f"carpool {version()}\n"
 
 
 def test_every_module_has_one_identity() -> None:

@@ -42,6 +42,8 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(
 ) -> None:
     with pytest.raises(ConfigError, match="no model folder"):
         locate(name)
+    with pytest.raises(ConfigError, match="no tokenizer folder"):
+        locate(name, what="tokenizer")
     assert no_network == []
 
 

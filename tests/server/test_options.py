@@ -108,6 +108,14 @@ def test_each_kind_reads_its_values(name: str, raw: Any, value: Any) -> None:
     [
         ("port", "many", "--port must be an integer, got many."),
         ("port", True, "--port must be an integer, got True."),
+        ("port", "", "--port must be an integer, got ''."),
+        (
+            "max_num_batched_tokens",
+            "9223372036854775808",
+            "--max-num-batched-tokens must be a number of 64 bits, got 9223372036854775808.",
+        ),
+        ("shutdown_timeout", " ", "--shutdown-timeout must be a number, got ' '."),
+        ("dtype", "", "--dtype must be one of auto, float32, float, bfloat16, float16, half, got ''."),
         ("port", 1.5, "--port must be an integer, got 1.5."),
         ("max_body_size", "64 stones", "--max-body-size must be a size such as 64MiB, got 64 stones."),
         ("shutdown_timeout", "soon", "--shutdown-timeout must be a number, got soon."),
