@@ -11,8 +11,12 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ("amx", "attention", "attention_amx", "crew", "encoder", "linear", "linear8", "linear_amx", "rows")
-HEADERS = ("amx", "attention", "crew", "linear", "linear_blocks", "linear_shares", "transpose", "vector")
+LINEAR = ("linear", "linear8", "linear8_amx", "linear_amx")
+SOURCES = ("amx", "attention", "attention_amx", "crew", "encoder", *LINEAR, "rows")
+HEADERS = (
+    *("amx", "attention", "crew", "linear", "linear8", "linear_blocks", "linear_shares", "linear_tiles"),
+    *("transpose", "vector"),
+)
 # With it kernels/native.py tells a library that was left from before an upgrade.
 TREE = sorted(Path("src/carpool/kernels/cpu").glob("*.[ch]*"))
 DIGEST = sha256(b"".join(path.read_bytes() for path in TREE)).hexdigest()

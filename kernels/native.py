@@ -7,6 +7,7 @@ them; then the torch twins serve.
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import sha256
@@ -258,12 +259,15 @@ def kv_write(keys: Tensor, values: Tensor, slots: Tensor, key_cache: Tensor, val
 
 
 def tried(found: int) -> int:
-    """The level, or the one below AMX where attention does not come out there as it does on AVX-512.
+    """The level, or the one below AMX where attention or 8-bit products do not come out there as they do on AVX-512.
 
-    Its kernels were proven on tiles in software. Surgery compares each linear layer with torch's; this is for the rest.
+    Its kernels were proven on tiles in software. Surgery compares each layer in bfloat16 with torch's; this is for the
+    rest.
     """
-    if found < AMX:
-        return found
+    return found if found < AMX or (_attends_alike() and _multiplies_bytes_alike()) else AMX - 1
+
+
+def _attends_alike() -> bool:
     # Heads and sequences that end within a tile, and more than one block of keys.
     lengths, heads, size = (17, 300), 2, 48
     row = torch.randn(sum(lengths), 4 * heads, size, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -274,8 +278,26 @@ def tried(found: int) -> int:
         how = {"scale": size**-0.5, "causal": causal, "window": None, "softcap": None}
         mine, other = (_attention(query, key, value, batch, **how, by=by).float() for by in (AMX, AMX - 1))
         if not torch.allclose(mine, other, rtol=2**-6, atol=2**-6):
-            return AMX - 1
-    return found
+            return False
+    return True
+
+
+def _multiplies_bytes_alike() -> bool:
+    """To the bit, since integers are exact and what follows them is the same."""
+    assert library is not None
+    if not library.carpool_cpu_multiplies_int8():
+        return True
+    # Tokens, inputs and outputs that end within a tile; weights, steps, sums and biases as native_linear8 passes them.
+    tokens, inputs, outputs, panel = 37, 80, 48, 64
+    some = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (inputs, panel), generator=some, dtype=torch.int8)
+    step, total, bias = torch.rand(3, panel, generator=some)
+    x, out = torch.randn(tokens, inputs, generator=some), torch.empty(2, tokens, outputs)
+    layer = struct.pack("@4P2i", *(part.data_ptr() for part in (weight, step, total, bias)), inputs, outputs)
+    for i, by in enumerate((AMX, AMX - 1)):
+        rows = pointer(x), ctypes.c_int64(inputs), tokens, pointer(out[i]), ctypes.c_int64(outputs)
+        check(library.carpool_linear_int8_f32(layer, 0, None, *rows, by))
+    return torch.equal(out[0], out[1])
 
 
 def _setback(found: int) -> str | None:
@@ -284,7 +306,8 @@ def _setback(found: int) -> str | None:
         return f"{LEVELS[found]} computes something else on this CPU than {LEVELS[level]}, which serves in its place."
     if library is not None and library.carpool_has_amx() < 0:
         return (
-            f"The kernel does not lend this process the AMX that its CPU has: {LEVELS[level]} serves, slower."
+            f"Linux does not lend this process the AMX that its CPU has: {LEVELS[level]} serves, slower. "
+            "It does from version 5.16 on, unless a sandbox (seccomp, gVisor) refuses arch_prctl."
         )
     return None
 

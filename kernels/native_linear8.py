@@ -1,4 +1,4 @@
-"""The Python face of kernels/cpu/linear8.cpp; the twins are in `kernels.twins_cpu`."""
+"""The Python face of kernels/cpu/linear8*.cpp; the twins are in `kernels.twins_cpu`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def _linear(x: Tensor, layer: Panels8, activation: int, finish: Finish | None) -
         )
     is_float = x.dtype == torch.float32
     multiply = native.library.carpool_linear_int8_f32 if is_float else native.library.carpool_linear_int8_bf16
-    return native_linear.called(multiply, described(layer), x, layer.outputs, activation, finish)
+    return native_linear.called(
+        multiply, described(layer), x, layer.outputs, activation, finish, native.level
+    )
 
 
 def described(layer: Panels8) -> ctypes.Structure:

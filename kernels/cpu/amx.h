@@ -10,8 +10,13 @@
 
 #define FOR_AMX FOR_BF16  // all else that these kernels use; every CPU with tiles has it
 
+extern "C" {
+
 // 1 where this process may use tiles for bfloat16, 0 where the CPU has none, -1 where it has and the kernel refuses them.
-extern "C" int carpool_has_amx();
+int carpool_has_amx();
+// Whether it may use them for 8-bit integers too.
+int carpool_has_amx_int8();
+}
 
 // As `ldtilecfg` reads it.
 struct alignas(64) TileConfig {
@@ -38,6 +43,11 @@ template <int N>
 INLINE void tile_load(const void* from, int64_t stride) {
     asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(N), "r"(from), "r"(stride) : "memory");
 }
+// The same of what passes by: it is not to drive others out of the first-level cache.
+template <int N>
+INLINE void tile_load_once(const void* from, int64_t stride) {
+    asm volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" ::"i"(N), "r"(from), "r"(stride) : "memory");
+}
 template <int N>
 INLINE void tile_store(void* to, int64_t stride) {
     asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(N), "r"(to), "r"(stride) : "memory");
@@ -49,12 +59,18 @@ INLINE void tile_multiply() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(LEFT), "i"(RIGHT));
 }
 
+// SUM [16 rows][16 int32] += LEFT [16 rows][64 uint8] · RIGHT [16 fours of rows][16 columns][4 int8]
+template <int SUM, int LEFT, int RIGHT>
+INLINE void tile_multiply_bytes() {
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(LEFT), "i"(RIGHT));
+}
+
 }  // namespace
 #endif
 
 namespace {
 
-constexpr int SIDE = 16;             // rows of a tile, and float32 or pairs of bfloat16 a row
+constexpr int SIDE = 16;             // rows of a tile, and float32, pairs of bfloat16 or fours of bytes a row
 constexpr int DEPTH = 2 * SIDE;      // bfloat16 a row: what one product sums over
 constexpr int TILE = SIDE * DEPTH;   // bfloat16 a tile
 
@@ -72,16 +88,18 @@ struct Tiles {
 };
 
 // Tiles side by side, and those that follow them along what is summed over.
-struct Operand {
-    const uint16_t* at;
+template <typename T>
+struct OperandOf {
+    const T* at;
     int64_t beside, next;  // elements from a tile to the one beside it, to the next
     int64_t row_bytes;     // from one of its rows to the next
 };
+typedef OperandOf<uint16_t> Operand;
 
-// TALL x WIDE tiles of sums, at most 2 x 2, in tiles 0 to 3: of `stride` floats from one row to the next. Stride 0 has
-// every row alike.
-template <int TALL, int WIDE>
-INLINE void load_sums(const float* from, int64_t stride) {
+// TALL x WIDE tiles of sums, at most 2 x 2, in tiles 0 to 3: float32 or int32, `stride` of them from one row to the
+// next. Stride 0 has every row alike.
+template <int TALL, int WIDE, typename S>
+INLINE void load_sums(const S* from, int64_t stride) {
     const int64_t bytes = stride * 4;
     tile_load<0>(from, bytes);
     if (WIDE > 1) tile_load<1>(from + SIDE, bytes);
@@ -89,8 +107,8 @@ INLINE void load_sums(const float* from, int64_t stride) {
     if (TALL > 1 && WIDE > 1) tile_load<3>(from + SIDE * stride + SIDE, bytes);
 }
 
-template <int TALL, int WIDE>
-INLINE void store_sums(float* to, int64_t stride) {
+template <int TALL, int WIDE, typename S>
+INLINE void store_sums(S* to, int64_t stride) {
     const int64_t bytes = stride * 4;
     tile_store<0>(to, bytes);
     if (WIDE > 1) tile_store<1>(to + SIDE, bytes);
@@ -105,23 +123,38 @@ INLINE void zero_sums() {
     tile_zero<3>();
 }
 
-// sums += left · right over `steps` tiles, doing `meanwhile` after each: vector instructions of the block before fill the
-// gaps that the matrix unit leaves. With 2 x 2 sums there is one load a product, the least that eight tiles allow.
-template <int TALL, int WIDE, typename Meanwhile>
-FOR_AMX INLINE void add_products(Operand left, Operand right, int steps, Meanwhile& meanwhile) {
+template <int SUM, int LEFT, int RIGHT>
+INLINE void multiply_add(Operand, Operand) {
+    tile_multiply<SUM, LEFT, RIGHT>();
+}
+template <int SUM, int LEFT, int RIGHT>
+INLINE void multiply_add(OperandOf<uint8_t>, OperandOf<int8_t>) {
+    tile_multiply_bytes<SUM, LEFT, RIGHT>();
+}
+
+template <int N, bool ONCE>
+INLINE void load_left(const void* from, int64_t stride) {
+    ONCE ? tile_load_once<N>(from, stride) : tile_load<N>(from, stride);
+}
+
+// sums += left · right over `steps` tiles, doing `meanwhile` after each: vector instructions of the block before fill
+// the gaps that the matrix unit leaves. With 2 x 2 sums there is one load a product, the least that eight tiles allow.
+// ONCE: the left side passes by, the right one is to stay in the first-level cache.
+template <int TALL, int WIDE, bool ONCE, typename L, typename R, typename Meanwhile>
+FOR_AMX INLINE void add_products(OperandOf<L> left, OperandOf<R> right, int steps, Meanwhile& meanwhile) {
     for (int i = 0; i < steps; i++, left.at += left.next, right.at += right.next) {
         tile_load<6>(right.at, right.row_bytes);
-        tile_load<4>(left.at, left.row_bytes);
-        tile_multiply<0, 4, 6>();
+        load_left<4, ONCE>(left.at, left.row_bytes);
+        multiply_add<0, 4, 6>(left, right);
         if (WIDE > 1) {
             tile_load<7>(right.at + right.beside, right.row_bytes);
-            tile_multiply<1, 4, 7>();
+            multiply_add<1, 4, 7>(left, right);
         }
         if (TALL > 1) {
-            tile_load<5>(left.at + left.beside, left.row_bytes);
-            tile_multiply<2, 5, 6>();
+            load_left<5, ONCE>(left.at + left.beside, left.row_bytes);
+            multiply_add<2, 5, 6>(left, right);
         }
-        if (TALL > 1 && WIDE > 1) tile_multiply<3, 5, 7>();
+        if (TALL > 1 && WIDE > 1) multiply_add<3, 5, 7>(left, right);
         meanwhile();
     }
 }

@@ -82,10 +82,10 @@ struct Block {
     void find(const Shape& s, int past, int first, int rows) {
         const int group = s.heads / s.kv_heads, size = s.head_size;
         count = rows;
-        for (int i = 0; i < count; i++) {
-            const int token = (first + i) / group, head = (first + i) % group;
+        for (int i = 0, token = first / group, head = first % group; i < count; i++) {
             places[i] = past + token;
             from[i] = token * s.q_stride + head * size, to[i] = token * s.o_stride + head * size;
+            if (++head == group) head = 0, token++;
         }
         std::fill(places + count, places + QUERIES, places[count - 1]);
         std::fill(top, top + QUERIES, std::numeric_limits<float>::lowest());  // finite: less itself it is 0
@@ -119,7 +119,7 @@ struct Block {
         for (int i = 0; i < keys; i += DEPTH) {
             zero_sums();
             const Operand left = {laid.keys_at(j + i), laid.deep * TILE, TILE, 2 * DEPTH};
-            add_products<2, WIDE>(left, right(queries), laid.deep, nothing);
+            add_products<2, WIDE, false>(left, right(queries), laid.deep, nothing);
             store_sums<2, WIDE>(scores + i * QUERIES, QUERIES);
         }
     }
@@ -218,7 +218,7 @@ struct Block {
         for (int d = 0; d < laid.deep * DEPTH; d += DEPTH) {
             load_sums<2, WIDE>(result + d * QUERIES, QUERIES);
             const Operand left = {laid.values_at(j, d), TILE, 2 * laid.deep * TILE, 2 * DEPTH};
-            add_products<2, WIDE>(left, right(scores), keys / DEPTH, make);
+            add_products<2, WIDE, false>(left, right(scores), keys / DEPTH, make);
             store_sums<2, WIDE>(result + d * QUERIES, QUERIES);
         }
     }

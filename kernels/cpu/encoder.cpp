@@ -31,15 +31,15 @@ int multiply(const Product& p, const FinishOf<float>* f, const float* x, int64_t
              int64_t outputs, int level) {
     if (p.laid == IN_8_BITS)
         return carpool_linear_int8_f32(static_cast<const Linear8*>(p.layer), p.activation, f, x, inputs, tokens, out,
-                                       outputs);
+                                       outputs, level);
     return carpool_linear_f32(static_cast<const LinearOf<float>*>(p.layer), p.activation, f, x, inputs, tokens, out,
                               outputs, level);
 }
 int multiply(const Product& p, const Finish* f, const uint16_t* x, int64_t inputs, int tokens, uint16_t* out,
-             int64_t outputs, int) {
+             int64_t outputs, int level) {
     if (p.laid == IN_8_BITS)
         return carpool_linear_int8_bf16(static_cast<const Linear8*>(p.layer), p.activation, f, x, inputs, tokens, out,
-                                        outputs);
+                                        outputs, level);
     auto kernel = p.laid == IN_TILES ? carpool_linear_amx : carpool_linear_bf16;
     return kernel(static_cast<const Linear*>(p.layer), p.activation, f, x, inputs, tokens, out, outputs);
 }

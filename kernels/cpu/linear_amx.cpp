@@ -2,20 +2,10 @@
 //
 // Weights lie in panels of 32 outputs, tile by tile: [panels][inputs / 32][2][16 pairs of inputs][16 outputs][2]
 // (kernels/panels.py). A token tile is laid out in tiles of its own, [tokens / 16][inputs / 32][16][32], zeros behind
-// what there is; that is read once for each panel. Then blocks of 32 tokens and 32 outputs: CHUNK steps of a panel stay
-// in the first-level cache while all blocks of the tile pass by, and sums wait in memory for the next chunk. Activations
-// of a block are computed between the products of the one behind it.
-//
-// Rows of a tile are summed apart and always in this order: a token's result does not depend on the others.
-#include "amx.h"
-#include "linear_shares.h"
+// what there is; that is read once for each panel (linear_tiles.h).
+#include "linear_tiles.h"
 
 namespace {
-
-constexpr int BLOCK = 2 * SIDE;    // tokens and outputs of a block
-constexpr int CHUNK = 12;          // steps: 24 KB of weights, half of the first-level cache
-constexpr int CACHE = 1 << 20;     // bytes a token tile may take, half of the second-level cache
-constexpr int MOST = 256;          // tokens a tile: more bring nothing
 
 // What follows a product: `whole(t)` names a block whose sums are, those of the tokens from t on; some of its rows are
 // written at each call, between the products of the block behind it, and all that are left by `finish`.
@@ -65,33 +55,16 @@ FOR_AMX void lay_rows(const uint16_t* x, int64_t stride, int count, int inputs, 
         }
 }
 
-// A block of sums, at most [32][32]: += x · panel, or that and the bias where there is one.
-template <int TALL, typename Follow>
-FOR_AMX INLINE void add_block(Operand x, Operand panel, int steps, const float* bias, float* sums, int64_t stride,
-                              Follow& follow) {
-    if (bias)
-        load_sums<TALL, 2>(bias, 0);
-    else
-        load_sums<TALL, 2>(sums, stride);
-    add_products<TALL, 2>(x, panel, steps, follow);
-    follow.finish();  // it may be these sums that it still reads
-    store_sums<TALL, 2>(sums, stride);
-}
-
 // sums [round_up(count, 16)][stride], 32 columns of them = bias + x · panel.
 template <typename Follow>
 FOR_AMX INLINE void add_panel(const uint16_t* x, const uint16_t* panel, int steps, const float* bias, int count,
                               float* sums, int64_t stride, Follow& follow) {
-    const int64_t strip = int64_t(steps) * TILE;  // elements of 16 tokens
     for (int k = 0; k < steps; k += CHUNK) {
         const int some = std::min(CHUNK, steps - k);
+        const Operand left = {x + k * TILE, int64_t(steps) * TILE, TILE, 2 * DEPTH};
         const Operand right = {panel + int64_t(k) * 2 * TILE, TILE, 2 * TILE, 2 * DEPTH};
-        for (int t = 0; t < count; t += BLOCK) {
-            const Operand left = {x + t / SIDE * strip + k * TILE, strip, TILE, 2 * DEPTH};
-            const auto add = count - t > SIDE ? add_block<2, Follow> : add_block<1, Follow>;
-            add(left, right, some, k ? nullptr : bias, sums + t * stride, stride, follow);
-            if (k + some == steps) follow.whole(t);
-        }
+        const Ahead ahead(right.at + some * 2 * TILE, 2 * LINE, count);
+        add_chunk(left, right, some, k ? nullptr : bias, count, sums, stride, k + some == steps, ahead, follow);
     }
 }
 
@@ -110,8 +83,7 @@ FOR_AMX void add_panels(const Linear& l, const uint16_t* x, int count, float* su
 
 template <Activation A>
 FOR_AMX void apply(const Linear& l, const uint16_t* x, int count, float* sums, uint16_t* out, int64_t stride) {
-    const int steps = std::min(CHUNK, (l.inputs + DEPTH - 1) / DEPTH);
-    Activate<A> follow = {sums, out, stride, count, l.outputs, (BLOCK + steps - 1) / steps};
+    Activate<A> follow = {sums, out, stride, count, l.outputs, rows_a_step((l.inputs + DEPTH - 1) / DEPTH)};
     add_panels(l, x, count, sums, BLOCK, false, follow);
 }
 
@@ -122,16 +94,11 @@ auto apply_of(int activation) {
                                      : apply<IDENTITY>;
 }
 
-// Tokens a tile, of which each takes so many bytes; whole blocks.
-inline int tile_of(int64_t bytes) {
-    return std::min<int64_t>(std::max<int64_t>(CACHE / bytes, BLOCK), MOST) / BLOCK * BLOCK;
-}
-
 FOR_AMX void linear(const Linear& l, int activation, const Finish* f, const uint16_t* x, int64_t x_stride, int tokens,
                     uint16_t* out, int64_t out_stride) {
     static thread_local std::vector<uint16_t> laid_held;
     static thread_local std::vector<float> sums_held;
-    const int inputs = round_up(l.inputs, DEPTH), outputs = f ? round_up(l.outputs, BLOCK) : BLOCK;
+    const int inputs = round_up(l.inputs, DEPTH), outputs = f ? apart(l.outputs) : BLOCK;
     const int tile = std::min(tile_of(int64_t(inputs) * 2 + int64_t(outputs) * 4), round_up(tokens, BLOCK));
     uint16_t* laid = scratch(laid_held, size_t(tile) * inputs);
     float* sums = scratch(sums_held, size_t(tile) * outputs);

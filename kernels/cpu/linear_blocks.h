@@ -22,18 +22,17 @@ namespace {
 constexpr int ROWS = 6;           // tokens a block at most: 6 x 4 sums, 4 registers of weights, one of a token
 constexpr int CACHE = 384 << 10;  // bytes a tile may take: panels pass through the same cache
 
-// What AVX-512's products have in common. Into a row of T: as exact as such a row can tell.
+// What AVX-512's products have in common.
 struct Wide {
     static constexpr int W = LANES, WIDE = 4, COLUMNS = WIDE * W;
 
     template <Activation A>
     static FOR_AVX512 inline void put_active(float* to, const float* from) {
-        const __m512 x = _mm512_loadu_ps(from);
-        store(to, A == GELU ? (vec)gelu_finely(x) : activated<A>((vec)x));
+        ::put_active<A>(to, _mm512_loadu_ps(from));
     }
     template <Activation A>
     static FOR_BF16 inline void put_active(uint16_t* to, const float* from) {
-        round_to(to, active<A>(_mm512_loadu_ps(from)));
+        ::put_active<A>(to, _mm512_loadu_ps(from));
     }
 };
 

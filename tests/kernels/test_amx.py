@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from carpool.kernels import crew, native, native_linear, reference, twins_cpu
+from carpool.kernels import crew, native, native_linear, native_linear8, reference, twins_cpu
 from carpool.kernels.panels import Panels
+from carpool.kernels.panels8 import Panels8
 from carpool.kernels.reference import Activation
 from carpool.kernels.twins_cpu import Norm
 from emu import soft
@@ -69,11 +70,16 @@ def test_what_computes_the_same_as_avx_512_is_trusted() -> None:
     assert native.tried(native.AMX) == native.AMX
 
 
-def test_what_does_not_is_left_to_the_level_below() -> None:
+@pytest.mark.parametrize(
+    ("file", "there", "instead"),
+    [
+        ("attention_amx.cpp", "TILE, 2 * laid.deep * TILE, 2 * DEPTH}", "TILE, TILE, 2 * DEPTH}"),
+        ("linear8_amx.cpp", "{rest, STEP, 0, PANEL_ROW}", "{rest, STEP, 0, STEP}"),
+    ],
+)
+def test_what_does_not_is_left_to_the_level_below(file: str, there: str, instead: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        install(
-            patch, {"attention_amx.cpp": {"TILE, 2 * laid.deep * TILE, 2 * DEPTH}": "TILE, TILE, 2 * DEPTH}"}}
-        )
+        install(patch, {file: {there: instead}})
         assert native.tried(native.AMX) == native.AMX - 1
 
 
@@ -92,7 +98,8 @@ def test_it_is_told_why_the_best_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
     )
     monkeypatch.setattr(native, "library", Elsewhere())
     assert native._setback(native.AMX - 1) == (
-        "The kernel does not lend this process the AMX that its CPU has: AVX-512 BF16 serves, slower."
+        "Linux does not lend this process the AMX that its CPU has: AVX-512 BF16 serves, slower. "
+        "It does from version 5.16 on, unless a sandbox (seccomp, gVisor) refuses arch_prctl."
     )
 
 
@@ -302,11 +309,91 @@ def test_tiles_are_not_multiplied_at_a_level_that_has_none(monkeypatch: pytest.M
         native_linear.linear(randn(4, 64), panels)
 
 
+# ── linear layers in 8-bit integers ──────────────────────────────────────────────────────────────────────────
+
+needs_integers = pytest.mark.skipif(
+    not native_linear8.multiplies, reason="no AVX-512 VNNI here to compare with"
+)
+
+
+def in_tiles_and_in_lanes(call: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """By tdpbusd and by vpdpbusd."""
+    mine = call()
+    assert_no_fault()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "level", native.AMX - 1)
+        return mine, call()
+
+
+def check_integers(
+    rows: int, outputs: int, inputs: int, dtype: torch.dtype, activation: Activation | None = None
+) -> None:
+    x = randn(rows, inputs + 16).to(dtype)[:, :inputs]
+    panels = Panels8.of(randn(outputs, inputs, scale=inputs**-0.5), randn(outputs))
+    mine, other = in_tiles_and_in_lanes(lambda: native_linear8.linear(x, panels, activation))
+    assert torch.equal(mine, other)
+
+
+either = st.sampled_from([torch.float32, torch.bfloat16])
+# 48 inputs are less than a step; 880 are more than a chunk, and a step that is not whole.
+depths = st.sampled_from([16, 48, 64, 80, 384, 880])
+
+
+@needs_integers
+@given(
+    rows=tokens,
+    outputs=st.sampled_from([16, 48, 64, 112]),
+    inputs=depths,
+    dtype=either,
+    activation=st.sampled_from([None, "silu", "gelu", "gelu_tanh"]),
+)
+@few
+def test_integers_in_tiles_give_what_they_give_in_lanes_to_the_bit(
+    rows: int, outputs: int, inputs: int, dtype: torch.dtype, activation: Activation | None
+) -> None:
+    check_integers(rows, outputs, inputs, dtype, activation)
+
+
+@needs_integers
+@given(rows=tokens, width=sizes, inputs=depths, dtype=either, norm=st.booleans())
+@few
+def test_so_they_do_with_a_residual_and_a_norm(
+    rows: int, width: int, inputs: int, dtype: torch.dtype, norm: bool
+) -> None:
+    x, other = randn(rows, inputs).to(dtype), randn(rows, width + 8).to(dtype)[:, :width]
+    panels = Panels8.of(randn(width, inputs, scale=inputs**-0.5), None)
+    last = Norm(randn(width).float(), randn(width).float().flip(0), 1e-6, centred=True) if norm else None
+    mine, lanes = in_tiles_and_in_lanes(lambda: native_linear8.linear_norm(x, panels, other, last))
+    assert torch.equal(mine, lanes)
+
+
+@needs_integers
+def test_what_lies_behind_the_weights_counts_for_nothing() -> None:
+    """80 inputs are a step and a quarter, and the last panel's end where the memory may."""
+    x, panels = torch.randn(5, 80), Panels8.of(torch.randn(128, 80), None)
+    poisoned = torch.full((panels.weight.numel() + 4096,), 127, dtype=torch.int8)
+    poisoned[: panels.weight.numel()] = panels.weight.flatten()
+    weight = poisoned[: panels.weight.numel()].view_as(panels.weight)
+    again = Panels8(weight, panels.step, panels.sum, panels.bias, panels.inputs, panels.outputs)
+    assert torch.equal(native_linear8.linear(x, again), native_linear8.linear(x, panels))
+
+
+@needs_integers
+def test_a_number_that_is_none_stays_in_its_row_of_integers() -> None:
+    x, panels = torch.randn(40, 64), Panels8.of(torch.randn(32, 64), None)
+    x[7, 3] = float("nan")
+    assert native_linear8.linear(x, panels).isnan().any(1).nonzero().flatten().tolist() == [7]
+
+
 # ── that faults are found ────────────────────────────────────────────────────────────────────────────────────
 
 
 def multiply() -> None:
     check_linear(20, 48, 96, None)
+
+
+def multiply_integers() -> None:
+    check_integers(40, 48, 80, torch.bfloat16)
 
 
 def attend() -> None:
@@ -319,8 +406,22 @@ def attend() -> None:
         ("linear_amx.cpp", "TILE, 2 * TILE, 2 * DEPTH}", "TILE, 2 * TILE, DEPTH}", multiply, "<="),
         ("attention_amx.cpp", "j < length ? 0xffff : 0", "0xffff", attend, "<="),
         ("linear_amx.cpp", "const Tiles tiles;", "", multiply, "used while none are configured"),
+        (
+            "linear8_amx.cpp",
+            "{rest, STEP, 0, PANEL_ROW}",
+            "{rest, 0, 0, PANEL_ROW}",
+            multiply_integers,
+            "equal",
+        ),
+        ("linear8_amx.cpp", "const Tiles tiles;", "", multiply_integers, "used while none are configured"),
     ],
-    ids=["a wrong stride", "no mask behind the last key", "tiles that are not configured"],
+    ids=[
+        "a wrong stride",
+        "no mask behind the last key",
+        "tiles that are not configured",
+        "integers beside their place",
+        "tiles that are not configured for integers",
+    ],
 )
 def test_a_planted_fault_is_found(
     file: str, there: str, instead: str, check: Callable[[], None], found: str
@@ -378,6 +479,17 @@ def test_a_product_is_the_processors_to_the_bit(tiles: ctypes.CDLL) -> None:
     assert tiles.carpool_tile_fault() is None
 
 
+def test_a_product_of_bytes_is_of_unsigned_ones_and_signed_ones(tiles: ctypes.CDLL) -> None:
+    some = np.random.default_rng(0)
+    left = some.integers(0, 256, (16, 64), dtype=np.uint8)
+    right = some.integers(-128, 128, (16, 16, 4), dtype=np.int8)
+    sums = some.integers(-(2**31), 2**31, (16, 16), dtype=np.int32)
+    expected = sums.astype(np.int64) + left.astype(np.int64) @ right.transpose(0, 2, 1).reshape(64, 16)
+    tiles.soft_product_of_bytes(*(x.ctypes.data_as(ctypes.c_void_p) for x in (sums, left, right)))
+    assert tiles.carpool_tile_fault() is None
+    assert np.array_equal(sums, expected.astype(np.int32))
+
+
 def test_tiles_of_fewer_rows_leave_the_rest(tiles: ctypes.CDLL) -> None:
     left, right, sums = randn(16, 32), randn(16, 16, 2), np.ones((16, 16), np.float32)
     got = product(tiles, config((5, 28), (5, 24), (6, 28)), sums, left, right)
@@ -421,23 +533,33 @@ def test_tiles_out_of_turn_are_a_fault(tiles: ctypes.CDLL) -> None:
 def test_the_real_instructions_are_in_what_is_built() -> None:
     built = Path(native.__file__).with_name("_native.so")
     code = subprocess.run(["objdump", "-d", str(built)], capture_output=True, text=True, check=True).stdout
-    for instruction in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"):
+    for instruction in (
+        "ldtilecfg",
+        "tileloadd",
+        "tileloaddt1",
+        "tdpbf16ps",
+        "tdpbusd",
+        "tilestored",
+        "tilerelease",
+    ):
         assert instruction in code
 
 
 @pytest.mark.parametrize(
-    ("features", "saved", "refused", "has"),
+    ("features", "saved", "refused", "has", "of_bytes"),
     [
-        (0x1400000, 0x60000, 0, 1),
-        (0x1000000, 0x60000, 0, 0),  # tiles without bfloat16
-        (0x1400000, 0x20000, 0, -1),  # the kernel does not save them
-        (0x1400000, 0x60000, -1, -1),  # nor lend them to this process
+        (0x3400000, 0x60000, 0, 1, 1),
+        (0x1400000, 0x60000, 0, 1, 0),  # tiles of bfloat16 alone
+        (0x3000000, 0x60000, 0, 0, 0),  # tiles without bfloat16
+        (0x3400000, 0x20000, 0, -1, 0),  # the kernel does not save them
+        (0x3400000, 0x60000, -1, -1, 0),  # nor lend them to this process
     ],
 )
 def test_tiles_are_used_where_cpu_kernel_and_process_allow(
-    asking: ctypes.CDLL, features: int, saved: int, refused: int, has: int
+    asking: ctypes.CDLL, features: int, saved: int, refused: int, has: int, of_bytes: int
 ) -> None:
     assert asking.asked(features, saved, refused) == has
+    assert asking.carpool_has_amx_int8() == of_bytes
 
 
 @pytest.fixture(scope="module")
@@ -446,15 +568,16 @@ def asking(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     text = soft.planted(
         soft.CPU / "amx.cpp",
         {
-            "int ask() {": "unsigned features, saved;\nlong refused;\nint ask() {",
-            "!__get_cpuid_count(7, 0, &a, &b, &c, &d)": "(d = features, false)",
-            'asm volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));': "a = saved;",
+            "unsigned features() {": "unsigned told, lent;\nlong refused;\nunsigned features() {",
+            "__get_cpuid_count(7, 0, &a, &b, &c, &d)": "(d = told, true)",
+            'asm volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));': "saved = lent;",
             "syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA)": "refused",
+            "static const ": "const ",
         },
     )
     text += (
         '\nextern "C" int asked(unsigned f, unsigned s, long r) '
-        "{ features = f, saved = s, refused = r; return ask(); }\n"
+        "{ told = f, lent = s, refused = r; return carpool_has_amx(); }\n"
     )
     made = soft.compiled(text, tmp_path_factory.mktemp("asking") / "asking.cpp", soft=False)
     soft.link([made], made.with_suffix(".so"))
@@ -473,6 +596,10 @@ def test_helpers_have_tiles_of_their_own_and_change_no_bit() -> None:
         norm = Norm(torch.ones(outputs), None, 1e-6, centred=True)
         calls.append(partial(native_linear.linear, x, panels, "gelu"))
         calls.append(partial(native_linear.linear_norm, x, panels, other, norm))
+        if native_linear8.multiplies and inputs % 16 == 0:
+            eights = Panels8.of(randn(outputs, inputs), None)
+            calls.append(partial(native_linear8.linear, x, eights, "gelu"))
+            calls.append(partial(native_linear8.linear_norm, x, eights, other, norm))
     alone = [call() for call in calls]
     before = crew.hire(4)
     try:

@@ -282,3 +282,14 @@ def test_a_cpu_that_does_not_multiply_bfloat16_is_told_apart(monkeypatch: pytest
 def _torchs_norm(x: Tensor, norm: Norm) -> Tensor:
     """Of the rounded sum, as torch has it."""
     return reference.norm_rows(x, None, norm.weight, norm.bias, norm.eps, centred=norm.centred)[0]
+
+
+@needs_bfloat16
+def test_a_gelu_in_bfloat16_is_within_a_rounding_on_both_sides_of_its_bend() -> None:
+    """Far to the right it is its input, far to the left nothing, of NaN NaN."""
+    x = torch.cat((torch.linspace(-8, 8, 16 * 512), torch.tensor([-1e30, 1e30, float("nan")] + [0.0] * 13)))
+    x = x.bfloat16().view(-1, 16)
+    mine = native_linear.linear(x.nan_to_num(0.0), Panels.of(torch.eye(16).bfloat16(), None), "gelu")
+    exact = F.gelu(x.nan_to_num(0.0).float())
+    assert ((mine.float() - exact).abs() <= 2**-8 * exact.abs() + 1e-5).all()
+    assert native_linear.linear(x[-1:], Panels.of(torch.eye(16).bfloat16(), None), "gelu")[0].isnan().all()

@@ -189,9 +189,9 @@ def test_what_chooses_experts_stays_float(path: str, rounded: bool) -> None:
 
 
 def test_adapters_stay_float_over_a_quantised_base() -> None:
-    adapted_layer = LoraLinear(linear())
+    adapted_layer = LoraLinear(linear(), "layer")
     delta = Delta(random(2, 16, seed=3), random(24, 2, seed=4))
-    adapted_layer.add(1, delta)
+    adapted_layer.add(1, adapted_layer.fitted(delta, torch.device("cpu")))
     model = nn.Sequential(adapted_layer)
     x = random(1, 5, 16)
     rehearsal = Rehearsal.of(model, lambda: model(x))

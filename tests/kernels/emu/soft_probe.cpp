@@ -15,6 +15,16 @@ void soft_product(const TileConfig* config, float* sum, const uint16_t* left, co
     tile_release();
 }
 
+// The same of bytes.
+void soft_product_of_bytes(int32_t* sum, const uint8_t* left, const int8_t* right) {
+    const Tiles tiles;
+    tile_load<0>(sum, 64);
+    tile_load_once<1>(left, 64);
+    tile_load<2>(right, 64);
+    tile_multiply_bytes<0, 1, 2>();
+    tile_store<0>(sum, 64);
+}
+
 void soft_after_release(float* sum) {
     { const Tiles tiles; }
     tile_load<0>(sum, 64);

@@ -73,6 +73,11 @@ void tile_load(const void* from, int64_t stride) {
 }
 
 template <int N>
+void tile_load_once(const void* from, int64_t stride) {
+    tile_load<N>(from, stride);
+}
+
+template <int N>
 void tile_store(void* to, int64_t stride) {
     if (!tile_usable(N)) return;
     const SoftTiles& tiles = *carpool_soft_tiles();
@@ -100,19 +105,43 @@ FOR_AVX512 __attribute__((noinline)) inline void tile_rows_multiply(SoftTiles& t
     }
 }
 
+// The sums wrap around.
+FOR_AVX512 inline void tile_rows_multiply_bytes(SoftTiles& tiles, int sum, int left, int right) {
+    const __mmask16 there = __mmask16((1u << tiles.config.row_bytes[sum] / 4) - 1);
+    for (int r = 0; r < tiles.config.rows[sum]; r++) {
+        __m512i total = _mm512_load_si512(tiles.data[sum][r]);
+        for (int k = 0; k < tiles.config.row_bytes[left]; k++) {
+            const __m512i fours = _mm512_load_si512(tiles.data[right][k / 4]);
+            const __m512i others = _mm512_srai_epi32(_mm512_sll_epi32(fours, _mm_cvtsi32_si128(24 - k % 4 * 8)), 24);
+            const __m512i one = _mm512_set1_epi32(tiles.data[left][r][k]);
+            total = _mm512_add_epi32(total, _mm512_mullo_epi32(one, others));
+        }
+        _mm512_mask_store_epi32(tiles.data[sum][r], there, total);
+    }
+}
+
+// Whether these three, none of them another, may be multiplied.
+inline bool tiles_fit(int sum, int left, int right) {
+    if (!tile_usable(sum) || !tile_usable(left) || !tile_usable(right)) return false;
+    const uint8_t* rows = carpool_soft_tiles()->config.rows;
+    const uint16_t* bytes = carpool_soft_tiles()->config.row_bytes;
+    const bool distinct = sum != left && sum != right && left != right;
+    const bool fit = rows[sum] == rows[left] && bytes[left] == 4 * rows[right] && bytes[sum] == bytes[right];
+    return tile_holds(distinct && fit, "a product of tiles that do not fit each other");
+}
+
 template <int SUM, int LEFT, int RIGHT>
 void tile_multiply() {
-    if (!tile_usable(SUM) || !tile_usable(LEFT) || !tile_usable(RIGHT)) return;
-    SoftTiles& tiles = *carpool_soft_tiles();
-    const uint8_t* rows = tiles.config.rows;
-    const uint16_t* bytes = tiles.config.row_bytes;
-    const bool distinct = SUM != LEFT && SUM != RIGHT && LEFT != RIGHT;
-    const bool fit = rows[SUM] == rows[LEFT] && bytes[LEFT] == 4 * rows[RIGHT] && bytes[SUM] == bytes[RIGHT];
-    if (!tile_holds(distinct && fit, "a product of tiles that do not fit each other")) return;
+    if (!tiles_fit(SUM, LEFT, RIGHT)) return;
     const unsigned flags = _mm_getcsr();
     _mm_setcsr((flags & ~_MM_ROUND_MASK) | _MM_FLUSH_ZERO_ON | 0x0040);  // 0x0040: subnormal operands are zeros
-    tile_rows_multiply(tiles, SUM, LEFT, RIGHT);
+    tile_rows_multiply(*carpool_soft_tiles(), SUM, LEFT, RIGHT);
     _mm_setcsr(flags);
+}
+
+template <int SUM, int LEFT, int RIGHT>
+void tile_multiply_bytes() {
+    if (tiles_fit(SUM, LEFT, RIGHT)) tile_rows_multiply_bytes(*carpool_soft_tiles(), SUM, LEFT, RIGHT);
 }
 
 }  // namespace
