@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -31,6 +31,7 @@ from carpool.engine.model_info import ModelInfo, PairShape
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.model import Model
 from carpool.engine.models.probe import attention_chosen, keeps_unseen
+from carpool.engine.models.rack import Rack
 from carpool.engine.models.surgery.embedding_rows import sum_rows
 from carpool.engine.models.surgery.encoder import unite
 from carpool.engine.models.surgery.encoder_layer import straighten
@@ -56,6 +57,8 @@ from carpool.engine.tokenizer import Tokenizer
 from carpool.kernels import crew, launch, native
 from carpool.kernels.attention import Choice
 
+PoolsOf = Callable[[nn.Module | None], dict[Task, Pool]]  # of a head
+
 _UNEXPANDED = (
     "Queries are not expanded, though the model's files ask for it: in this model, tokens that are not to be looked at "
     "would be. Scores differ from PyLate's."
@@ -66,11 +69,13 @@ _UNEXPANDED = (
 class Parts(parcel.Parts):
     """What an engine is made of. `runners` are for one worker each, and share the weights of their device.
 
-    `tokens_per_second` is what all of them run together, where that was measured.
+    `tokens_per_second` is what all of them run together, where that was measured. `rack`: where adapters may come and
+    go.
     """
 
     runners: list[ModelRunner]
     tokens_per_second: float | None
+    rack: Rack | None = None
 
 
 def build(config: EngineConfig) -> Parts:
@@ -89,7 +94,9 @@ def _built(plan: Blueprint, folder: Path) -> Parts:
     config = plan.config
     words = plan.checkpoint.path
     if config.tokenizer or config.tokenizer_revision:
-        told = locate(config.tokenizer or config.model, config.tokenizer_revision, config.download_dir)
+        told = locate(
+            config.tokenizer or config.model, config.tokenizer_revision, config.download_dir, what="tokenizer"
+        )
         words = words if told == folder else told
     fast = load_fast(words, trust_remote_code=config.trust_remote_code)
     tokenizer = plan.tokenizer(fast)
@@ -107,7 +114,7 @@ def _built(plan: Blueprint, folder: Path) -> Parts:
     unexpanded = _give_up_expansion(tokenizer, model.backbone, plan.checkpoint.vocab_size)
     attention = attention_chosen(model.backbone, plan.checkpoint.vocab_size, unseen=tokenizer.expands_unseen)
     width = head_width(model.loaded)
-    pools = _pools(plan, model, width, _marks(plan, fast, tokenizer))
+    pools, pools_of = _pools(plan, model, width, _marks(plan, fast, tokenizer))
     if config.surgery:
         model = _finished(plan, model, pools)
     tried, found = _tried(plan, model, pools)
@@ -150,7 +157,19 @@ def _built(plan: Blueprint, folder: Path) -> Parts:
     if plan.device.type == "cpu":
         crew.hire(info.workers)  # not before batches were measured: then all cores were to be busy
     rate = (found.tokens_per_second(len(runners)) or None) if found else None
-    return Parts(info, tokenizer, chat, framer, kept.cache, runners, rate)
+    rack = _rack(plan, model, runners, pools_of) if config.allow_runtime_lora_updating else None
+    return Parts(info, tokenizer, chat, framer, kept.cache, runners, rate, rack)
+
+
+def _rack(plan: Blueprint, model: Model, runners: Seq[ModelRunner], pools_of: PoolsOf) -> Rack:
+    return Rack(
+        model,
+        runners,
+        pools_of,
+        vocab_size=plan.checkpoint.vocab_size,
+        max_model_len=plan.max_model_len,
+        download_dir=plan.config.download_dir,
+    )
 
 
 def _finished(plan: Blueprint, model: Model, pools: Mapping[Task, Pool]) -> Model:
@@ -226,8 +245,10 @@ def _fitted(info: ModelInfo, devices: Seq[torch.device], runners: Seq[ModelRunne
     return replace(info, max_num_batched_tokens=fit.tokens, notices=notices)
 
 
-def _pools(plan: Blueprint, model: Model, width: int, marks: Marks) -> dict[Task, Pool]:
-    """A pool a task; where adapters bring heads of their own, one that deals out to those."""
+def _pools(plan: Blueprint, model: Model, width: int, marks: Marks) -> tuple[dict[Task, Pool], PoolsOf]:
+    """A pool a task, and what makes those of another head; where adapters bring heads of their own, or may, each deals
+    out to those.
+    """
     modes = pooling_modes(plan.checkpoint, model.loaded)
 
     def of(head: nn.Module | None) -> dict[Task, Pool]:
@@ -237,10 +258,11 @@ def _pools(plan: Blueprint, model: Model, width: int, marks: Marks) -> dict[Task
         )
 
     pools = of(model.loaded.head)
-    if not model.adapters.heads:
-        return pools
+    if not (model.adapters.heads or plan.config.allow_runtime_lora_updating):
+        return pools, of
     by_slot = {0: pools, **{slot: of(head) for slot, head in model.adapters.heads.items()}}
-    return {task: AdaptedPool({slot: own[task] for slot, own in by_slot.items()}) for task in pools}
+    dealers = {task: AdaptedPool({slot: own[task] for slot, own in by_slot.items()}) for task in pools}
+    return dict(dealers), of
 
 
 def _kept(plan: Blueprint, model: Model, pools: Mapping[Task, Pool], batch_tokens: int | None) -> Keep:
@@ -282,7 +304,7 @@ def _model_info(
         matryoshka=replace(checkpoint.matryoshka, size=vector_size),
         labels=labels_of(checkpoint.config, num_labels),
         prompts=_prompts(checkpoint),
-        adapters=model.adapters.names,
+        adapters=model.adapters.slots,
         lora_modules=model.adapters.lora_modules,
         task_adapters=model.adapters.tasks,
         default_adapter=model.adapters.default,

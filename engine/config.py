@@ -74,7 +74,7 @@ class PoolerConfig:
         None, "STEP: the columns of the logits that are kept."
     )
     enable_flash_late_interaction: bool | None = option(
-        None, "Taken for the reference's sake, and without effect."
+        None, "Taken for the sake of vLLM's scripts, and without effect."
     )
 
     def __post_init__(self) -> None:
@@ -189,7 +189,7 @@ class EngineConfig:
     download_dir: str | None = option(
         None, "Folder for what is taken from the hub; by default the one that HF_HOME or HF_HUB_CACHE says."
     )
-    runner: Runner = option("auto", "Kept for the reference's scripts: all models are pooled here.")
+    runner: Runner = option("auto", "Taken for the sake of vLLM's scripts: all models are pooled here.")
     convert: Convert = option("auto", "What to make of a model whose class is for something else.")
     pooler_config: PoolerConfig = option(PoolerConfig(), "Pooler overrides, as JSON or dotted flags.")
     hf_overrides: Mapping[str, Any] = option({}, "Keys merged over the checkpoint's config.json, as JSON.")
@@ -268,6 +268,11 @@ class EngineConfig:
         (),
         "Adapters (PEFT LoRA) beside the model, each NAME=PATH; requests name one as their model.",
         several=True,
+    )
+    allow_runtime_lora_updating: bool = option(
+        False,
+        "Let clients load and unload adapters while the server runs, from any folder that it can read or the hub. "
+        "Layers are kept apart for them, which costs some speed.",
     )
     token_id_input: bool = option(True, "Accept token ids as input; --no-token-id-input refuses them.")
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from carpool.engine import garbage
 from carpool.engine.admission import Admission, admit
+from carpool.engine.changes import Change, LoadAdapter, ResetCaches, UnloadAdapter
 from carpool.engine.config import EngineConfig
 from carpool.engine.errors import (
     ConfigError,
@@ -24,6 +26,7 @@ from carpool.engine.errors import (
     EngineError,
     InferenceFailed,
     Undone,
+    UnknownAdapter,
 )
 from carpool.engine.fleet import Fleet
 from carpool.engine.outputs import PoolingResult, Timings
@@ -32,6 +35,7 @@ from carpool.engine.preparation import Built
 from carpool.engine.prepared import Prepared
 from carpool.engine.request import Request
 from carpool.engine.results import Results
+from carpool.engine.roster import Roster
 from carpool.engine.scheduler import Scheduler
 from carpool.engine.stats import CacheStats, Observer, ResultStats, State, Unobserved
 
@@ -59,6 +63,7 @@ class _Pending:
     result: PoolingResult
     remaining: int
     tokens: int  # that had to be run for it
+    adapter: int
     arrival: float
     timer: asyncio.TimerHandle | None = None
     on_progress: Callable[[int], object] | None = None
@@ -93,6 +98,8 @@ class Core:
         self._dead = asyncio.Event()
         self._all_answered = asyncio.Event()
         self._all_answered.set()
+        self._changing = asyncio.Lock()
+        self._roster: Roster | None = None
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -103,6 +110,7 @@ class Core:
         if self.state != "starting":  # told to stop meanwhile
             return
         self.parts = parts
+        self._roster = Roster(parts.model, parts.rack, self._rides, self._adapters_are)
         paging = parts.cache.paging if parts.cache else None
         info = parts.model
         self._scheduler = Scheduler(
@@ -163,6 +171,8 @@ class Core:
             while self._fleet.is_alive() and time.monotonic() < give_up:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
             self._fleet.forget()
+        if self._roster is not None:
+            self._roster.close()
         if self.state != "dead":
             self.state = "stopped"
         return finished
@@ -219,6 +229,9 @@ class Core:
         awaiting task drops what still waits.
         """
         admit(self.state)
+        assert self._roster is not None
+        if request.adapter not in self._roster.slots:
+            raise UnknownAdapter("The adapter was unloaded while this request was on its way.", "model")
         found = self._results.find(ready.keys)
         if self.waiting_tokens:
             tasks = len(request.tasks)
@@ -256,7 +269,9 @@ class Core:
         if not missing:
             return result
         tokens = sum(cached)
-        pending = _Pending(loop.create_future(), result, missing, tokens, now, on_progress=on_progress)
+        pending = _Pending(
+            loop.create_future(), result, missing, tokens, request.adapter, now, on_progress=on_progress
+        )
         self._admission.enter(tokens)
         deadline = None
         if timeout is not None:
@@ -278,6 +293,44 @@ class Core:
         finally:
             if number in self._pending:  # the caller was cancelled
                 self._settle(number, None)
+
+    # ── what may change ──────────────────────────────────────────────────────────────────────────────────
+
+    async def change(self, change: Change) -> None:
+        """Make it. Whoever asks after that finds it made. Raises InvalidInput for what cannot be.
+
+        It is made to its end, also when who asked for it has gone.
+        """
+        admit(self.state)
+        await asyncio.shield(self._change(change))
+
+    async def _change(self, change: Change) -> None:
+        assert self._roster is not None, "it was asked for when the engine was ready"
+        async with self._changing:
+            match change:
+                case LoadAdapter():
+                    await self._roster.load(change)
+                case UnloadAdapter():
+                    self._roster.unload(change.name)
+                case ResetCaches():
+                    self._reset_caches()
+
+    def _adapters_are(self, slots: Mapping[str, int], modules: Mapping[str, str]) -> None:
+        assert self.parts is not None
+        self.parts = self.parts.of(replace(self.parts.model, adapters=slots, lora_modules=modules))
+
+    def _rides(self, slot: int) -> bool:
+        assert self._fleet is not None
+        if any(pending.adapter == slot for pending in self._pending.values()):
+            return True
+        batches = chain.from_iterable(self._fleet.held.values())
+        return any(seq.adapter == slot for batch in batches for seq in batch.sequences)
+
+    def _reset_caches(self) -> None:
+        """What is under way goes on with what it has."""
+        self._results.forget()
+        if self.parts is not None and self.parts.cache is not None:
+            self.parts.cache.paging.pool.forget()
 
     # ── what the fleet says ──────────────────────────────────────────────────────────────────────────────
 

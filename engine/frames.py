@@ -115,6 +115,13 @@ class Parcel(Frame, frozen=True, array_like=True, tag=True):
     """Engine → front: the body is what a front needs of the model, see `parcel`."""
 
 
+class Adapters(Frame, frozen=True, array_like=True, tag=True):
+    """Engine → front: which there are now. `slots` of all by name, `modules` the folders of the user's."""
+
+    slots: dict[str, int]
+    modules: dict[str, str]
+
+
 class Question(Frame, frozen=True, array_like=True, tag=True):
     """Either way: something about the other process."""
 
@@ -132,7 +139,7 @@ class Leave(Frame, frozen=True, array_like=True, tag=True):
     """Engine → front: send what is left to send, and end."""
 
 
-AnyFrame = Ask | Cancel | Progress | Answer | Failed | Standing | Parcel | Question | Reply | Leave
+AnyFrame = Ask | Cancel | Progress | Answer | Failed | Standing | Parcel | Adapters | Question | Reply | Leave
 _encode = msgpack.Encoder().encode
 _decode = msgpack.Decoder(AnyFrame).decode
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from carpool.engine.errors import Overloaded
 from carpool.engine.frames import (
+    Adapters,
     AnyFrame,
     Ask,
     Cancel,
@@ -25,6 +26,7 @@ from carpool.engine.line import Line
 
 if TYPE_CHECKING:
     from carpool.engine.core import Core
+    from carpool.engine.model_info import ModelInfo
     from carpool.engine.remote import RemoteCore
 
 TELL_SECONDS = 0.05  # how old the last word on the queue may be
@@ -50,6 +52,10 @@ class Gate:
         """What the front needs of the model, and with it the word that the engine is ready."""
         self.line.send(Parcel(), parcel)
         self.tell()
+
+    def tell_adapters(self, model: ModelInfo) -> None:
+        """Which there are now. What is sent after that finds them known."""
+        self.line.send(Adapters(dict(model.adapters), dict(model.lora_modules)))
 
     def leave(self) -> None:
         """Have the front send what is left to send, and end."""

@@ -31,8 +31,10 @@ from carpool.engine.answers import (
     answers_of,
 )
 from carpool.engine.async_engine import AsyncEngine
+from carpool.engine.changes import LoadAdapter, ResetCaches
 from carpool.engine.errors import InvalidInput, InvalidParameter, UnsupportedTask
 from carpool.engine.late_chunking import LateChunkingMetadata, chunk_means
+from carpool.engine.llm_absent import ABSENT
 from carpool.engine.llm_options import config_of
 from carpool.engine.llm_params import (
     check_late_chunking,
@@ -194,7 +196,7 @@ class LLM:
         model, as --chat-template does.
         """
         model = self._engine.model
-        adapter = _adapter(lora_request, model)
+        adapter = self._adapter(lora_request)
         if model.score_type is None:
             raise UnsupportedTask(
                 "Scoring API is only enabled for num_labels == 1."
@@ -247,8 +249,24 @@ class LLM:
 
     chat = generate
 
-    def get_tokenizer(self) -> Any:
-        """The model's tokenizer as transformers has it: a copy, which the caller may change."""
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Use nothing again that was computed before: no prompt's beginning, and no result. Calls under way in other
+        threads go on with what they have, whatever is said of them.
+        """
+        self._loop.run(self._engine.change(ResetCaches()))
+        return True
+
+    def get_world_size(self, include_dp: bool = True) -> int:
+        """GPUs that one copy of the model is split over, which is 1; with `include_dp`, over all copies."""
+        return self._engine.config.data_parallel_size if include_dp else 1
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ABSENT:
+            raise AttributeError(f"There is no LLM.{name}: {ABSENT[name]}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def get_tokenizer(self, lora_request: LoRARequest | None = None) -> Any:
+        """The model's tokenizer as transformers has it: a copy, which the caller may change. Adapters share it."""
         return self._engine.fast_tokenizer()
 
     def close(self) -> None:
@@ -283,10 +301,11 @@ class LLM:
         items = [read_prompt(prompt) for prompt in many]
         each = _one_each(many, _DEFAULT if pooling_params is None else pooling_params, "pooling_params")
         loras = _one_each(many, lora_request, "lora_request")
+        named = {key: self._adapter(lora) for key, lora in {id(lora): lora for lora in loras}.items()}
         groups: dict[_Group, list[int]] = {}
         for i, (prompt, params, lora) in enumerate(zip(many, each, loras, strict=True)):
             check_params(params, names)
-            group = _Group(isinstance(items[i], str), params, _adapter(lora, model), read_salt(prompt))
+            group = _Group(isinstance(items[i], str), params, named[id(lora)], read_salt(prompt))
             groups.setdefault(group, []).append(i)
         cuts = {group.params: cut_as_told(tokenization, group.params) for group in groups}
         for group, places in groups.items():
@@ -323,6 +342,32 @@ class LLM:
             found |= zip(places, answers, strict=True)
         return [found[i] for i in range(len(items))]
 
+    def _adapter(self, request: LoRARequest | None) -> str | None:
+        """The name of the adapter that a request is for; it is loaded if need be, and may."""
+        if request is None:
+            return None
+        if not hasattr(request, "lora_name"):
+            raise TypeError(f"lora_request is made of LoRARequest, not of {type(request).__name__}")
+        name, path = str(request.lora_name), str(getattr(request, "lora_path", ""))
+        again = bool(getattr(request, "load_inplace", False))
+        model, config = self._engine.model, self._engine.config
+        if config.allow_runtime_lora_updating and path and (again or name not in model.adapters):
+            self._loop.run(self._engine.change(LoadAdapter(name, path, again, once=not again)))
+            return name
+        if name not in model.adapters:
+            told = f"{name!r}: {path or '…'!r}"
+            raise InvalidParameter(
+                f"There is no adapter {name!r}: load it at start with LLM(lora_modules={{{told}}}), or have it loaded "
+                "when it is first asked for, with LLM(enable_lora=True) and its lora_path.",
+                "lora_request",
+            )
+        loaded = model.lora_modules.get(name)
+        if path and loaded is not None and not _from(path, loaded):
+            raise InvalidParameter(
+                f"The adapter {name!r} was loaded from {loaded}, not from {path}.", "lora_request"
+            )
+        return name
+
     def _chunked(
         self, answer: PoolingRequestOutput[PoolingOutput], text: str, params: PoolingParams, special: bool
     ) -> PoolingRequestOutput[PoolingOutput]:
@@ -346,28 +391,8 @@ def _close(loop: LoopThread, engine: AsyncEngine) -> None:
     loop.close(engine.stop(timeout=0.0))
 
 
-def _adapter(request: LoRARequest | None, model: ModelInfo) -> str | None:
-    """The name of the adapter that a request is for. Adapters are loaded at start, and from one place."""
-    if request is None:
-        return None
-    if not hasattr(request, "lora_name"):
-        raise TypeError(f"lora_request is made of LoRARequest, not of {type(request).__name__}")
-    name, path = str(request.lora_name), str(getattr(request, "lora_path", ""))
-    if name not in model.adapters:
-        raise InvalidParameter(
-            f"There is no adapter {name!r}: load it at start with LLM(lora_modules={{{name!r}: {path or '…'!r}}}).",
-            "lora_request",
-        )
-    loaded = model.lora_modules.get(name)
-    if (
-        path
-        and loaded is not None
-        and Path(path).expanduser().resolve() != Path(loaded).expanduser().resolve()
-    ):
-        raise InvalidParameter(
-            f"The adapter {name!r} was loaded from {loaded}, not from {path}.", "lora_request"
-        )
-    return name
+def _from(path: str, loaded: str) -> bool:
+    return Path(path).expanduser().resolve() == Path(loaded).expanduser().resolve()
 
 
 @contextmanager

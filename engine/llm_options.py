@@ -36,6 +36,8 @@ def config_of(model: str, task: str | None, options: Mapping[str, Any]) -> Engin
     given = {name: value for name, value in options.items() if name not in elsewhere}
     if "override_pooler_config" in given:
         given["pooler_config"] = given.pop("override_pooler_config")
+    if options.get("enable_lora"):
+        given.setdefault("allow_runtime_lora_updating", True)
     if task is not None:
         if task not in CONVERT_OF_TASK:
             raise ConfigError(f"task={task!r} is not one of {', '.join(CONVERT_OF_TASK)}.")

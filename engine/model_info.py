@@ -14,7 +14,7 @@ Similarity = Literal["cosine", "dot", "maxsim", "meanmaxsim"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """Facts resolved at load; nothing here changes while the engine lives."""
+    """Facts resolved at load; while the engine lives only adapters come and go, and then there is another of these."""
 
     root: str  # the folder or name it was loaded from
     architectures: tuple[str, ...]
@@ -28,7 +28,7 @@ class ModelInfo:
     matryoshka: Matryoshka
     labels: tuple[str | None, ...] = ()  # one a class of a classifier
     prompts: Mapping[str, str] = field(default_factory=dict)  # input_type → instruction to put before a text
-    adapters: tuple[str, ...] = ()  # by slot, from 1
+    adapters: Mapping[str, int] = field(default_factory=dict)  # name → slot, from 1; none is given twice
     lora_modules: Mapping[str, str] = field(default_factory=dict)  # the user's: name → path
     task_adapters: Mapping[str, TaskAdapter] = field(default_factory=dict)  # the checkpoint's own, by task
     default_adapter: str | None = None  # rides where a request names none

@@ -144,14 +144,18 @@ def _check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LoRARequest:
-    """Which adapter a prompt rides on, as the reference spells it. It must have been loaded at start.
+    """Which adapter a prompt rides on, as the reference spells it. With LLM(enable_lora=True) it is loaded when it is
+    first asked for, else it must have been at start.
 
-    Adapters are known here by `lora_name` alone; `lora_path` may be left out, and is checked if it is not.
+    Adapters are known here by `lora_name` alone; `lora_path` may be left out where it is loaded, and is checked if it
+    is not. `load_inplace` reads it again, in place of what went by that name.
     """
 
     lora_name: str
     lora_int_id: int = 1
     lora_path: str = ""
+    base_model_name: str | None = None  # without effect: there is one
+    load_inplace: bool = False
 
 
 @dataclass(frozen=True, slots=True)

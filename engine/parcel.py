@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from carpool.engine.cache.blocks import BlockPool
 from carpool.engine.cache.paging import Paging
@@ -27,6 +27,10 @@ class Parts:
     chat: ChatTemplate
     framer: Framer | None
     cache: Cache | None
+
+    def of(self, model: ModelInfo) -> Self:
+        """The same, of a model of which something else is known now."""
+        return replace(self, model=model)
 
 
 def pack(parts: Known) -> bytes:

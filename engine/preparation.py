@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from carpool.engine.errors import InputTooLong, InvalidParameter
 from carpool.engine.framed import Framed
@@ -45,6 +45,17 @@ class Known(Protocol):
     @property
     def cache(self) -> Cache | None: ...
 
+    def of(self, model: ModelInfo) -> Self:
+        """The same, of a model of which something else is known now."""
+
+
+class Rack(Protocol):
+    """Where adapters come and go: see `engine/models/rack.py`."""
+
+    def hang(self, slot: int, name: str, path: str) -> None: ...
+
+    def drop(self, slot: int) -> None: ...
+
 
 class Built(Known, Protocol):
     """The parts an engine is made of: see `engine/build.py`."""
@@ -55,6 +66,10 @@ class Built(Known, Protocol):
     @property
     def tokens_per_second(self) -> float | None:
         """What all runners run together, where it was measured when they were made."""
+
+    @property
+    def rack(self) -> Rack | None:
+        """None: adapters stay as they are."""
 
 
 def prepared(
@@ -100,9 +115,9 @@ def slot(model: ModelInfo, adapter: str | None) -> int:
     if name is None:
         return 0
     if name not in model.adapters:
-        loaded = f"loaded are {', '.join(model.adapters)}" if model.adapters else "none were loaded at start"
+        loaded = f"loaded are {', '.join(model.adapters)}" if model.adapters else "none are loaded"
         raise InvalidParameter(f"There is no adapter {name!r}: {loaded}.", "adapter")
-    return model.adapters.index(name) + 1
+    return model.adapters[name]
 
 
 def is_long(prompts: Prompts) -> bool:

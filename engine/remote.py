@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from carpool.engine import parcel
 from carpool.engine.admission import admit
+from carpool.engine.changes import Change, written
 from carpool.engine.errors import EngineDead, NotReady
 from carpool.engine.frames import (
+    Adapters,
     Answer,
     AnyFrame,
     Cancel,
@@ -72,6 +74,7 @@ class RemoteCore:
         self._over = asyncio.Event()
         self._pending: dict[int, _Pending] = {}
         self._next_number = 0
+        self._adapters: Adapters | None = None  # since the parcel was packed
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -82,6 +85,7 @@ class RemoteCore:
         self._line = await Line.open(self._connection, self)
         unpack = partial(parcel.unpack, await self._parcel, trust_remote_code=self._trust_remote_code)
         self.parts = await loop.run_in_executor(None, unpack)
+        self._take_adapters()
 
     async def over(self) -> None:
         """Returns when the engine's process wants this one to end, or is gone."""
@@ -128,6 +132,15 @@ class RemoteCore:
             raise NotReady("The engine's process is still starting.")
         return await self._line.ask(question)
 
+    async def change(self, change: Change) -> None:
+        """As `Core.change`; this front and all others know of it then."""
+        await self.ask(written(change))
+
+    def _take_adapters(self) -> None:
+        if self.parts is not None and (known := self._adapters) is not None:
+            model = replace(self.parts.model, adapters=known.slots, lora_modules=known.modules)
+            self.parts = self.parts.of(model)
+
     # ── requests ─────────────────────────────────────────────────────────────────────────────────────────
 
     def check(self) -> None:
@@ -172,6 +185,9 @@ class RemoteCore:
                 self._standing = frame
                 if frame.state == "dead":
                     self._dead.set()
+            case Adapters():
+                self._adapters = frame
+                self._take_adapters()
             case Parcel():
                 assert self._parcel is not None
                 self._parcel.set_result(body)

@@ -88,6 +88,10 @@ class Results:
         self._misses += missing
         return rows
 
+    def forget(self) -> None:
+        self._rows.clear()
+        self._num_bytes = 0
+
     def keep(self, key: bytes, row: NDArray[Any]) -> None:
         """In place of those that were not asked for longest. A row that is larger than the whole is not kept."""
         size = row.nbytes + _ENTRY_BYTES

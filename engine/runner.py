@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
@@ -19,9 +19,11 @@ from carpool.engine.chunks import finished, last_only
 from carpool.engine.errors import InferenceFailed, Undone
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.graphs import graphed
+from carpool.engine.models.lora import Fitted, adapted_layers
 from carpool.engine.models.moving import moving_to
 from carpool.engine.packing import PackedBatch, pack
-from carpool.engine.poolers.pooler import Pooler
+from carpool.engine.params import Task
+from carpool.engine.poolers.pooler import Pool, Pooler
 from carpool.engine.poolers.pooler import Row as Result
 from carpool.engine.staging import carrier, upload
 from carpool.kernels import crew
@@ -64,6 +66,28 @@ class ModelRunner:
     def depth(self) -> int:
         """Batches that may be under way at once."""
         return self._carrier.depth
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def hang(self, slot: int, layers: Mapping[str, Fitted], pools: Mapping[Task, Pool]) -> None:
+        """Have batches ride on an adapter from now on: what it adds by layer, and the pools of a head of its own. May
+        be called while a batch is under way.
+        """
+        if pools and self._device.type != "cpu":
+            with moving_to(self._device):
+                pools = copy.deepcopy(pools)
+        self._pooler.add(slot, pools)
+        places = adapted_layers(self._backbone.module)
+        for name, fitted in layers.items():
+            places[name].add(slot, fitted)
+
+    def drop(self, slot: int) -> None:
+        """Nothing may ride on it any more."""
+        for place in adapted_layers(self._backbone.module).values():
+            place.drop(slot)
+        self._pooler.drop(slot)
 
     def bind(self) -> None:
         """To be called once, first, in the thread that will launch batches."""

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers
@@ -83,19 +84,19 @@ class ModelFile:
 @contextmanager
 def read_by_transformers() -> Iterator[None]:
     """Within this block transformers reads model files as this module does, whatever else is installed."""
-    from transformers import convert_slow_tokenizer
-
-    published = convert_slow_tokenizer.SentencePieceExtractor
+    # By its full name: transformers' own attribute of that name may be the function in it.
+    converter = import_module("transformers.convert_slow_tokenizer")
+    published = converter.SentencePieceExtractor
 
     class Extractor(published):  # type: ignore[misc, valid-type]
         def __init__(self, model: str) -> None:
             self.proto = ModelFile.parse(Path(model))
 
-    convert_slow_tokenizer.SentencePieceExtractor = Extractor
+    converter.SentencePieceExtractor = Extractor  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        convert_slow_tokenizer.SentencePieceExtractor = published
+        converter.SentencePieceExtractor = published  # type: ignore[attr-defined]
 
 
 def read(path: Path, added: Mapping[int, AddedToken]) -> Tokenizer:

@@ -54,6 +54,10 @@ class ServerConfig:
     enable_prompt_tokens_details: bool = option(
         False, "Say in usage how many of the prompt tokens were found in the prefix cache."
     )
+    allow_cache_reset: bool = option(
+        False,
+        "Serve POST /reset_prefix_cache, by which any client empties the caches of prefixes and results.",
+    )
     error_format: ErrorFormat = option("flat", "Shape of error bodies: flat, or nested as OpenAI has them.")
     max_body_size: int = option(64 << 20, "Largest request body, decompressed.", unit="bytes", shown="64MiB")
     shutdown_timeout: float = option(30.0, "Seconds that accepted requests get to finish after SIGTERM.")
@@ -93,9 +97,9 @@ class ServerConfig:
                     raise ConfigError(f"--{name.replace('_', '-')} needs --ssl-certfile beside it.")
         if self.ssl_cert_reqs not in (0, 1, 2):
             raise ConfigError(f"--ssl-cert-reqs must be 0, 1 or 2, got {self.ssl_cert_reqs}.")
-        if bool(self.ssl_ca_certs) != bool(self.ssl_cert_reqs):
+        if self.ssl_cert_reqs and not self.ssl_ca_certs:
             raise ConfigError(
-                "--ssl-ca-certs and --ssl-cert-reqs 1 or 2 go together: who vouches for clients, and that it is asked."
+                "--ssl-cert-reqs needs --ssl-ca-certs beside it: who vouches for clients' certificates."
             )
         if "" in self.api_key:
             raise ConfigError("--api-key must not be empty.")

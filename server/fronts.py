@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from carpool.engine import parcel
+from carpool.engine import changes, parcel
 from carpool.engine.errors import EngineError
 from carpool.engine.gate import Gate
 from carpool.server import doors
@@ -34,7 +34,11 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 30.0  # before one that died is started ag
 SETTLED_S = 60.0  # one that lived so long had no fault that the next will have
 COUNT_SECONDS = 1.0  # a front that has not said by then what it counted is shown with what it said last
 # What to import from, and then what to do, come by standard input: no argument and no variable shows a key to others.
+# Signals reach all of a group, and it is this process that says when to end: first of all, imports take a second.
 _START = """\
+import signal
+for known in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(known, signal.SIG_IGN)
 import pickle, sys
 sys.path[:] = pickle.load(sys.stdin.buffer)
 from carpool.server.front import main
@@ -110,7 +114,8 @@ class Fronts:
             process = await self._start(theirs)
             try:
                 assert process.stdin is not None
-                process.stdin.write(pickle.dumps(sys.path) + pickle.dumps((self._config, self._started_at)))
+                orders = (self._config, self._started_at, self._serving.is_set())
+                process.stdin.write(pickle.dumps(sys.path) + pickle.dumps(orders))
                 process.stdin.close()
                 gate = Gate(self._engine.core, self._reply)
                 await gate.open(socket.socket(fileno=ours.detach()))
@@ -164,7 +169,21 @@ class Fronts:
                 return self._metrics.text(await self._counts())
             case "load":
                 return str(sum(counts.running for counts in await self._counts())).encode()
-        raise ValueError(f"nobody answers {question!r} here")
+        await self._change(changes.read(question))
+        return b""
+
+    async def _change(self, change: changes.Change) -> None:
+        """Once this returns, all of them know."""
+        core = self._engine.core
+        await core.change(change)
+        if isinstance(change, changes.ResetCaches):
+            return
+        assert core.parts is not None
+        self._parcel = parcel.pack(core.parts)  # for those that are started again
+        told = list(self._gates)
+        for gate in told:
+            gate.tell_adapters(core.parts.model)
+        await asyncio.gather(*(gate.ask("ready") for gate in told), return_exceptions=True)
 
     async def _counts(self) -> list[Counts]:
         await asyncio.gather(*map(self._count, list(self._gates)))

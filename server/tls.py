@@ -25,6 +25,10 @@ def load(config: ServerConfig) -> ssl.SSLContext | None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.verify_mode = ssl.VerifyMode(config.ssl_cert_reqs)
+    if config.ssl_ca_certs and not config.ssl_cert_reqs:
+        log.warning(
+            "no client is asked for a certificate: --ssl-ca-certs needs --ssl-cert-reqs 1 or 2 for that"
+        )
     _take_files(context, config)
     if config.ssl_ciphers:
         try:

@@ -13,6 +13,7 @@ MAY_IMPORT = {"server": {"server", "engine"}, "engine": {"engine", "kernels"}, "
 # All that the server sees of the engine.
 ENGINE_FRONT = {
     "async_engine",
+    "changes",
     "config",
     "errors",
     "fair_queue",

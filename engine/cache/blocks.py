@@ -154,6 +154,13 @@ class BlockPool:
                 self._free[block] = None
                 self._free.move_to_end(block, last=self._hash_of[block] is not None)
 
+    def forget(self) -> None:
+        """Nothing that has been computed is found any more, nor what prompts under way go on to compute."""
+        self._block_of.clear()
+        self._hash_of = [None] * self.num_blocks
+        for table in self._tables:
+            table.committed = len(table.prompt.hashes)
+
     def slots(self, table: BlockTable, start: int, stop: int) -> list[int]:
         """Where the prompt's tokens from `start` to before `stop` are kept: block * block_size + place."""
         self._require(table)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +23,17 @@ from carpool.engine.models.adapter import Adapter, read_peft, refusal
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.difference import apart
 from carpool.engine.models.loader import Loaded
-from carpool.engine.models.lora import Delta, attach, base_layer, idle_layers, merge, weight_shape
+from carpool.engine.models.lora import (
+    Delta,
+    adapt_all,
+    adapted_layers,
+    attach,
+    base_layer,
+    give_back_taken,
+    idle_layers,
+    merge,
+    weight_shape,
+)
 from carpool.engine.models.task_adapters import read_task_adapters
 from carpool.engine.packing import pack_ids
 from carpool.engine.params import TaskAdapter
@@ -40,9 +51,9 @@ _FLASH_LAYERS = {
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """`names` by slot, from 1. `heads` are those that an adapter brings, by its slot."""
+    """`slots` by name, from 1. `heads` are those that an adapter brings, by its slot."""
 
-    names: tuple[str, ...] = ()
+    slots: Mapping[str, int] = field(default_factory=dict)
     lora_modules: Mapping[str, str] = field(default_factory=dict)  # name → path, of the user's
     tasks: Mapping[str, TaskAdapter] = field(default_factory=dict)
     default: str | None = None
@@ -56,28 +67,43 @@ def load_adapters(checkpoint: Checkpoint, config: EngineConfig, loaded: Loaded) 
     for name in users:
         if name in own.tasks or name in {adapter.name for adapter in own.adapters}:
             raise refusal(name, "a task of this model has its name already; choose another")
-    found = {name: locate(path, download_dir=config.download_dir) for name, path in users.items()}
+    found = {
+        name: locate(path, download_dir=config.download_dir, what="adapter") for name, path in users.items()
+    }
     every = [*own.adapters, *(read_peft(name, folder) for name, folder in found.items())]
     heads: dict[int, nn.Module] = {}
     for slot, adapter in enumerate(every, start=1):
-        deltas, head = _fitted(adapter, loaded)
+        deltas, head = fitted(adapter, loaded)
         attach(loaded.backbone.module, slot, deltas)
         if head is not None:
             heads[slot] = head
-    return Adapters(tuple(adapter.name for adapter in every), users, own.tasks, own.default, heads)
+    slots = {adapter.name: slot for slot, adapter in enumerate(every, start=1)}
+    return Adapters(slots, users, own.tasks, own.default, heads)
 
 
-def check_adapters(backbone: Backbone, count: int, *, vocab_size: int, max_model_len: int) -> None:
-    """Raise ConfigError unless every adapted layer is run, and mixed adapters come out as each does alone."""
+def make_room(backbone: Backbone, *, vocab_size: int) -> None:
+    """Make the model's layers ones that adapters can be put on later. To be done before surgery."""
+    model = backbone.module
+    adapt_all(model)
+    low = min(5, vocab_size - 1)
+    with torch.inference_mode():
+        backbone.forward(pack_ids([[low] * 3, [low]], next(model.parameters()).device))
+    give_back_taken(model)
+
+
+def check_adapters(backbone: Backbone, chosen: Seq[int], *, vocab_size: int, max_model_len: int) -> None:
+    """Raise ConfigError unless every layer that has something of the `chosen` slots is run, and these, mixed, come out
+    as each does alone.
+    """
     device = next(backbone.module.parameters()).device
     generator = torch.Generator().manual_seed(7)
-    slots = [*range(count + 1), count, 0, 1]
+    slots = [0, *chosen, chosen[-1], 0, chosen[0]]
     lengths = [min(3 + 5 * (i % 3), max_model_len) for i in range(len(slots))]
     low = min(5, vocab_size - 1)
     ids = [torch.randint(low, vocab_size, (n,), generator=generator).tolist() for n in lengths]
     name = type(backbone.module).__name__
     try:
-        with torch.inference_mode(), idle_layers(backbone.module) as idle:
+        with torch.inference_mode(), idle_layers(backbone.module, chosen) as idle:
             mixed = torch.split(backbone.forward(pack_ids(ids, device, adapters=slots)), lengths)
             alone = [
                 backbone.forward(pack_ids([own], device, adapters=[slot]))
@@ -101,13 +127,22 @@ def check_adapters(backbone: Backbone, count: int, *, vocab_size: int, max_model
 # ── fitting ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _fitted(adapter: Adapter, loaded: Loaded) -> tuple[dict[str, Delta], nn.Module | None]:
-    """The adapter's deltas by the names of the backbone's layers, and its head if it changes that."""
+def fitted(
+    adapter: Adapter, loaded: Loaded, *, late: bool = False
+) -> tuple[dict[str, Delta], nn.Module | None]:
+    """The adapter's deltas by the names of the backbone's layers, and its head if it changes that. `late`: only layers
+    for which there is room take any more.
+    """
     model, head = loaded.backbone.module, loaded.head
+    known = adapted_layers(model)
     own: ReplayedHead | None = None
     deltas: dict[str, Delta] = {}
     for path, delta in adapter.deltas.items():
-        places = {} if _POOLER.search(path) else _in_backbone(adapter, model, path, delta)
+        places = {} if _POOLER.search(path) else _in_backbone(adapter, model, known, path, delta, late)
+        if late and (full := places.keys() - known.keys()):
+            raise refusal(
+                adapter.name, f"it targets {min(full)}, which no adapter can be put on while the model serves"
+            )
         deltas |= places
         if places:
             continue
@@ -136,20 +171,25 @@ def _fitted(adapter: Adapter, loaded: Loaded) -> tuple[dict[str, Delta], nn.Modu
     return deltas, own
 
 
-def _in_backbone(adapter: Adapter, model: nn.Module, path: str, delta: Delta) -> dict[str, Delta]:
-    """The layers that `path` means, with what each gets; none if the backbone has no such layer."""
+def _in_backbone(
+    adapter: Adapter, model: nn.Module, known: Mapping[str, nn.Module], path: str, delta: Delta, late: bool
+) -> dict[str, Delta]:
+    """The layers that `path` means, with what each gets; none if the backbone has no such layer. The `known` ones are
+    found by the names that they had before surgery.
+    """
     for name in _names(model, path):
         flash = _FLASH.match(name)
         leaves = _FLASH_LAYERS.get(flash[2], (flash[2],)) if flash else ()
         split = [f"layers.{flash[1]}.{leaf}" for leaf in leaves] if flash else [name]
-        layers = [_submodule(model, part) for part in split]
+        layers = [known.get(part) or _submodule(model, part) for part in split]
         if None in layers:
             continue
         ups = delta.up.chunk(len(split))
         found = {part: Delta(delta.down, up) for part, up in zip(split, ups, strict=True)}
         for part, layer in zip(split, layers, strict=True):
             assert layer is not None
-            _check_shape(adapter, part, layer, found[part])
+            if part in known or not late:
+                _check_shape(adapter, part, layer, found[part])
             _check_alone(adapter, model, part)
         return found
     return {}
@@ -166,7 +206,7 @@ def _names(model: nn.Module, path: str) -> Iterator[str]:
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
     try:
-        return base_layer(model.get_submodule(name)) if name else None
+        return model.get_submodule(name) if name else None
     except AttributeError:
         return None
 
@@ -187,7 +227,7 @@ def _check_shape(adapter: Adapter, path: str, layer: nn.Module, delta: Delta) ->
 def _check_alone(adapter: Adapter, model: nn.Module, path: str) -> None:
     """DeBERTa projects positions by the layers that project its tokens, and does it once, ahead of all requests."""
     parent, _, leaf = path.rpartition(".")
-    if leaf in ("query_proj", "key_proj") and getattr(model.get_submodule(parent), "share_att_key", False):
+    if leaf in ("query_proj", "key_proj") and getattr(_submodule(model, parent), "share_att_key", False):
         raise refusal(
             adapter.name,
             f"it targets {path}, which {type(model).__name__} projects its table of positions by as well: the table is "
@@ -199,7 +239,7 @@ def _is_copy(model: nn.Module, path: str, weight: Tensor) -> bool:
     """Whether it is the base's own weight, which PEFT saves along where an embedding is adapted."""
     layer, _, leaf = path.rpartition(".")
     for name in _names(model, layer):
-        if (found := _submodule(model, name)) is not None:
+        if (found := base_layer(_submodule(model, name))) is not None:
             own = getattr(found, leaf, None)
             if isinstance(own, Tensor) and own.shape == weight.shape:
                 return torch.equal(own, weight.to(own))

@@ -9,7 +9,8 @@ its own, and nothing has to be handed down through models that know nothing of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -48,6 +49,13 @@ class Delta:
         return self.up @ self.down
 
 
+class Fitted(NamedTuple):
+    """A delta as its layer holds it, shared by the layer's replicas."""
+
+    down: nn.Parameter
+    up: nn.Parameter
+
+
 _riding: ContextVar[tuple[Segment, ...]] = ContextVar("carpool_adapters", default=())
 
 
@@ -79,22 +87,58 @@ def segments(slots: Seq[int], lengths: Seq[int]) -> tuple[Segment, ...]:
 class _Adapted(nn.Module):
     """A layer and what each adapter adds to it. `down` and `up` are by slot; an adapter may have nothing here.
 
-    The layer's weight is not offered under its own name: code that multiplies by it past `forward` would leave the
-    adapters out, and fails instead.
+    Where adapters sit, the layer's weight is not offered under its own name: code that multiplies by it past `forward`
+    would leave them out, and fails instead. Where they only may come, it is, and `taken` tells.
+
+    `name` and `shape` are the layer's as the model was loaded: surgery may move it and lay its weight out anew.
     """
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, name: str) -> None:
         super().__init__()
+        weight = next(base.parameters())
+        shape = weight_shape(base)
+        assert shape is not None, "a layer that can be adapted"
         self.base = base
+        self.name, self.shape, self.dtype = name, shape, weight.dtype
+        self.taken = False
         self.down = nn.ParameterDict()
         self.up = nn.ParameterDict()
         self._slots: dict[int, str] = {}  # a ParameterDict is keyed by texts
 
-    def add(self, slot: int, delta: Delta) -> None:
-        weight = next(self.base.parameters())
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or name == "base":
+                raise
+            if name in ("weight", "bias"):
+                if self._slots:
+                    raise AttributeError(f"it takes the {name} of {self.name} without running it") from None
+                self.taken = True
+            return getattr(self.base, name)
+
+    def fitted(self, delta: Delta, device: torch.device) -> Fitted:
+        """As this layer multiplies by it: in its dtype, and a copy, since the file may be written anew."""
+
+        def own(weight: Tensor) -> nn.Parameter:
+            return nn.Parameter(weight.to(device, self.dtype, copy=True), requires_grad=False)
+
+        return Fitted(own(self._down(delta)), own(self._up(delta)))
+
+    def add(self, slot: int, fitted: Fitted) -> None:
+        """Whole before it can be found: other slots may be run meanwhile."""
+        self.down[str(slot)], self.up[str(slot)] = fitted
         self._slots[slot] = str(slot)
-        self.down[str(slot)] = nn.Parameter(self._down(delta).to(weight), requires_grad=False)
-        self.up[str(slot)] = nn.Parameter(self._up(delta).to(weight), requires_grad=False)
+
+    @property
+    def slots(self) -> Set[int]:
+        return self._slots.keys()
+
+    def drop(self, slot: int) -> None:
+        """Nothing may ride on it any more."""
+        key = self._slots.pop(slot, None)
+        if key is not None:
+            del self.down[key], self.up[key]
 
     def _down(self, delta: Delta) -> Tensor:
         return delta.down.contiguous()
@@ -105,7 +149,7 @@ class _Adapted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.base(x)
         riders = _riding.get()
-        if not riders:
+        if not any(slot in self._slots for slot, _, _ in riders):
             return out
         flat = out.reshape(-1, out.shape[-1])
         if riders[-1].end != len(flat):
@@ -150,6 +194,8 @@ class LoraEmbedding(_Adapted):
 def weight_shape(layer: nn.Module) -> tuple[int, int] | None:
     """(out, in) of a layer that can be adapted, an embedding's being (H, ids); None for any other."""
     match layer:
+        case _Adapted():
+            return layer.shape
         case nn.Linear():
             return layer.out_features, layer.in_features
         case nn.Embedding():
@@ -159,15 +205,27 @@ def weight_shape(layer: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def adapted_layers(model: nn.Module) -> dict[str, _Adapted]:
+    """Those that carry adapters, or may, by the names that they had when the model was loaded."""
+    return {layer.name: layer for layer in model.modules() if isinstance(layer, _Adapted)}
+
+
 @contextmanager
-def idle_layers(model: nn.Module) -> Iterator[set[str]]:
-    """The adapted layers that have not been called within this block, by name; a set that shrinks."""
-    idle = {name for name, layer in model.named_modules() if isinstance(layer, _Adapted)}
+def idle_layers(model: nn.Module, slots: Collection[int] | None = None) -> Iterator[set[str]]:
+    """The adapted layers that have not been called within this block, by name; a set that shrinks. With `slots`, those
+    that have something of them.
+    """
+    layers = {
+        name: layer
+        for name, layer in adapted_layers(model).items()
+        if slots is None or not layer.slots.isdisjoint(slots)
+    }
+    idle = set(layers)
 
     def called(name: str) -> Callable[..., None]:
         return lambda *_: idle.discard(name)
 
-    hooks = [model.get_submodule(name).register_forward_hook(called(name)) for name in idle]
+    hooks = [layer.register_forward_hook(called(name)) for name, layer in layers.items()]
     try:
         yield idle
     finally:
@@ -177,13 +235,39 @@ def idle_layers(model: nn.Module) -> Iterator[set[str]]:
 
 def attach(model: nn.Module, slot: int, deltas: Mapping[str, Delta]) -> None:
     """Put an adapter's deltas on the layers of these names, whose shapes are theirs. To be done before surgery."""
+    device = next(model.parameters()).device
     for name, delta in deltas.items():
-        layer: Any = model.get_submodule(name)
-        if not isinstance(layer, _Adapted):
-            layer = LoraEmbedding(layer) if isinstance(layer, nn.Embedding) else LoraLinear(layer)
+        layer = adapt(model, name)
+        layer.add(slot, layer.fitted(delta, device))
+
+
+def adapt(model: nn.Module, name: str) -> _Adapted:
+    """The layer of this name, made one that adapters can sit on if it is not yet. To be done before surgery."""
+    layer = model.get_submodule(name)
+    if isinstance(layer, _Adapted):
+        return layer
+    adapted = LoraEmbedding(layer, name) if isinstance(layer, nn.Embedding) else LoraLinear(layer, name)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, adapted)
+    return adapted
+
+
+def adapt_all(model: nn.Module) -> None:
+    """Every layer that adapters can sit on, for those that come later. To be done before surgery."""
+    for name, layer in list(model.named_modules()):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        free = bool(name) and not isinstance(parent, _Adapted | nn.MultiheadAttention)
+        # BART's table of positions, for one, is given more than ids.
+        if free and weight_shape(layer) is not None and len(inspect.signature(layer.forward).parameters) == 1:
+            adapt(model, name)
+
+
+def give_back_taken(model: nn.Module) -> None:
+    """Undo that for layers whose weight has been taken past `forward` since: surgery could not tell."""
+    for name, layer in adapted_layers(model).items():
+        if layer.taken:
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer)
-        layer.add(slot, delta)
+            setattr(model.get_submodule(parent), leaf, layer.base)
 
 
 @torch.no_grad()

@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from carpool.engine.architecture import Architecture, Scorer
 from carpool.engine.checkpoint import BGE_M3_HEADS, Checkpoint
 from carpool.engine.config import EngineConfig
-from carpool.engine.models.adapters import Adapters, check_adapters, load_adapters
+from carpool.engine.models.adapters import Adapters, check_adapters, load_adapters, make_room
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.choice import choose
 from carpool.engine.models.loader import Loaded, Loader
 from carpool.engine.models.quantize import quantize
 from carpool.engine.models.surgery import operate
 from carpool.engine.models.weights import stored, unmap
+from carpool.engine.side_files import Dense
 
 # As classifiers, reward models and ColBERTs name theirs.
 _HEAD = re.compile(
@@ -60,6 +61,8 @@ class Model:
             max_model_len=loader.max_model_len,
             limits=checkpoint.windows,
         )
+        if config.allow_runtime_lora_updating:
+            make_room(backbone, vocab_size=checkpoint.vocab_size)
         parameters = sum(weight.numel() for weight in backbone.module.parameters())
         swapped: dict[str, int] = {}
         coarse: list[str] = []
@@ -69,10 +72,10 @@ class Model:
             swapped["int8"], coarse = quantize(backbone, vocab_size=checkpoint.vocab_size)
         if loader.device.type == "cpu" and swapped:
             unmap(backbone.module, loaded.head)
-        if adapters.names:
+        if adapters.slots:
             check_adapters(
                 backbone,
-                len(adapters.names),
+                list(adapters.slots.values()),
                 vocab_size=checkpoint.vocab_size,
                 max_model_len=loader.max_model_len,
             )
@@ -91,7 +94,7 @@ def _unread_head(checkpoint: Checkpoint, architecture: Architecture) -> str | No
     """An embedding model reads no head. Where there is one, config.json may have lost the class that does."""
     if architecture.kind != "embed":
         return None
-    read = tuple(dense.prefix for dense in checkpoint.dense if dense.prefix)
+    read = tuple(layer.prefix for layer in checkpoint.dense if isinstance(layer, Dense) and layer.prefix)
     unread = sorted(name for name in stored(checkpoint.path, _HEAD) if not name.startswith(read))
     unread += [name for name in BGE_M3_HEADS if (checkpoint.path / name).is_file()]  # one without the other
     if not unread:

@@ -18,6 +18,14 @@ class AdaptedPool:
     def __init__(self, pools: Mapping[int, Pool]) -> None:
         self._pools = pools
 
+    def add(self, slot: int, pool: Pool) -> None:
+        """From the next batch on; one under way in another thread keeps those that it has."""
+        self._pools = {**self._pools, slot: pool}
+
+    def drop(self, slot: int) -> None:
+        """Nothing may ride on it any more."""
+        self._pools = {own: pool for own, pool in self._pools.items() if own != slot}
+
     @property
     def reads(self) -> Reads:
         """What all of them read; all, if they differ."""
@@ -27,9 +35,9 @@ class AdaptedPool:
     def __call__(
         self, hidden: Tensor, packed: PackedBatch, places: Seq[int], sequences: Seq[Sequence]
     ) -> Pooled:
-        parts = []
-        served_by = [seq.adapter if seq.adapter in self._pools else 0 for seq in sequences]
-        for adapter, pool in self._pools.items():
+        parts, pools = [], self._pools
+        served_by = [seq.adapter if seq.adapter in pools else 0 for seq in sequences]
+        for adapter, pool in pools.items():
             mine = [i for i, own in enumerate(served_by) if own == adapter]
             if mine:
                 own = [places[i] for i in mine], [sequences[i] for i in mine]

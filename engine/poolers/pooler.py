@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +68,15 @@ class Pool(Protocol):
         """
 
 
+@runtime_checkable
+class Dealer(Protocol):
+    """A pool over several, one an adapter that brings a head of its own."""
+
+    def add(self, slot: int, pool: Pool) -> None: ...
+
+    def drop(self, slot: int) -> None: ...
+
+
 def reads(pool: Pool) -> Reads:
     """Which hidden states of a text its result is made of; all, for pools that do not say.
 
@@ -82,6 +91,19 @@ class Pooler:
 
     def __init__(self, pools: Mapping[Task, Pool]) -> None:
         self._pools = pools
+
+    def add(self, slot: int, pools: Mapping[Task, Pool]) -> None:
+        """The pools of an adapter's own head, for a model whose pools deal out to those."""
+        for task, pool in pools.items():
+            dealer = self._pools[task]
+            assert isinstance(dealer, Dealer), "a model that was loaded for adapters to come"
+            dealer.add(slot, pool)
+
+    def drop(self, slot: int) -> None:
+        """Nothing may ride on it any more."""
+        for pool in self._pools.values():
+            if isinstance(pool, Dealer):
+                pool.drop(slot)
 
     def __call__(
         self, hidden: Tensor, packed: PackedBatch, sequences: Seq[Sequence], places: Seq[int]

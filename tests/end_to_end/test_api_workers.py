@@ -164,7 +164,8 @@ def test_a_front_that_dies_is_started_again(double: Process) -> None:
     until(lambda: len(fronts(double)) == 2 and old[0] not in fronts(double))
     os.kill(old[1], signal.SIGKILL)  # so that only new ones can answer
     until(lambda: len(fronts(double)) == 2 and not {*old} & {*fronts(double)})
-    until(lambda: ask(double, "POST", "/v1/embeddings", {"input": "cat"})[0] == 200)
+    answer = ask(double, "POST", "/v1/embeddings", {"input": "cat"})
+    assert answer[0] == 200, "who comes while they load waits, and is not refused"
     assert served(double) == before + 1, "a counter never falls"
     assert double.log.read_text().count("front died and is started again") == 2
 
@@ -183,8 +184,8 @@ def test_a_signal_to_all_of_them_lets_accepted_work_finish(double: Process) -> N
     until(lambda: count(double, r"carpool_queue_sequences\{.*\}") >= 100)
     children = fronts(double)
     for pid in children:
-        os.kill(pid, signal.SIGINT)
-        os.kill(pid, signal.SIGTERM)
+        for known in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(pid, known)
     assert double.terminate() == 0
     for thread in threads:
         thread.join()

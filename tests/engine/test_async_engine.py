@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -29,6 +29,7 @@ from carpool.engine.build import build
 from carpool.engine.cache.blocks import BlockPool
 from carpool.engine.cache.cache import Cache
 from carpool.engine.cache.paging import Paging
+from carpool.engine.changes import Change, LoadAdapter, ResetCaches, UnloadAdapter
 from carpool.engine.chat import ChatTemplate
 from carpool.engine.config import EngineConfig
 from carpool.engine.core import Core, _build
@@ -45,12 +46,15 @@ from carpool.engine.errors import (
     NotReady,
     Overloaded,
     Unavailable,
+    UnknownAdapter,
     UnsupportedTask,
 )
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.outputs import PoolingResult
 from carpool.engine.params import Matryoshka, PoolingParams, Task, TokenizationParams
+from carpool.engine.preparation import Rack
 from carpool.engine.prepared import Prepared
+from carpool.engine.request import Request
 from carpool.engine.sequence import Sequence
 from carpool.engine.tokenizer import Tokenizer
 from carpool.engine.worker import Landing, Row
@@ -123,6 +127,10 @@ class BuiltStandIn:
     tokenizer: Tokenizer = field(
         default_factory=lambda: Tokenizer(tiny.wordpiece(), max_model_len=64, vocab_size=113)
     )
+    rack: Rack | None = None
+
+    def of(self, model: ModelInfo) -> Self:
+        return replace(self, model=model)
 
 
 @dataclass
@@ -212,8 +220,9 @@ async def scene(
     config: EngineConfig | None = None,
     depth: int = 1,
     cache: Cache | None = None,
+    rack: Rack | None = None,
 ) -> AsyncIterator[Scene]:
-    built = BuiltStandIn([StandIn(depth) for _ in range(workers)], model, cache=cache)
+    built = BuiltStandIn([StandIn(depth) for _ in range(workers)], model, cache=cache, rack=rack)
     ledger = Ledger()
     engine = AsyncEngine(config or EngineConfig(), ledger, build=lambda _: built)
     await engine.start()
@@ -613,7 +622,7 @@ async def test_only_what_has_the_same_result_is_shared(cache_size: int) -> None:
     kinds: list[dict[str, Any]] = [
         {}, {"cache_salt": "a"}, {"cache_salt": "b"}, {"adapter": "x"}, {"adapter": "y"}, {"task": "classify"},
     ]  # fmt: skip
-    model = replace(MODEL, adapters=("x", "y"), tasks=frozenset[Task]({"embed", "classify"}))
+    model = replace(MODEL, adapters={"x": 1, "y": 2}, tasks=frozenset[Task]({"embed", "classify"}))
     async with scene(model=model, config=EngineConfig(cache_size=cache_size)) as s:
         await asyncio.gather(*(s.ask([5], **kind) for kind in kinds for _ in range(2)))
         plain = PoolingParams(use_activation=False)
@@ -1232,7 +1241,7 @@ def test_a_worker_that_outlives_its_loop_ends_in_silence(monkeypatch: pytest.Mon
 async def test_each_prompt_rides_on_the_adapter_asked_for(
     default: str | None, adapter: str | None, slot: int
 ) -> None:
-    async with scene(model=replace(MODEL, adapters=("a", "b"), default_adapter=default)) as s:
+    async with scene(model=replace(MODEL, adapters={"a": 1, "b": 2}, default_adapter=default)) as s:
         s.runner.adapters.clear()  # of the warm-up
         await s.ask([5], [6], adapter=adapter)
         await s.engine.score(["a"], ["b"], PoolingParams(), TOKENIZATION, adapter=adapter)
@@ -1240,12 +1249,12 @@ async def test_each_prompt_rides_on_the_adapter_asked_for(
 
 
 async def test_an_unknown_adapter_is_refused() -> None:
-    async with scene(model=replace(MODEL, adapters=("a", "b"))) as s:
+    async with scene(model=replace(MODEL, adapters={"a": 1, "b": 2})) as s:
         with pytest.raises(InvalidParameter, match="There is no adapter 'c': loaded are a, b"):
             await s.ask([5], adapter="c")
         assert_nothing_left(s.engine)
     async with scene() as s:
-        with pytest.raises(InvalidParameter, match="none were loaded at start"):
+        with pytest.raises(InvalidParameter, match="none are loaded"):
             await s.ask([5], adapter="c")
 
 
@@ -1254,6 +1263,173 @@ async def test_tokenize_and_detokenize_are_each_others_inverse() -> None:
         (ids,) = await s.engine.tokenize(["the cat sat"], TokenizationParams(add_special_tokens=False))
         assert s.engine.tokens(ids) == ["the", "cat", "sat"]
         assert await s.engine.detokenize(ids) == "the cat sat"
+
+
+# ── what changes while it runs ───────────────────────────────────────────────────────────────────────────────
+
+
+class Hooks:
+    """A rack that keeps a ledger of what is hung on it."""
+
+    def __init__(self) -> None:
+        self.hung: dict[int, tuple[str, str]] = {}
+
+    def hang(self, slot: int, name: str, path: str) -> None:
+        if path == "broken":
+            raise ConfigError(f"The adapter {name!r} cannot be served: it is broken.")
+        self.hung[slot] = name, path
+
+    def drop(self, slot: int) -> None:
+        del self.hung[slot]
+
+
+@asynccontextmanager
+async def changing(**options: Any) -> AsyncIterator[tuple[Scene, Hooks]]:
+    hooks = Hooks()
+    async with scene(**options, rack=hooks) as s:
+        s.runner.adapters.clear()
+        yield s, hooks
+
+
+async def test_adapters_come_and_go() -> None:
+    async with changing(model=replace(MODEL, adapters={"own": 1})) as (s, hooks):
+        await s.engine.change(LoadAdapter("a", "/a"))
+        await s.engine.change(LoadAdapter("b", "/b"))
+        assert (hooks.hung, s.engine.model.lora_modules) == (
+            {2: ("a", "/a"), 3: ("b", "/b")},
+            {"a": "/a", "b": "/b"},
+        )
+        await s.ask([5], adapter="b")
+        await s.engine.change(UnloadAdapter("a"))
+        await until(lambda: set(hooks.hung) == {3})
+        with pytest.raises(InvalidParameter, match="There is no adapter 'a': loaded are own, b"):
+            await s.ask([5], adapter="a")
+        await s.ask([6], adapter="b")
+        assert s.runner.adapters == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (LoadAdapter("a", "/other"), InvalidParameter, "'a' has already been loaded.*'load_inplace' to True"),
+        (LoadAdapter("a", "/other", once=True), InvalidParameter, "'a' has already been loaded"),
+        (LoadAdapter("own", "/own", replace=True), InvalidParameter, "A task of this model is called 'own'"),
+        (LoadAdapter("b", "broken"), InvalidParameter, "'b' cannot be served: it is broken"),
+        (UnloadAdapter("own"), UnknownAdapter, "'own' cannot be found"),
+        (UnloadAdapter("b"), UnknownAdapter, "'b' cannot be found"),
+    ],
+)
+async def test_a_change_that_cannot_be_leaves_all_as_it_was(
+    change: Change, error: type[Exception], words: str
+) -> None:
+    async with changing(model=replace(MODEL, adapters={"own": 1})) as (s, hooks):
+        await s.engine.change(LoadAdapter("a", "/a"))
+        before = s.engine.model
+        with pytest.raises(error, match=words):
+            await s.engine.change(change)
+        assert (s.engine.model, hooks.hung) == (before, {2: ("a", "/a")})
+        await s.engine.change(LoadAdapter("a", "/a", once=True))
+        assert hooks.hung == {2: ("a", "/a")}
+
+
+async def test_without_room_for_them_adapters_stay_as_they_are() -> None:
+    async with scene() as s:
+        for change in (LoadAdapter("a", "/a"), UnloadAdapter("a")):
+            with pytest.raises(InvalidParameter, match="started with --allow-runtime-lora-updating"):
+                await s.engine.change(change)
+
+
+@pytest.mark.parametrize("change", [UnloadAdapter("a"), LoadAdapter("a", "/new", replace=True)])
+async def test_who_has_asked_for_an_adapter_still_rides_on_it(change: Change) -> None:
+    """Its weights stay until the last of them is answered, and nobody else gets on."""
+    async with changing() as (s, hooks):
+        await s.engine.change(LoadAdapter("a", "/a"))
+        busy = await s.occupy()
+        waiting = s.ask([5, 6], adapter="a")
+        await until(lambda: s.engine.waiting_sequences)
+        await s.engine.change(change)
+        await asyncio.sleep(0.05)
+        assert 1 in hooks.hung
+        s.open()
+        assert (await waiting).rows[0].tolist() == [2, 11]
+        await busy
+        assert s.runner.adapters == [0, 1]
+        await until(lambda: 1 not in hooks.hung)
+
+
+async def test_an_adapter_stays_while_a_batch_runs_whose_client_has_left() -> None:
+    async with changing() as (s, hooks):
+        await s.engine.change(LoadAdapter("a", "/a"))
+        s.runner.gate.clear()
+        left = s.ask([5], adapter="a")
+        await until(s.runner.running.is_set)
+        left.cancel()
+        await s.engine.change(UnloadAdapter("a"))
+        await asyncio.sleep(0.05)
+        assert 1 in hooks.hung
+        s.open()
+        await until(lambda: not hooks.hung)
+
+
+async def test_who_comes_for_an_adapter_that_has_gone_meanwhile_is_told() -> None:
+    """A request that was made ready elsewhere while the last of its adapter went."""
+    async with changing() as (s, hooks):
+        await s.engine.change(LoadAdapter("a", "/a"))
+        await s.engine.change(UnloadAdapter("a"))
+        await until(lambda: not hooks.hung)
+        late = Request(PoolingParams(), ("embed",), adapter=1)
+        with pytest.raises(UnknownAdapter, match="was unloaded while this request was on its way"):
+            await s.engine.core.run(late, Prepared([[5]]), None)
+        assert_nothing_left(s.engine)
+
+
+async def test_who_comes_for_one_that_was_exchanged_meanwhile_rides_on_the_new_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted: the whole exchange happens while the prompts are on their way from the tokenizer to the queue."""
+    async with changing() as (s, hooks):
+        await s.engine.change(LoadAdapter("a", "/a"))
+        run = s.engine.core.run
+        exchanged = False
+
+        async def slow(*args: Any) -> PoolingResult:
+            nonlocal exchanged
+            if not exchanged:
+                exchanged = True
+                await s.engine.change(LoadAdapter("a", "/b", replace=True))
+                await until(lambda: set(hooks.hung) == {2})
+            return await run(*args)
+
+        monkeypatch.setattr(s.engine.core, "run", slow)
+        assert (await s.ask([5, 6], adapter="a")).rows[0].tolist() == [2, 11]
+        assert s.runner.adapters == [2]
+
+
+async def test_results_of_one_adapter_are_never_anothers_of_its_name() -> None:
+    async with changing(config=EngineConfig(cache_size=1 << 20)) as (s, _):
+        for path in ("/one", "/two"):
+            await s.engine.change(LoadAdapter("a", path, replace=True))
+            for _ in range(2):
+                await s.ask([5], adapter="a")
+        await s.engine.change(UnloadAdapter("a"))
+        await s.engine.change(LoadAdapter("a", "/one"))
+        await s.ask([5], adapter="a")
+        assert s.runner.adapters == [1, 2, 3]
+
+
+async def test_after_a_reset_nothing_is_used_again() -> None:
+    cache = Cache(Paging(BlockPool(40, 4), 16), frozenset[Task]({"embed"}), finds_prefixes=True)
+    async with scene(config=EngineConfig(cache_size=1 << 20), cache=cache) as s:
+        prompt = list(range(1, 10))
+        for _ in range(2):
+            await s.ask(prompt)
+        assert len(s.runner.batches) == 1
+        assert (await s.ask([*prompt, 3])).cached == [8]
+        await s.engine.change(ResetCaches())
+        assert (await s.ask([*prompt, 4])).cached == [0]
+        assert (await s.ask([*prompt, 5])).cached == [8]
+        await s.ask(prompt)
+        assert len(s.runner.batches) == 5
 
 
 # ── with a real model ────────────────────────────────────────────────────────────────────────────────────────

@@ -16,6 +16,7 @@ import carpool
 import tiny_heads
 from carpool.engine.errors import ConfigError, InvalidInput, InvalidParameter, UnsupportedTask
 from carpool.engine.llm import LLM
+from carpool.engine.llm_absent import ABSENT
 from carpool.engine.params import PoolingParams
 from goldens import SHARED
 from head_oracle import HeadOracle, close
@@ -597,6 +598,67 @@ def test_prompts_ride_on_the_adapters_they_name(
     with pytest.raises(InvalidParameter, match=r"no adapter 'c'.*LLM\(lora_modules=\{'c': '/x'\}\)"):
         vectors(carpool.LoRARequest("c", 1, "/x"))
     llm.close()
+
+
+def test_adapters_are_loaded_when_they_are_first_asked_for(
+    checkpoint: Callable[[str], Path], adapters: dict[str, str]
+) -> None:
+    """As with the reference's enable_lora; and equal to what start would have loaded."""
+    folder = str(checkpoint("qwen3"))
+    options: dict[str, Any] = {"dtype": "float32", "cpu_workers": 1}
+    early = carpool.LLM(folder, lora_modules=adapters, **options)
+    late = carpool.LLM(folder, enable_lora=True, max_loras=2, max_lora_rank=16, **options)
+    a, b = (carpool.LoRARequest(name, i, adapters[name]) for i, name in enumerate("ab", start=1))
+
+    def vectors(llm: LLM, request: Any) -> list[list[float]]:
+        return [output.outputs.embedding for output in llm.embed(["the cat", "a mat"], lora_request=request)]
+
+    for request in (None, [b, a], a):
+        for one, other in zip(vectors(late, request), vectors(early, request), strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
+    assert late.model_info.lora_modules == adapters
+    assert late.score("the cat", "a mat", lora_request=a)[0].outputs.score == pytest.approx(
+        early.score("the cat", "a mat", lora_request=a)[0].outputs.score, abs=1e-5
+    )
+    with pytest.raises(InvalidParameter, match="was loaded from"):
+        vectors(late, carpool.LoRARequest("a", 1, adapters["b"]))
+    again = carpool.LoRARequest("a", 1, adapters["b"], load_inplace=True)
+    for one, other in zip(vectors(late, again), vectors(early, b), strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    with pytest.raises(InvalidParameter, match="There is no adapter 'c'"):
+        vectors(late, carpool.LoRARequest("c"))
+    with pytest.raises(InvalidParameter, match="no adapter folder"):
+        vectors(late, carpool.LoRARequest("c", 3, "/nowhere"))
+    early.close()
+    late.close()
+
+
+def test_caches_can_be_reset(checkpoint: Callable[[str], Path]) -> None:
+    llm = carpool.LLM(str(checkpoint("qwen3")), dtype="float32", cpu_workers=1, enable_prefix_caching=True)
+    text = "the cat sat on the mat " * 8
+
+    def cached() -> int:
+        return llm.embed(text)[0].num_cached_tokens
+
+    assert cached() == 0
+    assert cached() > 0
+    assert llm.reset_prefix_cache() is True
+    assert cached() == 0
+    assert cached() > 0
+    llm.close()
+
+
+@pytest.mark.parametrize("name", sorted(ABSENT))
+def test_what_is_not_here_says_what_to_do_instead(llm: Callable[..., LLM], name: str) -> None:
+    assert not hasattr(llm("bert"), name)
+    with pytest.raises(AttributeError, match=rf"^There is no LLM\.{name}: .*\.$"):
+        getattr(llm("bert"), name)
+
+
+def test_what_is_unknown_is_unknown(llm: Callable[..., LLM]) -> None:
+    with pytest.raises(AttributeError, match="'LLM' object has no attribute 'embedd'"):
+        llm("bert").embedd  # noqa: B018
+    assert (llm("bert").get_world_size(), llm("bert").get_world_size(include_dp=False)) == (1, 1)
 
 
 def test_no_adapter_is_no_adapter(llm: Callable[..., LLM]) -> None:

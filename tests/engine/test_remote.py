@@ -7,14 +7,14 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import numpy as np
 import pytest
 
 import tiny
-from carpool.engine import parcel
+from carpool.engine import changes, parcel
 from carpool.engine.async_engine import AsyncEngine
 from carpool.engine.batch import Batch
 from carpool.engine.chat import ChatTemplate
@@ -27,12 +27,15 @@ from carpool.engine.errors import (
     InferenceFailed,
     NotReady,
     Overloaded,
+    UnknownAdapter,
     UnsupportedTask,
 )
+from carpool.engine.frames import Adapters
 from carpool.engine.gate import Gate
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.outputs import PoolingResult
 from carpool.engine.params import Matryoshka, PoolingParams, Task, TokenizationParams
+from carpool.engine.preparation import Rack
 from carpool.engine.remote import RemoteCore
 from carpool.engine.tokenizer import Tokenizer
 from carpool.engine.worker import Landing, Row
@@ -89,6 +92,10 @@ class Built:
     tokenizer: Tokenizer = field(
         default_factory=lambda: Tokenizer(tiny.wordpiece(), max_model_len=64, vocab_size=113)
     )
+    rack: Rack | None = None
+
+    def of(self, model: ModelInfo) -> Self:
+        return replace(self, model=model)
 
 
 @dataclass
@@ -398,3 +405,48 @@ async def test_whatever_happens_each_request_gets_one_answer() -> None:
         await until(lambda: not s.pending)
         assert s.local.waiting_sequences == 0
         assert not any(gate._tasks for gate in s.gates)
+
+
+async def test_a_front_knows_the_adapters_that_came_since_its_parcel_was_packed() -> None:
+    async with scene() as s:
+        assert (s.fronts[0].model.adapters, s.fronts[0].model.lora_modules) == ({}, {})
+        s.gates[0].tell_adapters(replace(MODEL, adapters={"a": 3}, lora_modules={"a": "/a"}))
+        await s.gates[0].ask("anything")  # what was sent before has been read by then
+        assert (s.fronts[0].model.adapters, s.fronts[0].model.lora_modules) == ({"a": 3}, {"a": "/a"})
+        with pytest.raises(UnknownAdapter, match="was unloaded while this request was on its way"):
+            await s.ask([1], adapter="a")  # the engine has never heard of it
+
+
+async def test_a_front_that_still_unpacks_takes_them_then() -> None:
+    core = RemoteCore(socket.socketpair()[0], no_reply)
+    core.received(Adapters({"a": 1}, {"a": "/a"}), b"")
+    core.parts = Built()
+    core._take_adapters()
+    assert core.parts.model.lora_modules == {"a": "/a"}
+
+
+async def test_a_change_goes_to_the_engines_process() -> None:
+    asked = []
+
+    async def reply(question: str) -> bytes:
+        asked.append(changes.read(question))
+        return b""
+
+    ours, theirs = socket.socketpair()
+    local = AsyncEngine(EngineConfig(), build=lambda _: Built())
+    await local.start()
+    gate = Gate(local.core, reply)
+    await gate.open(ours)
+    front = AsyncEngine(EngineConfig(), core=RemoteCore(theirs, no_reply))
+    gate.hand_over(parcel.pack(Built()))
+    await front.start()
+    told: list[changes.Change] = [
+        changes.LoadAdapter("a", "/a", replace=True),
+        changes.UnloadAdapter("a"),
+        changes.ResetCaches(),
+    ]
+    for change in told:
+        await front.change(change)
+    assert asked == told
+    await front.stop(0)
+    await local.stop(5)

@@ -410,3 +410,34 @@ def test_a_text_ends_as_tokenizer_config_has_it_and_a_contradiction_is_told_of(
         assert (notice is not None) is told
         assert not told or "<pad> behind every text" in str(notice)
         shutil.rmtree(folder)
+
+
+# ── where tokens stand ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("specials", [True, False])
+def test_each_piece_is_what_stands_at_its_place(kind: str, specials: bool) -> None:
+    tokenizer = make(kind)
+    texts = ["the cat sat", "", "rain é in spain"]
+    before, after = AFFIXES[kind] if specials else ((), ())
+    encoded = tokenizer.encode(texts, specials)
+    for text, ids, pieces in zip(texts, encoded, tokenizer.pieces(texts, specials), strict=True):
+        assert [piece.token for piece in pieces] == ids
+        outer = [*pieces[: len(before)], *pieces[len(pieces) - len(after) :]]
+        assert [piece.text for piece in outer] == tokenizer.tokens([*before, *after])
+        assert all(piece.start is piece.stop is None for piece in outer)
+        for piece in pieces[len(before) : len(pieces) - len(after)]:
+            assert piece.text == text[piece.start : piece.stop]
+
+
+def test_pieces_are_of_text_only() -> None:
+    with pytest.raises(InvalidInput):
+        make("bert").pieces(["a", "\ud800"])
+
+
+def test_special_tokens_can_be_left_out_on_the_way_back() -> None:
+    tokenizer = make("bert")
+    (ids,) = tokenizer.encode(["the cat"])
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the cat"
+    assert tokenizer.decode(ids) == "[CLS] the cat [SEP]"

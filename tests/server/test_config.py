@@ -24,8 +24,7 @@ from carpool.server.config import ServerConfig
         ({"ssl_keyfile": "key.pem"}, "--ssl-certfile"),
         ({"ssl_ciphers": "ECDHE"}, "--ssl-ciphers needs --ssl-certfile"),
         ({"enable_ssl_refresh": True}, "--enable-ssl-refresh needs --ssl-certfile"),
-        ({"ssl_certfile": "c", "ssl_ca_certs": "a"}, "--ssl-ca-certs and --ssl-cert-reqs"),
-        ({"ssl_certfile": "c", "ssl_cert_reqs": 2}, "--ssl-ca-certs and --ssl-cert-reqs"),
+        ({"ssl_certfile": "c", "ssl_cert_reqs": 2}, "--ssl-cert-reqs needs --ssl-ca-certs"),
         ({"ssl_certfile": "c", "ssl_ca_certs": "a", "ssl_cert_reqs": 3}, "--ssl-cert-reqs must be 0, 1 or 2"),
         ({"api_key": ("good", "")}, "--api-key"),
         ({"served_model_name": ("",)}, "--served-model-name"),
@@ -69,3 +68,9 @@ def test_several_front_ends_need_a_number_and_sockets_to_reach_them(monkeypatch:
     with pytest.raises(ConfigError, match="--api-workers above 1 needs Unix sockets"):
         ServerConfig(api_workers=2)
     assert ServerConfig().api_workers == 1
+
+
+def test_vouchers_may_be_given_though_nobody_is_asked() -> None:
+    """As the reference takes it; the log says that clients are not asked."""
+    config = ServerConfig(ssl_certfile="c", ssl_ca_certs="a")
+    assert (config.ssl_ca_certs, config.ssl_cert_reqs) == ("a", 0)

@@ -47,6 +47,20 @@ def test_clients_are_vouched_for_by_those_named_only(tmp_path: Path) -> None:
 
 
 @needs_openssl
+@pytest.mark.parametrize(("asks", "warnings"), [(0, 1), (1, 0)])
+def test_vouchers_whom_nobody_asks_for_are_told_of(tmp_path: Path, asks: int, warnings: int) -> None:
+    certificate, key = make_certificate(tmp_path, "a")
+    config = ServerConfig(
+        ssl_certfile=certificate, ssl_keyfile=key, ssl_ca_certs=certificate, ssl_cert_reqs=asks
+    )
+    with capture_logs() as logged:
+        context = tls.load(config)
+    assert context is not None
+    assert context.verify_mode == asks
+    assert [entry["log_level"] for entry in logged] == ["warning"] * warnings
+
+
+@needs_openssl
 async def test_those_who_vouch_for_clients_are_renewed_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

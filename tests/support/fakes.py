@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from carpool.engine.changes import Change
 from carpool.engine.errors import (
     Draining,
     EmptyInput,
@@ -21,7 +22,7 @@ from carpool.engine.errors import (
     TokenOutOfVocabulary,
 )
 from carpool.engine.model_info import ModelInfo
-from carpool.engine.outputs import PoolingResult, ScoreResult, Timings
+from carpool.engine.outputs import Piece, PoolingResult, ScoreResult, Timings
 from carpool.engine.params import Matryoshka, PoolingParams, Task, TaskAdapter, TokenizationParams
 from carpool.engine.stats import CacheStats, Observer, ResultStats, Unobserved
 
@@ -60,7 +61,7 @@ FAKE_CLASSIFIER = replace(
 FAKE_CROSS_ENCODER = replace(FAKE_CLASSIFIER, labels=("LABEL_0",))
 FAKE_TASKED = replace(
     FAKE_MODEL,
-    adapters=("retrieval.query", "retrieval.passage", "separation", "mine"),
+    adapters={"retrieval.query": 1, "retrieval.passage": 2, "separation": 3, "mine": 4},
     lora_modules={"mine": "/adapters/mine"},
     task_adapters={
         "retrieval.query": TaskAdapter("retrieval.query", "Q: "),
@@ -103,8 +104,14 @@ class FakeEngine:
         self.loaded.set()
         self.dead = asyncio.Event()
         self.calls: list[dict[str, object]] = []
+        self.changes: list[Change] = []
         self.cancelled = 0
         self._model = model
+
+    async def change(self, change: Change) -> None:
+        if self.error:
+            raise self.error
+        self.changes.append(change)
 
     @property
     def model(self) -> ModelInfo:
@@ -142,8 +149,14 @@ class FakeEngine:
     def tokens(self, token_ids: list[int]) -> list[str]:
         return [chr(token) for token in token_ids]
 
-    async def detokenize(self, token_ids: list[int]) -> str:
-        return "".join(chr(token) for token in token_ids if token < VOCAB_SIZE)
+    async def pieces(self, texts: list[str], add_special_tokens: bool) -> list[list[Piece]]:
+        cls, sep = [Piece(CLS, "[CLS]", None, None)], [Piece(SEP, "[SEP]", None, None)]
+        found = [[Piece(ord(c) % VOCAB_SIZE, c, i, i + 1) for i, c in enumerate(text)] for text in texts]
+        return [[*cls, *pieces, *sep] for pieces in found] if add_special_tokens else found
+
+    async def detokenize(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+        skipped = {CLS, SEP} if skip_special_tokens else set()
+        return "".join(chr(token) for token in token_ids if token < VOCAB_SIZE and token not in skipped)
 
     def render(
         self,

@@ -11,12 +11,15 @@ from typing import Any
 
 from aiohttp import ClientResponse, ClientSession, web
 
+from carpool.engine.config import EngineConfig
 from carpool.server.app import make_app
 from carpool.server.config import ServerConfig
 from carpool.server.http import Runner
 from fakes import FakeEngine
 
 EMBEDDINGS = "/v1/embeddings"
+# With all that an operator can open.
+OPEN = ServerConfig(engine=EngineConfig(allow_runtime_lora_updating=True), allow_cache_reset=True)
 
 
 @dataclass(slots=True)

@@ -84,7 +84,7 @@ def test_mixed_in_one_batch_each_equals_peft(
 ) -> None:
     base, modules = adapted(family)
     parts = serve(base, modules, surgery=surgery)
-    assert parts.model.adapters == ("a", "b")
+    assert parts.model.adapters == {"a": 1, "b": 2}
     assert parts.model.lora_modules == modules
     names = ["a", None, "b", "a"]
     models = {name: with_lora(stock(base), Path(modules[name])) for name in "ab"}
@@ -293,7 +293,7 @@ def test_a_layer_that_is_never_run_is_refused(backbone: Backbone) -> None:
     with pytest.raises(
         ConfigError, match=r"on encoder\.layer\.0\.attention\.self\.query: it takes that layer's"
     ):
-        check_adapters(backbone, 1, vocab_size=20, max_model_len=64)
+        check_adapters(backbone, [1], vocab_size=20, max_model_len=64)
 
 
 def test_adapters_that_reach_into_neighbours_are_refused(
@@ -305,10 +305,10 @@ def test_adapters_that_reach_into_neighbours_are_refused(
         return tuple(Segment(slot, max(0, start - 1), end) for slot, start, end in segments(slots, lengths))
 
     segments = lora.segments
-    check_adapters(backbone, 1, vocab_size=20, max_model_len=64)
+    check_adapters(backbone, [1], vocab_size=20, max_model_len=64)
     monkeypatch.setattr(lora, "segments", shifted)
     with pytest.raises(ConfigError, match="change each other's results"):
-        check_adapters(backbone, 1, vocab_size=20, max_model_len=64)
+        check_adapters(backbone, [1], vocab_size=20, max_model_len=64)
 
 
 def test_debertas_shared_projections_are_refused(tmp_path: Path) -> None:
@@ -330,13 +330,13 @@ def test_debertas_shared_projections_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="table of positions"):
         serve(folder, {"a": str(tmp_path / "q")})
     write_lora(tmp_path / "v", model, target_modules=["value_proj"])
-    assert serve(folder, {"a": str(tmp_path / "v")}).model.adapters == ("a",)
+    assert serve(folder, {"a": str(tmp_path / "v")}).model.adapters == {"a": 1}
 
 
 def test_the_folders_are_checked_at_start(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no adapter_config\.json"):
         serve(checkpoint("bert"), {"a": str(tmp_path)})
-    with pytest.raises(ConfigError, match="There is no model folder"):
+    with pytest.raises(ConfigError, match="There is no adapter folder"):
         serve(checkpoint("bert"), {"a": str(tmp_path / "nowhere")})
 
 

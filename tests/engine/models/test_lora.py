@@ -86,8 +86,8 @@ def test_a_batch_on_the_bare_model_costs_nothing() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return out
 
-    layer = LoraLinear(Same(WIDE, NARROW))
-    layer.add(1, delta(NARROW, WIDE, 2, 0))
+    layer = LoraLinear(Same(WIDE, NARROW), "layer")
+    layer.add(1, layer.fitted(delta(NARROW, WIDE, 2, 0), torch.device("cpu")))
     with riding([0, 0], [1, 2]):
         assert layer(torch.zeros(1, 3, WIDE)) is out
 
@@ -95,15 +95,19 @@ def test_a_batch_on_the_bare_model_costs_nothing() -> None:
 @torch.no_grad()
 def test_rows_of_unknown_owners_raise() -> None:
     """Planted: a layer that is fed something else than the batch's tokens."""
-    layer = LoraLinear(nn.Linear(WIDE, NARROW))
-    layer.add(1, delta(NARROW, WIDE, 2, 0))
+    layer = LoraLinear(nn.Linear(WIDE, NARROW), "layer")
+    layer.add(1, layer.fitted(delta(NARROW, WIDE, 2, 0), torch.device("cpu")))
     with riding([1], [3]), pytest.raises(RuntimeError, match="got 5 rows for a batch of 3"):
         layer(torch.zeros(1, 5, WIDE))
 
 
 def test_the_weight_cannot_be_taken_past_the_adapters() -> None:
-    with pytest.raises(AttributeError):
-        LoraLinear(nn.Linear(WIDE, NARROW)).weight  # noqa: B018
+    layer = LoraLinear(nn.Linear(WIDE, NARROW), "layer")
+    assert layer.weight is layer.base.weight
+    assert layer.taken
+    layer.add(1, layer.fitted(delta(NARROW, WIDE, 2, 0), torch.device("cpu")))
+    with pytest.raises(AttributeError, match="it takes the weight of layer without running it"):
+        layer.weight  # noqa: B018
 
 
 @torch.no_grad()
@@ -117,8 +121,8 @@ def test_gemmas_scaled_embedding_scales_its_adapters_too() -> None:
     table = Scaled(WIDE, NARROW)
     own = delta(NARROW, WIDE, 2, 0)
     expected = (table.weight + own.matrix().T) * 3
-    layer = LoraEmbedding(table)
-    layer.add(1, own)
+    layer = LoraEmbedding(table, "words")
+    layer.add(1, layer.fitted(own, torch.device("cpu")))
     with riding([1], [WIDE]):
         assert torch.allclose(layer(torch.arange(WIDE)[None])[0], expected, atol=1e-5)
 
@@ -146,8 +150,8 @@ def test_a_replica_shares_the_adapters_weights() -> None:
 
 @torch.no_grad()
 def test_threads_do_not_see_each_others_riders() -> None:
-    layer = LoraLinear(nn.Linear(WIDE, NARROW))
-    layer.add(1, delta(NARROW, WIDE, 2, 0))
+    layer = LoraLinear(nn.Linear(WIDE, NARROW), "layer")
+    layer.add(1, layer.fitted(delta(NARROW, WIDE, 2, 0), torch.device("cpu")))
     x = torch.randn(1, 3, WIDE)
     bare = layer(x)
     seen: list[Tensor] = []

@@ -38,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
 
 def test_jina_v3_has_its_five_and_their_instructions(made: Callable[[Any], Path]) -> None:
     model = info(made(jina_v3_tasks))
-    assert model.adapters == TASKS
+    assert tuple(model.adapters) == TASKS
     assert model.task_adapters == {task: TaskAdapter(task, f"{task}: ") for task in TASKS}
     assert model.default_adapter == "text-matching", "as the reference serves it"
     assert not model.lora_modules
@@ -77,7 +77,7 @@ def test_a_checkpoint_saved_without_them_has_none(made: Callable[[Any], Path], t
     path = tmp_path / "model.safetensors"
     save_file({k: w for k, w in load_file(path).items() if ".0.lora_" not in k}, path, {"format": "pt"})
     model = info(tmp_path)
-    assert (model.adapters, model.task_adapters, model.default_adapter) == ((), {}, None)
+    assert (model.adapters, model.task_adapters, model.default_adapter) == ({}, {}, None)
 
 
 @pytest.mark.parametrize(
@@ -101,4 +101,4 @@ def test_a_users_adapter_may_not_take_a_tasks_name(made: Callable[[Any], Path], 
 
 def test_most_models_have_no_tasks(checkpoint: Callable[[str], Path]) -> None:
     model = info(checkpoint("bert"))
-    assert (model.adapters, model.task_adapters, model.default_adapter) == ((), {}, None)
+    assert (model.adapters, model.task_adapters, model.default_adapter) == ({}, {}, None)

@@ -100,7 +100,7 @@ def run(parts: Parts, prompts: Seq[Prompt]) -> list[Tensor]:
             params=p.params,
             task=p.task,
             type_start=p.type_start,
-            adapter=parts.model.adapters.index(p.adapter) + 1 if p.adapter else 0,
+            adapter=parts.model.adapters[p.adapter] if p.adapter else 0,
         )
         for i, p in enumerate(prompts)
     ]
