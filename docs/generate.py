@@ -52,6 +52,8 @@ def _values(option: Option) -> str:
         return "JSON, or dotted"
     if option.is_list:
         return "one or more"
+    if option.unit == "bytes":
+        return "size"
     return {int: "integer", float: "number"}.get(option.type, "text")
 
 

@@ -15,6 +15,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from carpool.engine.admission import admit
+from carpool.engine.changes import Change
 from carpool.engine.config import EngineConfig
 from carpool.engine.core import Core
 from carpool.engine.errors import (
@@ -23,12 +24,13 @@ from carpool.engine.errors import (
     InvalidInput,
     InvalidParameter,
     NotReady,
+    UnknownAdapter,
     UnsupportedTask,
 )
 from carpool.engine.late_interaction import in_role
 from carpool.engine.listwise import ListPlan
 from carpool.engine.model_info import ModelInfo
-from carpool.engine.outputs import PoolingResult, ScoreResult
+from carpool.engine.outputs import Piece, PoolingResult, ScoreResult
 from carpool.engine.params import PoolingParams, Task, TokenizationParams, check_dimensions
 from carpool.engine.preparation import INLINE_CHARS, Built, is_long, needs_slicing, prepared, slot, told
 from carpool.engine.preparation import Prompts as Prompts
@@ -149,11 +151,21 @@ class AsyncEngine:
         """The model's tokenizer as transformers has it: a copy, for callers who want more of it than ids."""
         return deepcopy(self._loaded().chat.tokenizer)
 
-    async def detokenize(self, token_ids: list[int]) -> str:
-        """Text of the ids, special tokens kept, unknown ids skipped."""
-        return await self._off_loop(
-            partial(self._loaded().tokenizer.decode, token_ids), len(token_ids) > INLINE_CHARS
-        )
+    async def pieces(self, texts: list[str], add_special_tokens: bool) -> list[list[Piece]]:
+        """Each text's tokens, and where in it each stands."""
+        find = partial(self._loaded().tokenizer.pieces, texts, add_special_tokens)
+        return await self._off_loop(find, sum(map(len, texts)) > INLINE_CHARS)
+
+    async def detokenize(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+        """Text of the ids, unknown ones skipped."""
+        decode = partial(self._loaded().tokenizer.decode, token_ids, skip_special_tokens)
+        return await self._off_loop(decode, len(token_ids) > INLINE_CHARS)
+
+    async def change(self, change: Change) -> None:
+        """Have adapters come and go, or caches emptied. Whoever asks after that finds it done. Raises InvalidInput for
+        what cannot be; what was asked before is answered as it was asked.
+        """
+        await self.core.change(change)
 
     # ── the road of a request ────────────────────────────────────────────────────────────────────────────
 
@@ -180,7 +192,7 @@ class AsyncEngine:
         shared with other requests and are not to be written to. Raises the errors of `engine.errors`. Cancelling the
         awaiting task drops what still waits.
         """
-        start = time.monotonic()
+        start, given = time.monotonic(), prompts
         admit(self.state)
         if not self.config.cache_size:  # else its answer may be at hand
             self.core.check()  # spares the tokenizer what is refused anyway
@@ -209,7 +221,23 @@ class AsyncEngine:
         if timeout is not None and spent >= timeout:
             raise DeadlineExceeded("The request's deadline passed before it could run.")
         left = None if timeout is None else timeout - spent
-        result = await self.core.run(request, ready, left, on_progress)
+        try:
+            result = await self.core.run(request, ready, left, on_progress)
+        except UnknownAdapter:
+            if adapter is None or self.model.adapters.get(adapter) in (None, request.adapter):
+                raise
+            return await self.pool(  # another has been loaded in its place meanwhile
+                given,
+                params,
+                tokenization,
+                task=task,
+                adapter=adapter,
+                client=client,
+                priority=priority,
+                timeout=left,
+                on_progress=on_progress,
+                cache_salt=cache_salt,
+            )
         result.timings.tokenize = spent
         if sliced:
             lengths = list(map(len, ready.token_ids))

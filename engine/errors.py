@@ -6,6 +6,7 @@ EngineError
 │   ├── InputTooLong        more tokens than the model takes
 │   ├── TokenOutOfVocabulary
 │   ├── InvalidParameter    a value the model cannot honour (dimensions, truncation)
+│   ├── UnknownAdapter      none of that name is loaded, or it no longer is
 │   └── UnsupportedTask     the model has no such head
 ├── Unavailable             nobody's fault now; try again later
 │   ├── NotReady            still loading
@@ -69,6 +70,10 @@ class TokenOutOfVocabulary(InvalidInput):
 
 class InvalidParameter(InvalidInput):
     """A well-formed value that this model cannot honour."""
+
+
+class UnknownAdapter(InvalidInput):
+    """No adapter of this name is loaded, or it no longer is."""
 
 
 class UnsupportedTask(InvalidInput):

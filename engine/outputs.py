@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -55,3 +55,12 @@ class ScoreResult:
     # Of each pair, the tokens that had been run for others; and of all prompts that were run.
     pair_cached: list[int] = field(default_factory=list)
     cached_tokens: int = 0
+
+
+class Piece(NamedTuple):
+    """A token of a text: what it stands for there, and from which character up to which; of a special one its name."""
+
+    token: int
+    text: str
+    start: int | None
+    stop: int | None

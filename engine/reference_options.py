@@ -1,4 +1,5 @@
-"""Options of the reference that carpool has no part for: what is passed over with a notice, and what is refused."""
+"""Options of the reference, of TEI and of Infinity that carpool has no part for: what is passed over with a notice,
+and what is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ WITHOUT_MEANING: Mapping[str, Follows] = {
             "aggregate_engine_logging",
             "allow_deprecated_quantization",
             "async_scheduling",
+            "bettertransformer",
             "calculate_kv_scales",
+            "compile",
             "cudagraph_metrics",
             "disable_async_output_proc",
             "disable_cascade_attn",
@@ -27,6 +30,7 @@ WITHOUT_MEANING: Mapping[str, Follows] = {
             "disable_log_requests",
             "disable_log_stats",
             "disable_mm_preprocessor_cache",
+            "disable_spans",
             "enable_auto_tool_choice",
             "enable_dbo",
             "enable_eplb",
@@ -55,14 +59,20 @@ WITHOUT_MEANING: Mapping[str, Follows] = {
             "fail_on_environ_validation",
             "fully_sharded_loras",
             "interleave_mm_strings",
+            "json_output",
             "kv_cache_metrics",
             "kv_sharing_fast_prefill",
             "language_model_only",
+            "lengths_via_tokenize",
             "log_error_stack",
             "mm_encoder_only",
+            "model_warmup",
             "multi_step_stream_outputs",
             "numa_bind",
+            "onnx_disable_optimize",
+            "onnx_do_not_prefer_quantized",
             "ray_workers_use_nsight",
+            "return_sampling_mask",
             "return_tokens_as_token_ids",
             "scheduler_reserve_full_isl",
             "skip_mm_profiling",
@@ -70,6 +80,7 @@ WITHOUT_MEANING: Mapping[str, Follows] = {
             "trust_request_mm_kwargs",
             "use_tqdm_on_load",
             "use_v2_block_manager",
+            "vector_disk_cache",
             "worker_use_ray",
         ),
         "nothing",
@@ -92,6 +103,7 @@ WITHOUT_MEANING: Mapping[str, Follows] = {
             "distributed_executor_backend",
             "distributed_timeout_seconds",
             "ec_transfer_config",
+            "engine",
             "eplb_config",
             "fingerprint_mode",
             "fingerprint_value",
@@ -120,6 +132,7 @@ WITHOUT_MEANING: Mapping[str, Follows] = {
             "mamba_ssm_cache_dtype",
             "master_addr",
             "master_port",
+            "max_client_batch_size",
             "max_cpu_loras",
             "max_cudagraph_capture_size",
             "max_log_len",
@@ -146,7 +159,12 @@ WITHOUT_MEANING: Mapping[str, Follows] = {
             "num_lookahead_slots",
             "num_scheduler_steps",
             "offload_backend",
+            "offload_group_size",
+            "offload_num_in_group",
+            "offload_prefetch_step",
             "optimization_level",
+            "otlp_endpoint",
+            "otlp_service_name",
             "otlp_traces_endpoint",
             "override_generation_config",
             "performance_mode",
@@ -157,6 +175,7 @@ WITHOUT_MEANING: Mapping[str, Follows] = {
             "reasoning_config",
             "reasoning_parser",
             "reasoning_parser_plugin",
+            "redirect_slash",
             "renderer_num_workers",
             "response_role",
             "safetensors_load_strategy",
@@ -165,15 +184,20 @@ WITHOUT_MEANING: Mapping[str, Follows] = {
             "scheduling_policy",
             "seed",
             "show_hidden_metrics_for_version",
+            "spec_method",
+            "spec_model",
+            "spec_tokens",
             "speculative_config",
             "stream_interval",
             "structured_outputs_config",
             "swap_space",
+            "tokenization_workers",
             "tokenizer_mode",
             "tokenizer_pool_size",
             "tool_call_parser",
             "tool_parser_plugin",
             "tool_server",
+            "uds_path",
             "uvicorn_log_level",
             "video_pruning_rate",
             "watermark",
@@ -190,6 +214,7 @@ WITHOUT_MEANING: Mapping[str, Follows] = {
             "cudagraph_capture_sizes",
             "ignore_patterns",
             "logits_processors",
+            "offload_params",
         ),
         "values",
     ),
@@ -205,6 +230,10 @@ ONE_ONLY = {
     "pcp": "prefill_context_parallel_size",
     "nnodes": "nnodes",
 }
+_IN_TOKENS = "what may wait is counted in tokens here, with --max-queued-tokens."
+_POOLING = "set --pooler-config.pooling_type to CLS, MEAN or LAST."
+_PROMPTS = "a request names the prompt before its texts: prompt_name in /embed, input_type in /v2/embed."
+_TOKEN = "set HF_TOKEN in the environment instead, where other users of the machine cannot read it."
 _ONE_MACHINE = "carpool runs on one machine, where --data-parallel-size counts the GPUs."
 # Name → what to do instead. To pass over these would change answers, or leave undone what somebody relies on.
 REFUSED: Mapping[str, str] = {
@@ -221,23 +250,43 @@ REFUSED: Mapping[str, str] = {
         ),
         _ONE_MACHINE,
     ),
+    "auto_truncate": "what is too long is cut where the request says so: truncate, or truncate_prompt_tokens -1.",
+    "default_prompt": _PROMPTS,
+    "default_prompt_name": _PROMPTS,
+    "dense_path": "the model's modules.json says which Dense modules it has.",
+    "device_id": "name the GPU with --device cuda:N, or count several with --data-parallel-size.",
     "device_ids": "name the GPU with --device cuda:N, or set CUDA_VISIBLE_DEVICES in the environment.",
     "disable_sliding_window": "set --max-model-len to the window instead, which comes to the same.",
     "enable_prompt_adapter": "prompt adapters are not served; --lora-modules are.",
     "enable_tokenizer_info_endpoint": "the tokenizer's files lie in the model's folder; /tokenize shows what it does.",
+    "embedding_dtype": "a request says what its numbers are: embed_dtype, or embedding_types in /v2/embed.",
     "enable_prompt_embeds": "prompts are texts or token ids here, not vectors.",
     "grpc": "carpool speaks HTTP only.",
     "headless": _ONE_MACHINE,
     "hf_config_path": "put config.json into the model's folder, or set its keys with --hf-overrides.",
-    "hf_token": "set HF_TOKEN in the environment instead, where other users of the machine cannot read it.",
+    "hf_api_token": _TOKEN,
+    "hf_token": _TOKEN,
     "io_processor_plugin": "plugins are not run here.",
     "lora_target_modules": "adapters are applied whole; take out of their files what is not wanted.",
-    "max_num_queued_reqs": "what may wait is counted in tokens here, with --max-queued-tokens.",
+    "max_concurrent_requests": _IN_TOKENS,
+    "max_num_queued_reqs": _IN_TOKENS,
     "middleware": "no ASGI application runs here that it could go around; put a proxy in front.",
     "model_class_overrides": "classes are not exchanged here; docs/adding-a-model.md says how to add one.",
+    "permissive_cors": "name the origins with --allowed-origins; * is any.",
+    "pooling": _POOLING,
+    "pooling_method": _POOLING,
+    "preload_only": "the server starts and serves; fetch a model beforehand with hf download.",
+    "prometheus_port": "metrics are at /metrics, on --port.",
     "qlora_adapter_name_or_path": "adapters are given with --lora-modules.",
     "quantization_config": "weights are quantized by --quantization int8 only.",
     "trust_request_chat_template": "a template is code, and comes with --chat-template only.",
+}
+
+# What says of some of these that it is as it would be without.
+ASKS_NOTHING: Mapping[str, str] = {
+    "data_parallel_rank": "0",
+    "data_parallel_size_local": "1",
+    "data_parallel_start_rank": "0",
 }
 
 
@@ -250,5 +299,5 @@ def require_one(name: str, value: Any) -> None:
 
 def refuse(name: str, value: Any) -> None:
     """Say what to do instead of this option, unless it is given to say that it is not wanted."""
-    if value is not None and str(value).lower() not in ("false", "none", ""):
+    if value is not None and str(value).lower() not in ("false", "none", "", ASKS_NOTHING.get(name)):
         raise ConfigError(f"--{name.replace('_', '-')} is not served: {REFUSED[name]}")

@@ -30,8 +30,8 @@ class Roster:
         rides: Callable[[int], bool],
         told: Callable[[Mapping[str, int], Mapping[str, str]], None],
     ) -> None:
-        """Without a `rack` adapters stay as they are. `rides` is whether anything under way is on a slot; `told` gets the
-        slots and the paths by name, when they change.
+        """Without a `rack` adapters stay as they are. `rides` is whether anything under way is on a slot; `told` gets
+        the slots and the paths by name, when they change.
         """
         self._rack = rack
         self._rides = rides

@@ -26,6 +26,7 @@ from carpool.engine.errors import (
 from carpool.engine.fast_tokenizer import load_fast
 from carpool.engine.framed import Framed
 from carpool.engine.late_interaction import LateInteraction, Role, RoleText
+from carpool.engine.outputs import Piece
 from carpool.engine.params import Side, TokenizationParams
 from carpool.engine.prepared import Prepared
 from carpool.engine.roles import Scribe
@@ -252,6 +253,24 @@ class Tokenizer:
         encoding = self._backend.encode(own, add_special_tokens=add_special_tokens)
         return encoding.ids, encoding.offsets
 
+    def pieces(self, texts: list[str], add_special_tokens: bool = True) -> list[list[Piece]]:
+        """Each text's tokens, and where in it each stands."""
+        _check_text(texts)
+        whole = []
+        for text in texts:
+            ids, offsets = self.offsets(text, add_special_tokens)
+            around = self._affixes if add_special_tokens else NONE
+            inner = range(len(around.prefix), len(ids) - len(around.suffix))
+            whole.append(
+                [
+                    Piece(token, text[start:stop], start, stop)
+                    if i in inner
+                    else Piece(token, self.tokens([token])[0], None, None)
+                    for i, (token, (start, stop)) in enumerate(zip(ids, offsets, strict=True))
+                ]
+            )
+        return whole
+
     def shorten(self, texts: list[str], limit: int) -> list[str]:
         """Each text cut, between characters, so that it has at most `limit` tokens (special ones not counted)."""
         _check_text(texts)
@@ -351,10 +370,10 @@ class Tokenizer:
 
     # ── ids to text ──────────────────────────────────────────────────────────────────────────────────────
 
-    def decode(self, token_ids: list[int]) -> str:
-        """Text of the ids, special tokens kept; ids that no entry has are skipped."""
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+        """Text of the ids; ids that no entry has are skipped."""
         known = [token for token in token_ids if self._is_known(token)]
-        return self._backend.decode(known, skip_special_tokens=False)
+        return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
 
     def tokens(self, token_ids: list[int]) -> list[str]:
         """The vocabulary's entry for each id; empty where there is none."""

@@ -13,6 +13,7 @@ from carpool.server import protocol
 from carpool.server.body import expect_later
 from carpool.server.config import ServerConfig
 from carpool.server.handlers import (
+    changes,
     classification,
     cohere,
     docs,
@@ -48,11 +49,20 @@ class Route(NamedTuple):
     open: bool = False  # served without an API key, and while the server drains
     runs_model: bool = False  # counted by /load while it is answered
     describes: bool = False  # left out with --no-docs
+    needs: Callable[[ServerConfig], bool] | None = None  # left out unless the operator has said so
 
 
 def _to_model(summary: str, handler: Handler, request: Any, response: Any, *paths: str) -> list[Route]:
     """The routes of an endpoint that runs the model."""
     return [Route(("POST",), path, handler, summary, request, response, runs_model=True) for path in paths]
+
+
+def _adapters_change(config: ServerConfig) -> bool:
+    return config.engine.allow_runtime_lora_updating
+
+
+def _caches_are_reset(config: ServerConfig) -> bool:
+    return config.allow_cache_reset
 
 
 ROUTES = (
@@ -62,6 +72,7 @@ ROUTES = (
         protocol.EmbeddingRequest,
         protocol.EmbeddingResponse,
         "/v1/embeddings",
+        "/embeddings",
     ),
     *_to_model(
         "Embed texts; the request is Cohere's.",
@@ -81,7 +92,7 @@ ROUTES = (
         "Tell how likely each class is for each text.",
         classification.create_classification,
         protocol.ClassificationRequest,
-        protocol.ClassificationResponse,
+        protocol.ClassificationResponse | protocol.InfinityClassifyResponse,
         "/classify",
         "/v1/classify",
     ),
@@ -97,38 +108,45 @@ ROUTES = (
         "Sort documents by their relevance to a query; the request may be Cohere's, Jina's, Voyage's or TEI's.",
         rerank.create_ranking,
         protocol.RerankRequest | protocol.TeiRerankRequest,
-        protocol.RerankResponse | list[protocol.TeiRank],
+        protocol.RerankResponse | protocol.InfinityRerankResponse | list[protocol.TeiRank],
         "/rerank",
         "/v1/rerank",
         "/v2/rerank",
     ),
     *_to_model(
         "Embed texts; the request is TEI's.",
-        tei.embed,
+        tei.create_embeddings,
         protocol.TeiEmbedRequest,
         list[list[float]],
         "/embed",
     ),
     *_to_model(
         "Give a vector for each token; the request is TEI's.",
-        tei.embed_all,
+        tei.create_token_embeddings,
         protocol.TeiInputsRequest,
         list[list[list[float]]],
         "/embed_all",
     ),
     *_to_model(
         "Give texts' weights in the entries of the vocabulary; the request is TEI's.",
-        tei.embed_sparse,
+        tei.create_sparse_embeddings,
         protocol.TeiInputsRequest,
         list[list[protocol.TeiWeight]],
         "/embed_sparse",
     ),
     *_to_model(
         "Classify texts or pairs of texts; the request is TEI's.",
-        tei.predict,
+        tei.create_predictions,
         protocol.TeiPredictRequest,
         list[protocol.TeiPrediction | list[protocol.TeiPrediction]],
         "/predict",
+    ),
+    *_to_model(
+        "Compare one text with others by their vectors; the request is TEI's.",
+        tei.compare,
+        protocol.TeiSimilarityRequest,
+        list[float],
+        "/similarity",
     ),
     *_to_model(
         "Do what the body looks like: embed, classify, rerank, score or pool.",
@@ -138,22 +156,40 @@ ROUTES = (
         | protocol.RerankRequest
         | protocol.TeiRerankRequest
         | protocol.ScoreRequest
-        | protocol.PoolingRequest,
+        | protocol.PoolingRequest
+        | protocol.TeiEmbedRequest
+        | protocol.TeiPredictRequest
+        | protocol.TeiSimilarityRequest,
         protocol.EmbeddingResponse
         | protocol.ClassificationResponse
+        | protocol.InfinityClassifyResponse
         | protocol.RerankResponse
+        | protocol.InfinityRerankResponse
         | list[protocol.TeiRank]
         | protocol.ScoreResponse
-        | protocol.PoolingResponse,
+        | protocol.PoolingResponse
+        | list[float]
+        | list[list[float]]
+        | list[list[list[float] | protocol.TeiWeight]]
+        | list[protocol.TeiPrediction | list[protocol.TeiPrediction]],
         "/invocations",
+        "/",
     ),
     Route(
         ("POST",),
         "/tokenize",
-        tokenize.tokenize,
-        "Turn a text or a chat into token ids.",
-        protocol.TokenizeRequest,
-        protocol.TokenizeResponse,
+        tokenize.create_tokens,
+        "Turn a text or a chat into token ids; the request may be TEI's.",
+        protocol.TokenizeRequest | protocol.TeiTokenizeRequest,
+        protocol.TokenizeResponse | list[list[protocol.TeiToken]],
+    ),
+    Route(
+        ("POST",),
+        "/decode",
+        tokenize.decode,
+        "Turn lists of token ids into texts; the request is TEI's.",
+        protocol.TeiDecodeRequest,
+        list[str],
     ),
     Route(
         ("POST",),
@@ -164,18 +200,39 @@ ROUTES = (
         protocol.DetokenizeResponse,
     ),
     Route(
-        ("GET",),
-        "/v1/models",
-        models.list_models,
-        "List the served model's names.",
-        response=protocol.ModelList,
+        ("POST",),
+        "/v1/load_lora_adapter",
+        changes.load_adapter,
+        "Load an adapter from a folder that the server can read, or from the hub.",
+        protocol.LoadAdapterRequest,
+        "text/plain",
+        needs=_adapters_change,
     ),
     Route(
-        ("GET",),
-        "/v1/models/{model}",
-        models.show_model,
-        "Show one of them.",
-        response=protocol.ModelCard,
+        ("POST",),
+        "/v1/unload_lora_adapter",
+        changes.unload_adapter,
+        "Unload an adapter; requests that wait for it are still answered.",
+        protocol.UnloadAdapterRequest,
+        "text/plain",
+        needs=_adapters_change,
+    ),
+    Route(
+        ("POST",),
+        "/reset_prefix_cache",
+        changes.reset_caches,
+        "Forget what was computed: keys and values of prompts' beginnings, and results.",
+        needs=_caches_are_reset,
+    ),
+    *(
+        Route(
+            ("GET",), path, models.list_models, "List the served model's names.", response=protocol.ModelList
+        )
+        for path in ("/v1/models", "/models")
+    ),
+    *(
+        Route(("GET",), path, models.show_model, "Show one of them.", response=protocol.ModelCard)
+        for path in ("/v1/models/{model}", "/models/{model}")
     ),
     Route(
         ("GET",),
@@ -252,11 +309,12 @@ def make_app(
     app[ENGINE] = engine
     metrics = app[METRICS] = Metrics(config.model_names[0], engine, ask)
     engine.observer = metrics
-    app[OPENAPI] = describe(ROUTES, bool(config.api_key), config.root_path, config.error_format)
+    routes = tuple(route for route in ROUTES if route.needs is None or route.needs(config))
+    app[OPENAPI] = describe(routes, bool(config.api_key), config.root_path, config.error_format)
     app[KEY_DIGESTS] = tuple(digest(key) for key in config.api_key)
     app[STARTED_AT] = int(time.time())
-    routes = [route for route in ROUTES if config.docs or not route.describes]
-    app[ROUTE_TAKEN] = {added: route for route in routes for added in _add(app, route, config.root_path)}
+    served = [route for route in routes if config.docs or not route.describes]
+    app[ROUTE_TAKEN] = {added: route for route in served for added in _add(app, route, config.root_path)}
     return app
 
 

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from carpool.server.protocol import Conversation
     from carpool.server.protocol.model_request import TextRequest
 
-
 R = TypeVar("R", bound=web.StreamResponse)
+
+UNSPECIFIED = "default/not-specified"  # what Infinity's clients write for no model
 
 
 class Asked(Protocol):
@@ -196,9 +197,9 @@ def served_name(app: web.Application, asked: str | None) -> str:
     """The name answers carry: an adapter's own, or the model's first, whichever of its names the request used."""
     config = app[CONFIG]
     names = config.model_names
-    if not asked or asked in names:
+    if not asked or asked in names or asked == UNSPECIFIED:
         return names[0]
-    if any(asked == module.name for module in config.engine.lora_modules):
+    if asked in app[ENGINE].model.lora_modules:
         return asked
     raise UnknownModel(f"The model `{asked}` does not exist.", "model")
 

@@ -86,6 +86,11 @@ def list_array(items: Sequence[str] | Sequence[int]) -> Array:
     return Array(plain_items, items, weigh=_weight)
 
 
+def plain_array(numbers: Sequence[float]) -> Array:
+    """Scores and nothing else."""
+    return Array(plain_items, numbers, weigh=lambda _: 1)
+
+
 def score_array(write: Callable[..., bytes], scores: Sequence[float]) -> Array:
     return Array(write, scores, weigh=lambda _: ITEM)
 
@@ -159,7 +164,7 @@ def bare_items(rows: Rows, first: int = 0) -> bytes:
     return orjson.dumps(_contiguous(rows), option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def plain_items(items: Sequence[str] | Sequence[int], first: int = 0) -> bytes:
+def plain_items(items: Sequence[str] | Sequence[float], first: int = 0) -> bytes:
     return orjson.dumps(items)
 
 
@@ -265,6 +270,15 @@ def _finite(numbers: Row) -> Row:
     if not np.isfinite(numbers).all():
         raise InferenceFailed("A score is not a finite number.")
     return numbers
+
+
+def cosines(rows: Rows) -> list[float]:
+    """Of the first vector with each of the others, in float32; 0 where one has no length."""
+    vectors = np.stack(rows).astype(np.float32, copy=False)
+    lengths = np.linalg.norm(vectors, axis=1)
+    products = vectors[1:] @ vectors[0]
+    both = lengths[1:] * lengths[0]
+    return shortest(np.divide(products, both, out=np.zeros_like(products), where=both != 0))
 
 
 def shortest_scores(scores: Sequence[float]) -> list[float]:

@@ -52,6 +52,8 @@ class UnsupportedMediaType(Refusal):
     """A Content-Type that says the body is not JSON."""
 
 
+MOST_IN_HEADER = 1000  # characters of a message
+
 BAD_REQUEST = (400, "BadRequestError")
 UNAUTHORIZED = (401, "AuthenticationError")
 NOT_FOUND = (404, "NotFoundError")
@@ -68,6 +70,7 @@ STATUS: dict[type[BaseException], tuple[int, str]] = {
     engine.InputTooLong: BAD_REQUEST,
     engine.TokenOutOfVocabulary: BAD_REQUEST,
     engine.InvalidParameter: BAD_REQUEST,
+    engine.UnknownAdapter: NOT_FOUND,
     engine.UnsupportedTask: BAD_REQUEST,
     engine.NotReady: UNAVAILABLE,
     engine.Draining: UNAVAILABLE,
@@ -151,6 +154,12 @@ def _headers(error: BaseException, status: int) -> tuple[tuple[str, str], ...]:
             return ()
 
 
+def _one_line(message: str) -> str:
+    """For a header, where some clients (huggingface_hub) look for the message and nowhere else."""
+    text = message.encode("ascii", "replace").decode()[:MOST_IN_HEADER]
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def render(failure: Failure, shape: ErrorFormat) -> web.Response:
     """The response for `failure`, as the reference's documentation prints it or as the OpenAI API has it."""
     facts = {
@@ -162,6 +171,7 @@ def render(failure: Failure, shape: ErrorFormat) -> web.Response:
     body = msgspec.json.encode({"error": facts} if shape == "openai" else {"object": "error", **facts})
     response = web.Response(body=body, status=failure.status, content_type="application/json")
     response.headers.extend(failure.headers)
+    response.headers["X-Error-Message"] = _one_line(failure.message)
     if failure.close:
         response.force_close()
     return response

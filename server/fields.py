@@ -75,6 +75,9 @@ INPUTS: Schema = {
 TASKS = "|".join(get_args(Task))
 WIDTH = _at_least(1, "Width to cut vectors to, before they are normalised; Matryoshka models only.")
 ACTIVATION = {"description": "Older name of use_activation."}
+INFINITYS = {
+    "description": "Whether to leave the activation out; where it is said, the answer has Infinity's shape."
+}
 
 FIELDS: dict[str, Schema] = {
     # every request
@@ -131,6 +134,8 @@ FIELDS: dict[str, Schema] = {
         "lies in the header `metadata`. bytes_only: without that header. By default float."
     },
     "embed_dtype": {"description": "Numbers of base64 and bytes; by default float32."},
+    "output_dtype": {"description": "Voyage's: of what numbers the vectors are."},
+    "embedding_type": {"description": "Jina's and NVIDIA's word for output_dtype."},
     "endianness": {"description": "Byte order of base64 and bytes; by default the server's."},
     "truncation": {"description": "Whether to cut what is too long."},
     "truncate": {"description": "END or true: cut the end of what is too long; START: its beginning."},
@@ -145,6 +150,15 @@ FIELDS: dict[str, Schema] = {
     "EmbeddingRequest.task": {
         "description": "Which of the checkpoint's own adapters, such as retrieval.query; without effect if it has none."
     },
+    # adapters
+    "lora_name": {"description": "What requests call the adapter, as their model.", "minLength": 1},
+    "lora_path": {
+        "description": "A PEFT folder that the server can read, or the hub's name of one.",
+        "minLength": 1,
+    },
+    "load_inplace": {"description": "Whether to put it in place of one of that name."},
+    "is_3d_lora_weight": {"description": "Refused.", "enum": [False, None]},
+    "lora_int_id": {"description": "Without effect: adapters go by their names."},
     "data": {"description": "For plugins, which there are none of.", "type": "null"},
     # Cohere
     "texts": {"description": "The texts.", "minItems": 1},
@@ -184,10 +198,45 @@ FIELDS: dict[str, Schema] = {
         "anyOf": [TEXT, PAIR, {**_list({"anyOf": [TEXT, PAIR]}), "contains": PAIR}],
         "description": "A text, two texts that are a pair, or a list of lists of one text or two.",
     },
+    "TeiTokenizeRequest.inputs": {
+        "anyOf": [TEXT, _list(TEXT)],
+        "description": "A text, or a list of texts.",
+    },
+    "TeiTokenizeRequest.add_special_tokens": {"description": "By default true."},
+    "ids": {
+        "anyOf": [TOKENS, _list({"type": "array", "items": {"type": "integer", "minimum": 0}})],
+        "description": "Token ids of a text, or a list of such lists.",
+    },
+    "skip_special_tokens": {"description": "Whether to leave special tokens out; by default true."},
+    "TeiSimilarityRequest.inputs": {
+        "description": "A text, and those that it is compared with.",
+        "properties": {"source_sentence": TEXT, "sentences": _list(TEXT)},
+        "required": ["source_sentence", "sentences"],
+    },
+    "TeiSimilarityRequest.parameters": {
+        "description": "truncate, truncation_direction and prompt_name, as /embed takes them.",
+        "properties": {
+            "truncate": {"type": ["boolean", "null"]},
+            "truncation_direction": {"enum": ["Left", "Right", "left", "right", None]},
+            "prompt_name": {"type": ["string", "null"]},
+        },
+    },
+    "TeiPredictRequest.parameters": {
+        "description": "What pipelines of transformers take: top_k, how many classes; function_to_apply, none for the "
+        "model's own numbers. Even empty, it puts a list around the only answer.",
+        "properties": {
+            "top_k": {"type": ["integer", "null"], "minimum": 1},
+            "function_to_apply": {"enum": ["none", "default", None]},
+            "candidate_labels": NULL,
+        },
+    },
     "TeiRerankRequest.query": {"description": "What the texts shall answer to."},
     "truncation_direction": {"description": "By default right."},
     "prompt_name": {"description": "The name of one of the model's prompts, to put before each text."},
     "raw_scores": {"description": "Whether to leave the activation out."},
+    "ClassificationRequest.raw_scores": INFINITYS,
+    "RerankRequest.raw_scores": INFINITYS,
+    "modality": {"description": "Infinity's: what the input is.", "enum": ["text", None]},
     "return_text": {"description": "Whether results repeat their texts."},
 }
 
@@ -209,19 +258,26 @@ NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
 # Groups that exclude each other.
 ALONE = {"CohereEmbedRequest"}
 # Fields that only tell one request from another, and are described there.
-HIDDEN = {"RerankRequest.texts"}
+HIDDEN = {"RerankRequest.texts", "TokenizeRequest.inputs"}
 
 EXAMPLES: dict[str, Schema] = {
     "ClassificationRequest": {"input": ["I love it.", "It broke."]},
     "CohereEmbedRequest": {"texts": ["one", "two"], "embedding_types": ["float"]},
     "DetokenizeRequest": {"tokens": [101, 102]},
     "EmbeddingRequest": {"input": ["one", "two"]},
+    "LoadAdapterRequest": {"lora_name": "legal", "lora_path": "/adapters/legal"},
     "PoolingRequest": {"input": ["one", "two"]},
     "RerankRequest": {"query": "What is Berlin?", "documents": ["A city.", "A dance."], "top_n": 1},
     "ScoreRequest": {"text_1": "What is Berlin?", "text_2": ["A city.", "A dance."]},
+    "TeiDecodeRequest": {"ids": [101, 102]},
     "TeiEmbedRequest": {"inputs": ["one", "two"]},
     "TeiInputsRequest": {"inputs": ["one", "two"]},
     "TeiPredictRequest": {"inputs": "I love it."},
     "TeiRerankRequest": {"query": "What is Berlin?", "texts": ["A city.", "A dance."]},
+    "TeiSimilarityRequest": {
+        "inputs": {"source_sentence": "What is Berlin?", "sentences": ["A city.", "A dance."]}
+    },
+    "TeiTokenizeRequest": {"inputs": ["one", "two"]},
     "TokenizeRequest": {"prompt": "one two"},
+    "UnloadAdapterRequest": {"lora_name": "legal"},
 }

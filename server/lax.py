@@ -30,17 +30,19 @@ BOOLEANS = {
 }
 
 
-def read_struct(kind: type[S], document: Any) -> S:
-    """`document` as a request of this kind; fields it does not know are none of its business."""
+def read_struct(kind: type[S], document: Any, path: str = "") -> S:
+    """`document` as a request of this kind, or the part of one at `path`; unknown fields are none of its business."""
     if not isinstance(document, dict):
-        raise InvalidRequest(f"The body must be a JSON object, got {shown(document)}.")
+        what = path or "The body"
+        raise InvalidRequest(f"{what} must be a JSON object, got {shown(document)}.", path or None)
     values = {}
     for field in fields_of(kind):
         value = document.get(field.name)
+        place = f"{path}.{field.name}" if path else field.name
         if value is not None:
-            values[field.name] = field.read(value, field.name)
+            values[field.name] = field.read(value, place)
         elif field.required:
-            raise InvalidRequest(f"{field.name} is required.", field.name)
+            raise InvalidRequest(f"{place} is required.", place)
     return kind(**values)
 
 
@@ -202,7 +204,7 @@ NOUNS: dict[Any, str] = {str: "a text", dict: "an object", list: "a list"}
 
 def _choices(literal: Any) -> str:
     *others, last = (f"'{choice}'" for choice in get_args(literal))
-    return f"{', '.join(others)} or {last}"
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _not_text(path: str) -> InvalidRequest:

@@ -88,10 +88,18 @@ def describe(routes: tuple[Route, ...], guarded: bool, root_path: str, error_for
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": quote(root_path) or "/"}],
-        "paths": {route.path: dict(_operations(route, guarded)) for route in routes},
+        "paths": _paths(routes, guarded),
         "components": components,
     }
     return msgspec.json.encode(document)
+
+
+def _paths(routes: tuple[Route, ...], guarded: bool) -> dict[str, Schema]:
+    """What each path does; the methods of one may be of several routes."""
+    paths: dict[str, Schema] = {}
+    for route in routes:
+        paths.setdefault(route.path, {}).update(_operations(route, guarded))
+    return paths
 
 
 def _schemas(routes: tuple[Route, ...], shape: ErrorFormat) -> dict[str, Schema]:

@@ -14,6 +14,7 @@ import yaml
 
 from carpool.engine.errors import ConfigError
 from carpool.engine.reference_options import (
+    ASKS_NOTHING,
     ONE_ONLY,
     REFUSED,
     WITHOUT_MEANING,
@@ -32,7 +33,12 @@ from carpool.server.reference_flags import (
 )
 
 ENVIRONMENT_PREFIX = "CARPOOL_"
-REFERENCE_KEY = "VLLM_API_KEY"  # who has set it believes the server guarded
+MODEL_ELSEWHERE = ("MODEL_ID", "INFINITY_MODEL_ID")  # where TEI and Infinity look
+REFERENCE_KEYS = ("VLLM_API_KEY", "INFINITY_API_KEY")  # who has set one believes the server guarded
+REFERENCE_SWITCHES = {  # what an operator has to say there, and here
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "allow_runtime_lora_updating",
+    "VLLM_SERVER_DEV_MODE": "allow_cache_reset",
+}
 # What Kubernetes puts into every pod for a Service named carpool, or carpool-something: names, and what they hold.
 _PORT, _HOST, _URL = "[0-9]+", "[0-9a-fA-F.:]+", r"(tcp|udp|sctp)://\S+"
 KUBERNETES = re.compile(
@@ -86,6 +92,8 @@ class Settings:
             raw = self.values.get(option.name, []) + _read_list(option, raw)
         elif option.name in ("runner", "convert"):
             refuse_generation(option.name, raw)
+        elif option.name == "model" and self.values.get("model", raw) != raw:
+            raise ConfigError("One server serves one model, and two are named: start a server for each.")
         self.values[option.name] = raw
 
     def _put_at(self, name: str, path: list[str], raw: Any) -> None:
@@ -129,7 +137,7 @@ class Settings:
 
     def _guess(self, name: str) -> str:
         switches = (f"no_{option.name}" for option in OPTIONS.values() if option.is_switch)
-        return self.spell(nearest(name, [*KNOWN, *switches]))
+        return self.spell(nearest(name, [*KNOWN, *switches, *("help",) * (self.kind == "flag")]))
 
 
 def refuse_ambiguous(sources: Iterable[Settings]) -> None:
@@ -225,7 +233,7 @@ def _follows(name: str) -> Follows:
     head = OTHER_NAMES.get(head, head)
     option = KNOWN.get(OLD_NAMES.get(head, head))
     if option is None:
-        known = head == "task" or head in ONE_ONLY or head in MODEL_KEYS
+        known = head == "task" or head in ONE_ONLY or head in MODEL_KEYS or head in ASKS_NOTHING
         return "a value" if known else WITHOUT_MEANING.get(head, "nothing")
     if option.is_switch:
         return "nothing"
@@ -243,9 +251,20 @@ def from_environment(environment: Mapping[str, str]) -> Settings:
             settings.put(name, [item.strip() for item in value.split(",")])
         else:
             settings.put(name, value)
-    if environment.get(REFERENCE_KEY) and "api_key" not in settings.values:
-        settings.deprecated.append(f"{REFERENCE_KEY} is taken for CARPOOL_API_KEY; set that.")
-        settings.values["api_key"] = [environment[REFERENCE_KEY]]
+    theirs = next((key for key in REFERENCE_KEYS if environment.get(key)), None)
+    if theirs and "api_key" not in settings.values:
+        settings.deprecated.append(f"{theirs} is taken for CARPOOL_API_KEY; set that.")
+        settings.values["api_key"] = [environment[theirs]]
+    if "model" not in settings.values:
+        settings.deprecated += [
+            f"{name} is not read here; give MODEL, or set CARPOOL_MODEL."
+            for name in MODEL_ELSEWHERE
+            if environment.get(name)
+        ]
+    for switch, ours in REFERENCE_SWITCHES.items():
+        if environment.get(switch, "").strip().lower() in ("1", "true") and ours not in settings.values:
+            settings.deprecated.append(f"{switch} is taken for {ENVIRONMENT_PREFIX}{ours.upper()}; set that.")
+            settings.values[ours] = True
     return settings
 
 

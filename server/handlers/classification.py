@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -10,11 +11,16 @@ from carpool.server.answer import HOLE, json_around
 from carpool.server.body import read_request
 from carpool.server.call import Call
 from carpool.server.encoding import class_array
+from carpool.server.handlers.tei import predictions_array
 from carpool.server.protocol import (
     ClassificationRequest,
     ClassificationResponse,
+    InfinityClassifyResponse,
     decode_classification_request,
 )
+
+if TYPE_CHECKING:
+    from carpool.engine.outputs import PoolingResult
 
 
 async def create_classification(request: web.Request) -> web.StreamResponse:
@@ -26,6 +32,8 @@ async def classify(request: web.Request, asked: ClassificationRequest) -> web.St
     call.require("classify" in call.model.tasks, "Classification")
     prompts = await call.prompts(asked)
     result = await call.pool("classify", prompts, asked.pooling(), asked.tokenization(), asked.field)
+    if asked.raw_scores is not None:
+        return call.finish(await _answer_infinity(call, result))
     body = ClassificationResponse(
         id=f"classify-{call.id}",
         created=int(time.time()),
@@ -34,3 +42,14 @@ async def classify(request: web.Request, asked: ClassificationRequest) -> web.St
         usage=call.usage(result),
     )
     return call.finish(await json_around(body, class_array(result.rows, call.model.labels)))
+
+
+async def _answer_infinity(call: Call, result: PoolingResult) -> web.StreamResponse:
+    body = InfinityClassifyResponse(
+        id=f"classify-{call.id}",
+        created=int(time.time()),
+        model=call.name,
+        data=HOLE,
+        usage=call.usage(result),
+    )
+    return await json_around(body, predictions_array(result.rows, call.model.labels))

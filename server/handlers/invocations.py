@@ -1,4 +1,4 @@
-"""POST /invocations: the one door that SageMaker knows. What the body looks like says which endpoint is meant."""
+"""POST /invocations, the one door that SageMaker knows, and /, TEI's: what the body looks like says what is meant."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ from carpool.server.protocol import (
     decode_pooling_request,
     decode_rerank_request,
     decode_score_request,
+    decode_tei_embed_request,
+    decode_tei_inputs_request,
+    decode_tei_predict_request,
     decode_tei_rerank_request,
+    decode_tei_similarity_request,
 )
 from carpool.server.protocol.scoring import NAMES
 
 if TYPE_CHECKING:
     from carpool.engine.model_info import ModelInfo
+    from carpool.engine.params import Task
 
 
 ADAPTER = "X-Amzn-SageMaker-Adapter-Identifier"  # wins over the body's `model`
@@ -38,6 +43,14 @@ EMBEDDING = Endpoint(decode_embedding_request, embeddings.embed)
 CLASSIFICATION = Endpoint(decode_classification_request, classification.classify)
 RERANK = Endpoint(decode_rerank_request, rerank.rerank)
 TEI_RERANK = Endpoint(decode_tei_rerank_request, tei.rerank)
+TEI_SIMILARITY = Endpoint(decode_tei_similarity_request, tei.similarity)
+# Of a model, by what it does first, where the body has TEI's `inputs`.
+TEI: dict[Task, Endpoint] = {
+    "embed": Endpoint(decode_tei_embed_request, tei.embed),
+    "token_embed": Endpoint(decode_tei_inputs_request, tei.embed_all),
+    "sparse_embed": Endpoint(decode_tei_inputs_request, tei.embed_sparse),
+    "classify": Endpoint(decode_tei_predict_request, tei.predict),
+}
 SCORE = Endpoint(decode_score_request, scoring.score)
 POOLING = Endpoint(decode_pooling_request, pooling.pool)
 
@@ -67,6 +80,9 @@ def _endpoint(document: Any, model: ModelInfo) -> Endpoint:
         return RERANK if "documents" in fields else TEI_RERANK
     if any(fields >= set(pair) for pair in NAMES):
         return SCORE
+    if "inputs" in fields and model.default_task in TEI:
+        compares = isinstance(document["inputs"], Mapping)
+        return TEI_SIMILARITY if compares else TEI[model.default_task]
     if "data" in fields:
         return POOLING
     raise InvalidRequest(

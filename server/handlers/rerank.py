@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from aiohttp import web
@@ -14,6 +15,8 @@ from carpool.server.encoding import best_first, ranked_array
 from carpool.server.handlers import tei
 from carpool.server.protocol import (
     Document,
+    InfinityRanked,
+    InfinityRerankResponse,
     Ranked,
     RerankRequest,
     RerankResponse,
@@ -43,19 +46,30 @@ async def rerank(request: web.Request, asked: RerankRequest) -> web.StreamRespon
         asked.template_kwargs(),
         ("query", "documents"),
     )
-    shown = asked.return_documents is not False
-    body = RerankResponse(
-        id=f"rerank-{call.id}",
-        model=call.name,
-        usage=call.usage(result),
-        results=HOLE,
-    )
+    answer_id, usage = f"rerank-{call.id}", call.usage(result)
+    body: RerankResponse | InfinityRerankResponse
+    if asked.is_infinitys:
+        created = int(time.time())
+        body = InfinityRerankResponse(
+            id=answer_id, created=created, model=call.name, results=HOLE, usage=usage
+        )
+    else:
+        body = RerankResponse(id=answer_id, model=call.name, usage=usage, results=HOLE)
     best = await in_good_time(best_first, ITEM * len(documents), result.scores)
-    ranked = ranked_array(_written, best[: asked.most], documents if shown else None)
+    write = _written_infinitys if asked.is_infinitys else _written
+    ranked = ranked_array(write, best[: asked.most], documents if asked.shows_documents else None)
     return call.finish(await json_around(body, ranked))
 
 
 def _written(best: Sequence[tuple[int, float]], documents: Sequence[str] | None, first: int = 0) -> bytes:
     return encode(
         [Ranked(index, Document(documents[index]) if documents else UNSET, score) for index, score in best]
+    )
+
+
+def _written_infinitys(
+    best: Sequence[tuple[int, float]], documents: Sequence[str] | None, first: int = 0
+) -> bytes:
+    return encode(
+        [InfinityRanked(index, score, documents[index] if documents else UNSET) for index, score in best]
     )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from html import escape
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from carpool import __version__
 from carpool.server.answer import json_answer
 from carpool.server.keys import CONFIG, ENGINE, METRICS
-from carpool.server.protocol import InfoResponse, LoadResponse, ServerLimits, VersionResponse
+from carpool.server.protocol import InfoResponse, LoadResponse, ServerLimits, TeiModel, VersionResponse
+
+if TYPE_CHECKING:
+    from carpool.engine.model_info import ModelInfo
 
 PAGE = """\
 <!DOCTYPE html>
@@ -93,5 +97,26 @@ async def show_info(request: web.Request) -> web.Response:
             max_num_seqs=model.max_num_seqs,
             max_body_size=config.max_body_size,
         ),
+        model_id=model.root,
+        model_sha=None,
+        model_dtype=model.dtype,
+        model_type=_tei_model(model),
+        max_input_length=model.max_model_len,
+        max_batch_tokens=model.max_num_batched_tokens,
+        max_batch_requests=model.max_num_seqs,
+        max_client_batch_size=model.max_num_seqs,
+        auto_truncate=False,
     )
     return json_answer(body)
+
+
+def _tei_model(model: ModelInfo) -> dict[str, TeiModel]:
+    if not model.labels or model.default_task == "embed":
+        words = {"LAST": "last_token"}
+        return {"embedding": TeiModel(pooling=words.get(model.pooling, model.pooling.lower()))}
+    names = [label or f"LABEL_{i}" for i, label in enumerate(model.labels)]
+    classes = TeiModel(
+        id2label={str(i): name for i, name in enumerate(names)},
+        label2id={name: i for i, name in enumerate(names)},
+    )
+    return {"reranker" if model.score_type == "cross-encoder" else "classifier": classes}

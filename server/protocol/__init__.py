@@ -6,6 +6,12 @@ In requests null means absent, so each optional field is `T | None`; unknown fie
 
 from __future__ import annotations
 
+from carpool.server.protocol.adapters import (
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
+    decode_load_adapter_request,
+    decode_unload_adapter_request,
+)
 from carpool.server.protocol.chat import Conversation, Messages
 from carpool.server.protocol.classification import (
     Classification,
@@ -37,6 +43,11 @@ from carpool.server.protocol.formats import (
     FormattedRequest,
     VectorPlace,
 )
+from carpool.server.protocol.infinity import (
+    InfinityClassifyResponse,
+    InfinityRanked,
+    InfinityRerankResponse,
+)
 from carpool.server.protocol.model_request import ModelRequest, TextRequest
 from carpool.server.protocol.models import ModelCard, ModelList, ModelPermission
 from carpool.server.protocol.pooling import Pooled, PoolingRequest, PoolingResponse, decode_pooling_request
@@ -56,7 +67,13 @@ from carpool.server.protocol.scoring import (
     ScoreResponse,
     decode_score_request,
 )
-from carpool.server.protocol.server_info import InfoResponse, LoadResponse, ServerLimits, VersionResponse
+from carpool.server.protocol.server_info import (
+    InfoResponse,
+    LoadResponse,
+    ServerLimits,
+    TeiModel,
+    VersionResponse,
+)
 from carpool.server.protocol.tei import (
     TeiEmbedRequest,
     TeiInputsRequest,
@@ -65,18 +82,25 @@ from carpool.server.protocol.tei import (
     TeiRank,
     TeiRequest,
     TeiRerankRequest,
+    TeiSimilarityRequest,
     TeiWeight,
     decode_tei_embed_request,
     decode_tei_inputs_request,
     decode_tei_predict_request,
     decode_tei_rerank_request,
+    decode_tei_similarity_request,
 )
 from carpool.server.protocol.tokenization import (
     DetokenizeRequest,
     DetokenizeResponse,
+    TeiDecodeRequest,
+    TeiToken,
+    TeiTokenizeRequest,
     TokenizeRequest,
     TokenizeResponse,
     decode_detokenize_request,
+    decode_tei_decode_request,
+    decode_tei_tokenize_request,
     decode_tokenize_request,
 )
 from carpool.server.protocol.usage import BinaryUsage, PromptTokensDetails, Usage
@@ -105,7 +129,11 @@ __all__ = [
     "EncodingFormat",
     "Endianness",
     "FormattedRequest",
+    "InfinityClassifyResponse",
+    "InfinityRanked",
+    "InfinityRerankResponse",
     "InfoResponse",
+    "LoadAdapterRequest",
     "LoadResponse",
     "Messages",
     "ModelCard",
@@ -126,17 +154,23 @@ __all__ = [
     "ScoreResponse",
     "SearchUnits",
     "ServerLimits",
+    "TeiDecodeRequest",
     "TeiEmbedRequest",
     "TeiInputsRequest",
+    "TeiModel",
     "TeiPredictRequest",
     "TeiPrediction",
     "TeiRank",
     "TeiRequest",
     "TeiRerankRequest",
+    "TeiSimilarityRequest",
+    "TeiToken",
+    "TeiTokenizeRequest",
     "TeiWeight",
     "TextRequest",
     "TokenizeRequest",
     "TokenizeResponse",
+    "UnloadAdapterRequest",
     "Usage",
     "VectorPlace",
     "VersionResponse",
@@ -144,12 +178,17 @@ __all__ = [
     "decode_cohere_embed_request",
     "decode_detokenize_request",
     "decode_embedding_request",
+    "decode_load_adapter_request",
     "decode_pooling_request",
     "decode_rerank_request",
     "decode_score_request",
+    "decode_tei_decode_request",
     "decode_tei_embed_request",
     "decode_tei_inputs_request",
     "decode_tei_predict_request",
     "decode_tei_rerank_request",
+    "decode_tei_similarity_request",
+    "decode_tei_tokenize_request",
     "decode_tokenize_request",
+    "decode_unload_adapter_request",
 ]

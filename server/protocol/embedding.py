@@ -7,23 +7,39 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from carpool.engine.params import TokenizationParams
+from carpool.engine.params import PoolingParams, TokenizationParams
 from carpool.server.decoding import RequestDecoder
+from carpool.server.errors import InvalidRequest
+from carpool.server.protocol.chat import TEXT_ONLY
 from carpool.server.protocol.formats import FormattedRequest
 from carpool.server.protocol.usage import Usage
 
 
 class EmbeddingRequest(FormattedRequest, kw_only=True, gc=False):
-    """`output_dimension`, `truncation` and `truncate` are Voyage's, NVIDIA's and Jina's words for ours."""
+    """`output_dimension`, `truncation` and `truncate` are Voyage's, NVIDIA's and Jina's words for ours.
+
+    `modality` is Infinity's, whose clients write 0 for no `dimensions`.
+    """
 
     task: str | None = None  # Jina's: which of the checkpoint's own adapters; ignored where there are none
     output_dimension: int | None = None
     truncation: bool | None = None
     truncate: Any = None  # true or "END", "START"; anything else is none of our business
+    modality: str | None = None
+    # Voyage's, and Jina's and NVIDIA's: the numbers that their clients are about to read, whatever was answered.
+    output_dtype: Literal["float"] | None = None
+    embedding_type: Literal["float"] | None = None
 
     @property
     def width(self) -> int | None:
+        if self.modality is not None and self.dimensions == 0:
+            return self.output_dimension
         return self.dimensions if self.dimensions is not None else self.output_dimension
+
+    def pooling(self, dimensions: int | None = None) -> PoolingParams:
+        if self.modality not in (None, "text"):
+            raise InvalidRequest(TEXT_ONLY, "modality")
+        return super().pooling(dimensions)
 
     def tokenization(self) -> TokenizationParams:
         params = super().tokenization()

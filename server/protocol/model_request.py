@@ -34,7 +34,7 @@ _pooling_params = lru_cache(maxsize=256)(PoolingParams)
 
 
 @lru_cache(maxsize=256)
-def _tokenization_params(**fields: Any) -> TokenizationParams:
+def tokenization_params(**fields: Any) -> TokenizationParams:
     if fields["truncate_prompt_tokens"] == 0:
         raise InvalidRequest(
             "truncate_prompt_tokens must be at least 1, or -1: 0 would leave nothing to run the model on.",
@@ -72,7 +72,7 @@ class ModelRequest(Struct, kw_only=True, gc=False):
         )
 
     def tokenization(self) -> TokenizationParams:
-        return _tokenization_params(
+        return tokenization_params(
             truncate_prompt_tokens=self.truncate_prompt_tokens,
             truncation_side=self.truncation_side,
             padding=self.padding,
@@ -117,7 +117,7 @@ class TextRequest(ModelRequest, kw_only=True, gc=False):
 
     def tokenization(self) -> TokenizationParams:
         special = self.add_special_tokens
-        return _tokenization_params(
+        return tokenization_params(
             truncate_prompt_tokens=self.truncate_prompt_tokens,
             truncation_side=self.truncation_side,
             add_special_tokens=not self.is_chat if special is None else special,

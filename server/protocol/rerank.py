@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct, UnsetType
 
-from carpool.engine.params import TokenizationParams
+from carpool.engine.params import PoolingParams, TokenizationParams
 from carpool.server.decoding import RequestDecoder
 from carpool.server.errors import InvalidRequest
 from carpool.server.lax import read_text
@@ -28,10 +28,24 @@ class RerankRequest(PairRequest, kw_only=True, gc=False):
     top_k: Count | None = None
     return_documents: bool | None = None  # by default true
     truncation: bool | None = None
+    raw_scores: bool | None = None  # Infinity's; where it is said, the answer has Infinity's shape
 
     @property
     def is_teis(self) -> bool:
         return self.documents is None and self.texts is not None
+
+    @property
+    def is_infinitys(self) -> bool:
+        return self.raw_scores is not None
+
+    @property
+    def shows_documents(self) -> bool:
+        """Infinity's results repeat their texts only where that is asked for."""
+        return bool(self.return_documents) if self.is_infinitys else self.return_documents is not False
+
+    def pooling(self, dimensions: int | None = None) -> PoolingParams:
+        params = super().pooling(dimensions)
+        return replace(params, use_activation=False) if self.raw_scores else params
 
     @property
     def most(self) -> int | None:

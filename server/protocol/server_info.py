@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 
 class VersionResponse(Struct, gc=False):
@@ -21,6 +21,14 @@ class ServerLimits(Struct, kw_only=True, gc=False):
     chunk_tokens: int | None  # longer prompts are run in chunks of so many; null: all are run whole
     max_num_seqs: int
     max_body_size: int
+
+
+class TeiModel(Struct, gc=False):
+    """What TEI says of a model: of one that embeds its pooling, of others their classes."""
+
+    pooling: str | UnsetType = UNSET
+    id2label: dict[str, str] | UnsetType = UNSET
+    label2id: dict[str, int] | UnsetType = UNSET
 
 
 class InfoResponse(Struct, kw_only=True, gc=False):
@@ -61,3 +69,13 @@ class InfoResponse(Struct, kw_only=True, gc=False):
     surgery: dict[str, int]
     notices: list[str]
     limits: ServerLimits
+    # The same in TEI's words, for its clients.
+    model_id: str
+    model_sha: str | None
+    model_dtype: str
+    model_type: dict[str, TeiModel]  # one entry: embedding, classifier or reranker
+    max_input_length: int
+    max_batch_tokens: int
+    max_batch_requests: int
+    max_client_batch_size: int  # as many as one batch holds; more are taken, too
+    auto_truncate: bool

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize."""
+"""POST /tokenize and /detokenize; and /tokenize and /decode as Text Embeddings Inference has them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from msgspec import Struct
 
 from carpool.server.decoding import RequestDecoder
 from carpool.server.errors import InvalidRequest
-from carpool.server.lax import Message, TokenId
+from carpool.server.lax import Input, Message, TokenId
 from carpool.server.protocol.chat import Conversation, read_conversations, rendering
+from carpool.server.protocol.model_request import read_prompts
 
 
 class TokenizeRequest(Struct, kw_only=True, gc=False):
@@ -27,6 +28,11 @@ class TokenizeRequest(Struct, kw_only=True, gc=False):
     chat_template_kwargs: dict[str, Any] | None = None
     media_io_kwargs: Any = None
     tools: list[dict[str, Any]] | None = None  # that the template is to tell of
+    inputs: Any = None  # in place of prompt and messages: a request to TEI, read by another struct
+
+    @property
+    def is_teis(self) -> bool:
+        return self.prompt is None and self.messages is None and self.inputs is not None
 
     def text(self) -> str:
         if self.prompt is None:
@@ -69,6 +75,43 @@ class DetokenizeRequest(Struct, kw_only=True, gc=False):
     model: str | None = None
 
 
+class TeiTokenizeRequest(Struct, kw_only=True, gc=False):
+    inputs: str | list[str]
+    add_special_tokens: bool | None = None  # by default true
+    prompt_name: str | None = None
+    model: str | None = None
+
+    def texts(self) -> list[str]:
+        if self.inputs == []:
+            raise InvalidRequest("inputs must hold at least one text.", "inputs")
+        return [self.inputs] if isinstance(self.inputs, str) else self.inputs
+
+
+class TeiDecodeRequest(Struct, kw_only=True, gc=False):
+    """`ids`: one text's, or a list of several texts'."""
+
+    ids: Input
+    skip_special_tokens: bool | None = None  # by default true
+    model: str | None = None
+
+    def texts(self) -> list[list[int]]:
+        """The token ids of each text."""
+        texts: list[Any] = [*read_prompts(self.ids, "ids")]
+        if any(isinstance(token_ids, str) or min(token_ids, default=0) < 0 for token_ids in texts):
+            raise InvalidRequest("ids must be token ids, or lists of them, of at least 0.", "ids")
+        return texts
+
+
+class TeiToken(Struct, gc=False):
+    """`start` and `stop` count the bytes of the text's UTF-8; special tokens stand nowhere in it."""
+
+    id: int
+    text: str
+    special: bool
+    start: int | None
+    stop: int | None
+
+
 class TokenizeResponse(Struct, gc=False):
     count: int
     max_model_len: int
@@ -82,3 +125,5 @@ class DetokenizeResponse(Struct, gc=False):
 
 decode_tokenize_request = RequestDecoder(TokenizeRequest)
 decode_detokenize_request = RequestDecoder(DetokenizeRequest)
+decode_tei_tokenize_request = RequestDecoder(TeiTokenizeRequest)
+decode_tei_decode_request = RequestDecoder(TeiDecodeRequest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ from urllib.request import Request, urlopen
 import pytest
 
 import tiny
+from fakes import FAKE_CLASSIFIER, FakeEngine
 from process import Process, carpool_serve
+from serving import serving
 
 TEXTS = ["the cat sat on a mat", "rain in spain", "ice cream"]
 QUERY = "where is the cat"
@@ -92,6 +95,47 @@ def test_the_shapes_of_text_embeddings_inference(prompted: Process) -> None:
     assert [set(item) for item in ranked] == [{"index", "score", "text"}] * 3
     assert [item["text"] for item in ranked] == [TEXTS[item["index"]] for item in ranked]
     assert [item["score"] for item in ranked] == sorted((item["score"] for item in ranked), reverse=True)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The hub's library, which may ask: tests otherwise keep it off the network."""
+    library = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(library.constants, "HF_HUB_OFFLINE", False)
+    return library
+
+
+def test_huggingface_hub_embeds_and_compares(prompted: Process, hub: Any) -> None:
+    client = hub.InferenceClient(model=prompted.url, provider="hf-inference", token="none")
+
+    vectors = client.feature_extraction(TEXTS, normalize=True, truncate=True, truncation_direction="right")
+    assert all(map(close, vectors.tolist(), embedded(prompted, TEXTS)))
+    query = client.feature_extraction(QUERY, prompt_name="query").tolist()
+    assert close(query[0], embedded(prompted, ["where " + QUERY])[0])
+    pairs = {"queries": QUERY, "documents": TEXTS}
+    scores = [item["score"] for item in post(prompted, "/score", pairs)["data"]]
+    assert close(client.sentence_similarity(QUERY, TEXTS), scores)
+    assert client.health_check()
+    assert client.get_endpoint_info()["model_type"] == {"embedding": {"pooling": "mean"}}
+    with pytest.raises(
+        hub.errors.HfHubHTTPError, match="The model has no prompt 'nope': it has document, query"
+    ):
+        client.feature_extraction(QUERY, prompt_name="nope")
+
+
+async def test_huggingface_hub_classifies(hub: Any) -> None:
+    async with serving(engine=FakeEngine(FAKE_CLASSIFIER)) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        client = hub.InferenceClient(model=url, provider="hf-inference", token="none")
+        classes = await asyncio.to_thread(client.text_classification, QUERY)
+        best = await asyncio.to_thread(client.text_classification, QUERY, top_k=1)
+        raw = await asyncio.to_thread(client.text_classification, QUERY, function_to_apply="none")
+        [ours] = (await server.post("/classify", {"input": QUERY})).json["data"]
+        [logits] = (await server.post("/classify", {"input": QUERY, "use_activation": False})).json["data"]
+    assert close([each.score for each in classes], sorted(ours["probs"], reverse=True))
+    assert classes[0].label == (ours["label"] or "LABEL_1")
+    assert best == classes[:1]
+    assert close([each.score for each in raw], sorted(logits["probs"], reverse=True))
 
 
 def test_the_shapes_of_jina_and_voyage(prompted: Process) -> None:

@@ -46,9 +46,10 @@ TO_CLASSIFIERS = ("/classify", "/predict", "/score", "/rerank")
 
 Schema = dict[str, Any]
 Servers = tuple[str, str]
-# Aliases are described alike (test_openapi.py sees to it), so one of them speaks for all.
+# Aliases are described alike (test_openapi.py sees to it), so one of them speaks for all. What a flag opens is left
+# out: names of adapters that are made up would be looked for on the hub.
 DOCUMENT: Schema = json.loads(
-    describe(tuple({r.handler: r for r in reversed(ROUTES)}.values()), True, "", "flat")
+    describe(tuple({r.handler: r for r in reversed(ROUTES) if not r.needs}.values()), True, "", "flat")
 )
 
 # ── two servers ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -213,7 +214,7 @@ limits = partial(settings, deadline=None, suppress_health_check=list(HealthCheck
 # What a well-formed request may be refused for: no schema knows the model.
 BEYOND_SCHEMAS = re.compile(
     "maximum context length|no tokens|lengths must be either|exceeds max_tokens|several tasks come as float or base64"
-    "|max_tokens must be at least 1 and at most"
+    "|max_tokens must be at least 1 and at most|The model has no prompt"
 )
 
 

@@ -52,7 +52,11 @@ POOLING = [{**body, "task": "encode"} for body in EMBEDDINGS] + [
     {"input": "a", "task": "embed&sparse_embed"},
     {"data": {"a": 1}},
 ]
-CLASSIFY: list[Any] = [{"input": ["a", "b"], **COMMON}, {"messages": [CHAT, CHAT], **CHATTY}]
+CLASSIFY: list[Any] = [
+    {"input": ["a", "b"], **COMMON},
+    {"messages": [CHAT, CHAT], **CHATTY},
+    {"input": ["a", "b"], "raw_scores": True},
+]
 SCORE: list[Any] = [
     {"text_1": "a", "text_2": ["b", {"content": [PART]}], **COMMON, **PAIRS},
     {"queries": ["a", "b"], "documents": ["c", "d"]},
@@ -67,7 +71,19 @@ RERANK: list[Any] = [
         "return_documents": False,
         "truncation": True,
     },
+    {"query": "a", "documents": ["b", "c"], "raw_scores": False, "return_documents": True},
     {"query": "a", "texts": ["b", "c"], "raw_scores": True, "return_text": True, **TEI},
+]
+PREDICT: list[Any] = [
+    {"inputs": [["a", "b"], ["c"]], "raw_scores": True, **TEI},
+    {"inputs": ["a", "b"]},
+    {"inputs": "a", "parameters": {"top_k": 2, "function_to_apply": "none"}},
+]
+SIMILARITY: list[Any] = [
+    {
+        "inputs": {"source_sentence": "a", "sentences": ["b", "c"]},
+        "parameters": {"prompt_name": "query", **TEI},
+    }
 ]
 GOOD: dict[str, list[dict[str, Any]]] = {
     "/v1/embeddings": EMBEDDINGS,
@@ -94,9 +110,16 @@ GOOD: dict[str, list[dict[str, Any]]] = {
     ],
     "/embed_all": [{"inputs": ["a", "b"], "prompt_name": "query", **TEI}, {"inputs": [5]}],
     "/embed_sparse": [{"inputs": ["a", "b"], "prompt_name": "query", **TEI}, {"inputs": [5]}],
-    "/predict": [{"inputs": [["a", "b"], ["c"]], "raw_scores": True, **TEI}, {"inputs": ["a", "b"]}],
+    "/predict": PREDICT,
+    "/similarity": SIMILARITY,
     "/invocations": [*EMBEDDINGS[:2], *SCORE[:1], *RERANK],
-    "/tokenize": [{"prompt": "a", "return_token_strs": True}, {"messages": CHAT, **CHATTY}],
+    "/": [*PREDICT, *SIMILARITY],
+    "/tokenize": [
+        {"prompt": "a", "return_token_strs": True},
+        {"messages": CHAT, **CHATTY},
+        {"inputs": ["a", "é"], "add_special_tokens": False, "prompt_name": "query"},
+    ],
+    "/decode": [{"ids": [5, 6], "skip_special_tokens": False}, {"ids": [[5], [6, 7]]}],
     "/detokenize": [{"tokens": [5, 6]}],
 }
 NASTY: list[Any] = [
@@ -179,8 +202,9 @@ def spoiled(draw: st.DrawFn) -> tuple[str, bytes]:
 
 
 def test_every_endpoint_that_takes_a_body_is_among_them() -> None:
-    aliases = {"/v1/classify", "/v1/score", "/v1/rerank", "/v2/rerank"}
-    assert {route.path for route in ROUTES if route.request is not None} == GOOD.keys() | aliases
+    aliases = {"/embeddings", "/v1/classify", "/v1/score", "/v1/rerank", "/v2/rerank"}
+    changes = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}  # of the server: handlers/test_changes.py
+    assert {route.path for route in ROUTES if route.request is not None} == GOOD.keys() | aliases | changes
 
 
 @pytest.mark.parametrize("kind", FAKES)
@@ -189,21 +213,23 @@ async def test_good_bodies_are_good_for_the_models_that_can(kind: str) -> None:
         statuses = {
             path: [(await server.post(path, body)).status for body in bodies] for path, bodies in GOOD.items()
         }
-    assert all(statuses[path] == [200] * len(GOOD[path]) for path in ("/tokenize", "/detokenize"))
+    assert all(statuses[path] == [200] * len(GOOD[path]) for path in ("/tokenize", "/detokenize", "/decode"))
     able = {
         "embedder": {
             "/v1/embeddings": 5,
             "/pooling": 5,
             "/v2/embed": 2,
             "/score": 3,
-            "/rerank": 3,
+            "/rerank": 4,
+            "/similarity": 1,
+            "/": 3,
             "/embed": 2,
             "/embed_all": 2,
             "/embed_sparse": 0,
         },
         "m3": {"/pooling": 6, "/embed_all": 2, "/embed_sparse": 2},
-        "classifier": {"/classify": 2, "/predict": 2},
-        "cross-encoder": {"/classify": 2, "/predict": 2, "/score": 3, "/rerank": 3},
+        "classifier": {"/classify": 3, "/predict": 3, "/": 3},
+        "cross-encoder": {"/classify": 3, "/predict": 3, "/score": 3, "/rerank": 4},
         "tagger": {"/pooling": 4},
     }[kind]
     assert {path: statuses[path].count(200) for path in able} == able

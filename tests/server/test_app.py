@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from carpool.server.app import ROUTES, Route
 from carpool.server.config import ServerConfig
-from serving import EMBEDDINGS, Served, assert_error, serving
+from serving import EMBEDDINGS, OPEN, Served, assert_error, serving
 
 
 def concrete(route: Route) -> str:
@@ -21,7 +23,7 @@ def test_no_method_of_a_path_is_there_twice() -> None:
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.path)
 async def test_every_path_has_its_spellings(route: Route) -> None:
     path = concrete(route).removesuffix("/")
-    async with serving(ServerConfig(root_path="/proxy/")) as server:
+    async with serving(replace(OPEN, root_path="/proxy/")) as server:
         for spelling in (path, path + "/", "/proxy" + path, "/proxy" + path + "/"):
             for method in route.methods:
                 assert (await server.ask(method, spelling, json={})).status in (200, 400)
@@ -87,3 +89,13 @@ async def test_asterisk_and_absolute_targets_have_an_answer(served: Served) -> N
     assert_error(answer, 404, "NotFoundError")
     answer = await served.raw(b"GET http://a/health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
     assert answer.status == 200
+
+
+async def test_a_prefix_may_be_what_paths_begin_with_anyway() -> None:
+    async with serving(ServerConfig(root_path="/v1")) as server:
+        for path in (EMBEDDINGS, "/embeddings", "/v1" + EMBEDDINGS):
+            assert (await server.post(path, {"input": "a"})).status == 200
+        for path in ("/v1", "/v1/", "/"):
+            assert (await server.get(path)).status == 200
+            assert (await server.post(path, {"inputs": "a"})).status == 200
+        assert (await server.get("/v1/models")).json["object"] == "list"

@@ -62,7 +62,7 @@ async def test_an_adapter_is_a_model_by_its_name(tasked: Served, path: str, body
 
 
 async def test_so_it_is_for_a_classifier() -> None:
-    model = replace(FAKE_CLASSIFIER, adapters=("mine",), lora_modules={"mine": "/adapters/mine"})
+    model = replace(FAKE_CLASSIFIER, adapters={"mine": 1}, lora_modules={"mine": "/adapters/mine"})
     async with serving(CONFIG, FakeEngine(model)) as server:
         answer, asked = await call(server, "/classify", {"input": "a", "model": "mine"})
         assert (answer["model"], asked["adapter"]) == ("mine", "mine")

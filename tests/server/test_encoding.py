@@ -16,7 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from carpool.server import slices
-from carpool.server.encoding import EMBEDDING, base64_items, float_array, float_items, places, raw_vectors
+from carpool.server.encoding import (
+    EMBEDDING,
+    base64_items,
+    cosines,
+    float_array,
+    float_items,
+    places,
+    raw_vectors,
+)
 from carpool.server.errors import InvalidRequest
 from carpool.server.slices import in_good_time
 
@@ -139,3 +147,9 @@ def test_slices_make_the_whole_and_are_small(monkeypatch: pytest.MonkeyPatch) ->
 async def test_much_work_is_done_beside_the_loop() -> None:
     assert await in_good_time(threading.get_ident, slices.LARGE - 1) == threading.get_ident()
     assert await in_good_time(threading.get_ident, slices.LARGE) != threading.get_ident()
+
+
+def test_cosines_are_of_the_first_with_each_other() -> None:
+    rows = [np.array(row, np.float32) for row in ([3, 4], [6, 8], [-4, 3], [-3, -4], [0, 0])]
+    assert cosines(rows) == pytest.approx([1, 0, -1, 0], abs=1e-6)
+    assert cosines([rows[-1], rows[0]]) == [0]

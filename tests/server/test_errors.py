@@ -93,3 +93,14 @@ async def test_the_openai_client_reads_both_shapes(error_format: ErrorFormat) ->
         assert (error.type, error.param, int(error.code or 0)) == ("BadRequestError", "input", 400)
         with pytest.raises(NotFoundError):
             await client.embeddings.create(model="nope", input="a")
+
+
+@pytest.mark.parametrize("message", ["Why.", "one\r\nSet-Cookie: a=b\ttwo\x00", "é 文 \ud800", "x" * 5000])
+def test_the_message_is_in_a_header_too_where_it_is_one_line(message: str) -> None:
+    told = render(Failure(400, "BadRequestError", message), "flat").headers["X-Error-Message"]
+    assert told.isascii()
+    assert told.isprintable()
+    assert len(told) == min(len(message), 1000)
+    assert [a for a, b in zip(told, message, strict=False) if a != b] == [
+        "?" if not b.isascii() else " " for b in message if not (b.isascii() and b.isprintable())
+    ]

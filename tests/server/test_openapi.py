@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jsonschema_rs
@@ -17,7 +18,7 @@ from carpool.server.fields import ALONE, EXAMPLES, FIELDS, HIDDEN, NEEDED
 from carpool.server.openapi import describe
 from carpool.server.schemas import structs
 from fakes import FAKE_CROSS_ENCODER, FAKE_M3, FakeEngine
-from serving import Served, serving
+from serving import OPEN, serving
 
 DOCUMENT: dict[str, Any] = json.loads(describe(ROUTES, False, "", "flat"))
 GUARDED: dict[str, Any] = json.loads(describe(ROUTES, True, "", "flat"))
@@ -138,7 +139,8 @@ def test_nothing_by_hand_is_about_what_is_no_more() -> None:
 @pytest.mark.parametrize("route", [route for route in ROUTES if route.request], ids=lambda route: route.path)
 async def test_every_example_is_served(route: Route) -> None:
     to_classifier = "classif" in route.handler.__name__ or "predict" in route.handler.__name__
-    async with serving(engine=FakeEngine(FAKE_CROSS_ENCODER if to_classifier else FAKE_M3)) as server:
+    engine = FakeEngine(FAKE_CROSS_ENCODER if to_classifier else FAKE_M3)
+    async with serving(OPEN, engine) as server:
         for struct in structs(route.request):
             example = EXAMPLES[struct.__name__]
             assert fits(struct.__name__, example)
@@ -206,14 +208,15 @@ def test_the_unions_written_by_hand(schema: str, good: list[Any], bad: list[Any]
 # ── of this server ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_it_is_served_as_it_is(served: Served) -> None:
-    answer = await served.get("/openapi.json")
+async def test_it_is_served_as_it_is() -> None:
+    async with serving(OPEN) as served:
+        answer = await served.get("/openapi.json")
     assert answer.headers["Content-Type"] == "application/json"
     assert answer.json == DOCUMENT
 
 
 async def test_it_is_behind_the_key() -> None:
-    async with serving(ServerConfig(api_key=("secret",))) as server:
+    async with serving(replace(OPEN, api_key=("secret",))) as server:
         assert (await server.get("/openapi.json")).status == 401
         answer = await server.get("/openapi.json", headers={"Authorization": "Bearer secret"})
     assert answer.json == GUARDED

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from carpool.engine.errors import ConfigError
@@ -132,6 +134,40 @@ def test_copies_of_the_model_are_counted_as_the_reference_counts_them(line: str)
     assert build_config(settings.values).engine.data_parallel_size == 2
 
 
+@pytest.mark.parametrize(
+    "line", ["--data-parallel-rank 0", "-dpn 0", "--data-parallel-size-local=1", "-dpl 1", "-dpr 0"]
+)
+def test_a_place_among_copies_that_asks_for_nothing_is_no_place(line: str) -> None:
+    settings = from_arguments(["--port", "1", *line.split(), "--host", "h"])
+    assert settings.values == {"port": "1", "host": "h"}
+    name, value = re.split("[ =]", line)
+    with pytest.raises(ConfigError, match="is not served: carpool runs on one machine"):
+        from_arguments([name, str(int(value) + 1)])
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "values"),
+    [
+        ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True", {"allow_runtime_lora_updating": True}),
+        ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0", {}),
+        ("VLLM_SERVER_DEV_MODE", "1", {"allow_cache_reset": True}),
+        ("VLLM_SERVER_DEV_MODE", "", {}),
+    ],
+)
+def test_what_the_references_operators_allow_in_the_environment_is_allowed(
+    variable: str, value: str, values: dict[str, bool]
+) -> None:
+    settings = from_environment({variable: value})
+    assert settings.values == values
+    assert len(settings.deprecated) == len(values)
+    for name in values:
+        ours = f"CARPOOL_{name.upper()}"
+        assert settings.deprecated == [f"{variable} is taken for {ours}; set that."]
+        assert from_environment({variable: value, ours: "false"}).values == {name: "false"}
+        config = build_config(settings.values)
+        assert config.allow_cache_reset or config.engine.allow_runtime_lora_updating
+
+
 def test_a_short_name_without_its_value_is_refused() -> None:
     with pytest.raises(ConfigError, match="-dp needs a value"):
         from_arguments(["-dp"])
@@ -183,3 +219,53 @@ def test_what_is_not_served_is_said(line: str, sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
         from_arguments(line.split())
     assert str(caught.value) == sentence
+
+
+def test_a_command_of_teis_passes() -> None:
+    command = (
+        "--model-id m --revision main --hostname 0.0.0.0 -p 3000 --max-batch-tokens 16384 --max-batch-requests 64 "
+        "--payload-limit 2000000 --cors-allow-origin http://a --served-model-name s --tokenization-workers 4 "
+        "--max-client-batch-size 32 --json-output --huggingface-hub-cache /data --dtype float32 --auto-truncate=false"
+    )
+    settings = from_arguments(command.split())
+    config = build_config(settings.values)
+    assert (config.engine.model, config.host, config.port) == ("m", "0.0.0.0", 3000)
+    assert (config.engine.max_num_batched_tokens, config.engine.max_num_seqs) == (16384, 64)
+    assert (config.max_body_size, config.allowed_origins) == (2_000_000, ("http://a",))
+    assert config.engine.download_dir == "/data"
+    assert settings.ignored == [
+        "--tokenization-workers",
+        "--max-client-batch-size",
+        "--json-output",
+        "--auto-truncate",
+    ]
+
+
+def test_a_command_of_infinitys_passes() -> None:
+    command = (
+        "--model-id m --batch-size 16 --engine torch --device cpu --no-bettertransformer --no-model-warmup "
+        "--url-prefix /v1 --lengths-via-tokenize --no-compile --port 7997 --log-level info"
+    )
+    settings = from_arguments(command.split())
+    config = build_config(settings.values)
+    assert (config.engine.model, config.engine.max_num_seqs, config.root_path) == ("m", 16, "/v1")
+    assert len(settings.ignored) == 5
+
+
+def test_several_models_are_refused() -> None:
+    for line in ("--model-id a --model-id b", "--model a --model-id b"):
+        with pytest.raises(ConfigError, match=r"^One server serves one model, and two are named"):
+            from_arguments(line.split())
+    assert from_arguments(["--model-id", "a", "--model", "a"]).values == {"model": "a"}
+
+
+def test_infinitys_key_guards_this_server_too() -> None:
+    assert from_environment({"INFINITY_API_KEY": "a"}).values == {"api_key": ["a"]}
+
+
+def test_a_model_that_is_named_where_nobody_looks_is_told_of() -> None:
+    for name in ("MODEL_ID", "INFINITY_MODEL_ID"):
+        settings = from_environment({name: "m"})
+        assert settings.values == {}
+        assert settings.deprecated == [f"{name} is not read here; give MODEL, or set CARPOOL_MODEL."]
+    assert not from_environment({"MODEL_ID": "m", "CARPOOL_MODEL": "n"}).deprecated

@@ -71,6 +71,7 @@ def test_a_command_line_is_read(line: str, values: dict[str, Any]) -> None:
         ("--max-modl-len 8k", "Unknown flag --max-modl-len; did you mean --max-model-len?"),
         ("--no-trust-remote-cod", "Unknown flag --no-trust-remote-cod; did you mean --no-trust-remote-code?"),
         ("--no-port", "Unknown flag --no-port; did you mean --port?"),
+        ("--hlp", "Unknown flag --hlp; did you mean --help?"),
         ("--port.x 1", "Unknown flag --port.x; did you mean --port?"),
         ("--max-model", "Unknown flag --max-model; did you mean --max-model-len?"),
         ("-x", "Unknown flag --x; did you mean --"),

@@ -69,3 +69,18 @@ async def test_what_is_wrong_with_one_text_is_said_of_it(classifier: Served) -> 
     classifier.engine.error = InputTooLong("Too long.", "input")
     answer = await classifier.post("/classify", {"input": "a"})
     assert_error(answer, 400, "BadRequestError", "input")
+
+
+async def test_raw_scores_ask_for_infinitys_shape(classifier: Served) -> None:
+    plain = (await classifier.post("/classify", {"input": ["one", "two"]})).json
+    body = (await classifier.post("/classify", {"input": ["one", "two"], "raw_scores": False})).json
+    assert list(body) == ["id", "object", "created", "model", "data", "usage"]
+    assert body["object"] == "classify"
+    assert body["usage"] == plain["usage"]
+    for classes, item in zip(body["data"], plain["data"], strict=True):
+        assert [set(each) for each in classes] == [{"score", "label"}] * 3
+        assert [each["score"] for each in classes] == sorted(item["probs"], reverse=True)
+        assert {each["label"] for each in classes} == {"negative", "LABEL_1", "positive"}
+    raw = (await classifier.post("/classify", {"input": ["one"], "raw_scores": True})).json
+    logits = (await classifier.post("/classify", {"input": ["one"], "use_activation": False})).json
+    assert [each["score"] for each in raw["data"][0]] == sorted(logits["data"][0]["probs"], reverse=True)

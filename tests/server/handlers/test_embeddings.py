@@ -308,3 +308,29 @@ async def test_voyages_word_for_dimensions_counts() -> None:
     async with serving(engine=engine) as server:
         answer = await server.embed(input="a", output_dimension=4)
         assert len(answer.json["data"][0]["embedding"]) == 4
+
+
+@pytest.mark.parametrize("field", ["output_dtype", "embedding_type"])
+async def test_other_vendors_words_for_the_numbers_are_not_passed_over(served: Served, field: str) -> None:
+    """Voyage's client reads an answer as what it asked for: floats, as int8, would be four numbers each."""
+    answer = await served.embed(input="a", **{field: "float"})
+    assert len(answer.json["data"][0]["embedding"]) == WIDTH
+    for kind in ("int8", "uint8", "binary", "ubinary"):
+        answer = await served.embed(input="a", **{field: kind})
+        assert_error(answer, 400, "BadRequestError", field)
+        assert answer.json["message"] == f"{field} must be 'float', got \"{kind}\"."
+
+
+async def test_infinitys_clients_write_0_for_no_dimensions_and_a_word_for_no_model(served: Served) -> None:
+    asked = {"input": "ab", "modality": "text", "dimensions": 0, "model": "default/not-specified"}
+    answer = await served.post("/embeddings", asked)
+    assert answer.status == 200, answer.json
+    assert answer.json["data"] == (await served.embed(input="ab")).json["data"]
+    assert (await served.embed(input="ab", dimensions=0)).status == 400
+
+
+@pytest.mark.parametrize("modality", ["image", "audio", ""])
+async def test_what_is_no_text_is_not_embedded_as_if_it_were(served: Served, modality: str) -> None:
+    answer = await served.post("/embeddings", {"input": "http://a/b.png", "modality": modality})
+    assert assert_error(answer, 400, "BadRequestError", "modality") == "This model accepts text only."
+    assert not served.engine.calls

@@ -11,7 +11,11 @@ from carpool.server.config import ServerConfig
 from fakes import FAKE_MODEL, FAKES, FakeEngine
 from serving import assert_error, serving
 
-MODELS = {**FAKES, "late": replace(FAKE_MODEL, default_task="token_embed")}
+MODELS = {
+    **FAKES,
+    "late": replace(FAKE_MODEL, default_task="token_embed"),
+    "sparse": replace(FAKES["m3"], default_task="sparse_embed"),
+}
 
 
 @pytest.mark.parametrize(
@@ -54,6 +58,41 @@ async def test_teis_rerank_is_known_too() -> None:
         assert (await server.post("/invocations", {"query": "a", "texts": ["b"]})).json == [
             {"index": 0, "score": 0.5}
         ]
+
+
+@pytest.mark.parametrize("path", ["/invocations", "/"])
+@pytest.mark.parametrize(
+    ("model", "body", "endpoint"),
+    [
+        ("embedder", {"inputs": "a"}, "/embed"),
+        ("embedder", {"inputs": ["a", "b"], "normalize": False}, "/embed"),
+        ("late", {"inputs": "a"}, "/embed_all"),
+        ("sparse", {"inputs": "a"}, "/embed_sparse"),
+        ("classifier", {"inputs": "a"}, "/predict"),
+        ("classifier", {"inputs": "a", "parameters": {"top_k": 1}}, "/predict"),
+        ("cross-encoder", {"inputs": ["a", "b"]}, "/predict"),
+        ("cross-encoder", {"query": "a", "texts": ["b"]}, "/rerank"),
+        ("embedder", {"inputs": {"source_sentence": "a", "sentences": ["b"]}}, "/similarity"),
+    ],
+)
+async def test_teis_inputs_are_for_what_the_model_does_first(
+    path: str, model: str, body: dict[str, Any], endpoint: str
+) -> None:
+    async with serving(engine=FakeEngine(MODELS[model])) as server:
+        answer = await server.post(path, body)
+        assert answer.status == 200, answer.json
+        assert answer.json == (await server.post(endpoint, body)).json
+
+
+async def test_a_tagger_has_no_endpoint_of_teis() -> None:
+    async with serving(engine=FakeEngine(MODELS["tagger"])) as server:
+        assert_error(await server.post("/", {"inputs": "a"}), 400, "BadRequestError")
+
+
+async def test_the_front_page_needs_no_key_and_its_other_side_does() -> None:
+    async with serving(ServerConfig(api_key=("secret",))) as server:
+        assert (await server.get("/")).status == 200
+        assert_error(await server.post("/", {"inputs": "a"}), 401, "AuthenticationError")
 
 
 @pytest.mark.parametrize(

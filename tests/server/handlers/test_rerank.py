@@ -118,3 +118,15 @@ async def test_texts_are_answered_as_tei_does(scorer: Served) -> None:
     for fields, param in (({"texts": []}, "texts"), ({"texts": [5]}, "texts[0]"), ({"texts": "a"}, "texts")):
         answer = await scorer.post("/rerank", {"query": "q", **fields})
         assert_error(answer, 400, "BadRequestError", param)
+
+
+async def test_raw_scores_ask_for_infinitys_shape(scorer: Served) -> None:
+    body = await rerank(scorer, raw_scores=False)
+    assert list(body) == ["id", "object", "created", "model", "results", "usage"]
+    assert body["object"] == "rerank"
+    assert [result["index"] for result in body["results"]] == ORDER
+    assert body["results"][0] == {"index": 1, "relevance_score": 3.5}
+    shown = await rerank(scorer, raw_scores=True, return_documents=True, top_n=1)
+    assert shown["results"] == [{"index": 1, "relevance_score": 3.5, "document": "aaaa"}]
+    asked = [call["params"].use_activation for call in scorer.engine.calls]  # type: ignore[attr-defined]
+    assert asked == [None, False]

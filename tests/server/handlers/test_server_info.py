@@ -8,7 +8,7 @@ from dataclasses import replace
 from carpool import __version__
 from carpool.engine.config import EngineConfig
 from carpool.server.config import ServerConfig
-from fakes import FAKE_CLASSIFIER, FAKE_MODEL, LABELS, FakeEngine
+from fakes import FAKE_CLASSIFIER, FAKE_CROSS_ENCODER, FAKE_M3, FAKE_MODEL, LABELS, FakeEngine
 from serving import EMBEDDINGS, Served, assert_error, serving
 
 
@@ -65,3 +65,26 @@ async def test_the_front_page_links_what_is_there() -> None:
         assert page.headers["Content-Type"].startswith("text/html")
         for path in ("/docs", "/openapi.json", "/info"):
             assert f'href="/proxy{path}"' in page.body.decode()
+
+
+async def test_teis_words_for_the_model() -> None:
+    classes = {"0": "negative", "1": "LABEL_1", "2": "positive"}
+    for model, kind in (
+        (FAKE_MODEL, {"embedding": {"pooling": "mean"}}),
+        (replace(FAKE_MODEL, pooling="LAST"), {"embedding": {"pooling": "last_token"}}),
+        (FAKE_M3, {"embedding": {"pooling": "mean"}}),
+        (
+            FAKE_CLASSIFIER,
+            {"classifier": {"id2label": classes, "label2id": {name: int(i) for i, name in classes.items()}}},
+        ),
+        (
+            FAKE_CROSS_ENCODER,
+            {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
+        ),
+    ):
+        async with serving(engine=FakeEngine(model)) as server:
+            info = (await server.get("/info")).json
+        assert info["model_type"] == kind
+        assert info["max_input_length"] == info["limits"]["max_model_len"]
+        assert info["max_client_batch_size"] == info["limits"]["max_num_seqs"]
+        assert (info["model_id"], info["model_dtype"]) == ("/models/fake", "float32")

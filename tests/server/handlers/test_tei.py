@@ -172,3 +172,124 @@ async def test_their_fields_are_those_of_embed(m3: Served, path: str) -> None:
 async def test_a_model_without_them_says_so(classifier: Served, path: str, api: str) -> None:
     message = assert_error(await classifier.post(path, {"inputs": "a"}), 400, "BadRequestError")
     assert message == f"The model does not support {api} API"
+
+
+# ── one text with others ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def sentences(*texts: str, **parameters: Any) -> dict[str, Any]:
+    body: dict[str, Any] = {"inputs": {"source_sentence": texts[0], "sentences": list(texts[1:])}}
+    return {**body, "parameters": parameters} if parameters else body
+
+
+async def test_similarity_is_the_cosine_of_the_vectors(served: Served) -> None:
+    vectors = np.array((await served.post("/embed", {"inputs": ["ab", "ab", "c"]})).json, np.float32)
+    found = (await served.post("/similarity", sentences("ab", "ab", "c"))).json
+    lengths = np.linalg.norm(vectors, axis=1)
+    assert found == pytest.approx(list(vectors[1:] @ vectors[0] / (lengths[1:] * lengths[0])))
+    assert found[0] == pytest.approx(1)
+
+
+async def test_its_parameters_are_those_of_embed(m3: Served) -> None:
+    body = sentences("a", "b", prompt_name="query", truncate=True, truncation_direction="Left")
+    assert (await m3.post("/similarity", body)).status == 200
+    [call] = m3.engine.calls
+    assert call["prompts"] == ["Q: a", "Q: b"]
+    tokenization: Any = call["tokenization"]
+    assert (tokenization.truncate_prompt_tokens, tokenization.truncation_side) == (-1, "left")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"inputs": "a"}, "inputs"),
+        ({"inputs": {}}, "inputs.source_sentence"),
+        ({"inputs": {"source_sentence": "a"}}, "inputs.sentences"),
+        (sentences("a"), "inputs.sentences"),
+        ({"inputs": {"source_sentence": "a", "sentences": ["b", 5]}}, "inputs.sentences[1]"),
+        (sentences("a" * 500, "b"), "inputs.source_sentence"),
+        (sentences("a", "b", "c" * 500), "inputs.sentences[1]"),
+        (sentences("a", "b", prompt_name="nope"), "parameters.prompt_name"),
+        (sentences("a", "b", truncation_direction="Up"), "parameters.truncation_direction"),
+        ({**sentences("a", "b"), "parameters": []}, "parameters"),
+    ],
+)
+async def test_what_cannot_be_compared_is_refused(served: Served, body: dict[str, Any], param: str) -> None:
+    assert_error(await served.post("/similarity", body), 400, "BadRequestError", param)
+
+
+async def test_a_classifier_compares_nothing(classifier: Served) -> None:
+    message = assert_error(await classifier.post("/similarity", sentences("a", "b")), 400, "BadRequestError")
+    assert message == "The model does not support Embeddings API"
+
+
+# ── pipelines, headers ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_pipelines_only_answer_has_a_list_around_it(classifier: Served) -> None:
+    bare = (await classifier.post("/predict", {"inputs": "ab"})).json
+    assert (await classifier.post("/predict", {"inputs": "ab", "parameters": {}})).json == [bare]
+    asked = {"inputs": "ab", "parameters": {"top_k": 2, "function_to_apply": "none"}}
+    [logits] = (await classifier.post("/predict", asked)).json
+    raw = (await classifier.post("/predict", {"inputs": "ab", "raw_scores": True})).json
+    assert logits == raw[:2]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "param"),
+    [
+        ({"candidate_labels": ["a", "b"]}, "parameters.candidate_labels"),
+        ({"function_to_apply": "sigmoid"}, "parameters.function_to_apply"),
+        ({"top_k": 0}, "parameters.top_k"),
+        (5, "parameters"),
+    ],
+)
+async def test_what_a_pipeline_does_and_this_does_not_is_refused(
+    classifier: Served, parameters: Any, param: str
+) -> None:
+    answer = await classifier.post("/predict", {"inputs": "a", "parameters": parameters})
+    assert_error(answer, 400, "BadRequestError", param)
+    assert not classifier.engine.calls
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "characters", "tokens"),
+    [
+        ("/embed", {"inputs": ["ab", "c"]}, 3, 7),
+        ("/embed", {"inputs": [[5, 6], [7]]}, 3, 3),
+        ("/embed_all", {"inputs": "abc"}, 3, 5),
+        ("/embed_sparse", {"inputs": "abc"}, 3, 5),
+        ("/similarity", sentences("ab", "c"), 3, 7),
+        ("/rerank", {"query": "ab", "texts": ["c", "de"]}, 7, 11),
+    ],
+)
+async def test_the_headers_say_what_it_took(
+    m3: Served, path: str, body: dict[str, Any], characters: int, tokens: int
+) -> None:
+    headers = (await m3.post(path, body)).headers
+    assert headers["x-compute-type"] == "cpu"
+    assert headers["x-compute-characters"] == str(characters)
+    assert headers["x-compute-tokens"] == str(tokens)
+    assert [headers[f"x-{stage}-time"] for stage in ("tokenization", "queue", "inference")] == ["1", "2", "3"]
+    assert headers["x-total-time"] == headers["x-compute-time"] == "6"
+    assert "x-compute-type" not in (await m3.embed(input="a")).headers
+
+
+async def test_predictions_have_them_too(classifier: Served) -> None:
+    headers = (await classifier.post("/predict", {"inputs": [["ab", "c"], ["d"]]})).headers
+    assert headers["x-compute-characters"] == "4"
+
+
+async def test_what_a_refusal_advises_works_here_too(m3: Served) -> None:
+    long = "a" * 500
+    for path, body in (
+        ("/embed", {"inputs": long}),
+        ("/embed_all", {"inputs": long}),
+        ("/similarity", sentences(long, "b")),
+        ("/rerank", {"query": "a", "texts": [long]}),
+    ):
+        assert (await m3.post(path, body)).status == 400
+        for cure in ({"truncate_prompt_tokens": -1}, {"truncate": True}):
+            assert (await m3.post(path, {**body, **cure})).status == 200
+        nothing = await m3.post(path, {**body, "truncate_prompt_tokens": 0})
+        assert_error(nothing, 400, "BadRequestError", "truncate_prompt_tokens")

@@ -101,3 +101,76 @@ async def test_what_are_no_ids_is_refused(served: Served, tokens: Any, param: st
 )
 async def test_both_know_the_models_name(served: Served, path: str, field: dict[str, Any]) -> None:
     assert_error(await served.post(path, {"model": "nope", **field}), 404, "NotFoundError", "model")
+
+
+# ── as Text Embeddings Inference has them ────────────────────────────────────────────────────────────────────
+
+
+def named(token: int, text: str, start: int | None = None, stop: int | None = None) -> dict[str, Any]:
+    return {"id": token, "text": text, "special": start is None, "start": start, "stop": stop}
+
+
+async def test_inputs_are_answered_token_by_token(served: Served) -> None:
+    cls, sep = named(101, "[CLS]"), named(102, "[SEP]")
+    found = (await served.post("/tokenize", {"inputs": ["ab", "c"]})).json
+    assert found == [[cls, named(97, "a", 0, 1), named(98, "b", 1, 2), sep], [cls, named(99, "c", 0, 1), sep]]
+    bare = {"inputs": "", "add_special_tokens": False}
+    assert (await served.post("/tokenize", bare)).json == [[]]
+
+
+async def test_places_are_counted_in_bytes(served: Served) -> None:
+    [tokens] = (await served.post("/tokenize", {"inputs": "aé文b", "add_special_tokens": False})).json
+    assert [(token["start"], token["stop"]) for token in tokens] == [(0, 1), (1, 3), (3, 6), (6, 7)]
+    text = "aé文b".encode()
+    assert [text[token["start"] : token["stop"]].decode() for token in tokens] == list("aé文b")
+
+
+async def test_a_prompt_by_name_goes_before() -> None:
+    async with serving(engine=FakeEngine(replace(FAKE_MODEL, prompts={"query": "Q"}))) as server:
+        asked = {"inputs": "a", "prompt_name": "query", "add_special_tokens": False}
+        [tokens] = (await server.post("/tokenize", asked)).json
+        assert [token["text"] for token in tokens] == ["Q", "a"]
+        unknown = await server.post("/tokenize", {**asked, "prompt_name": "nope"})
+        assert_error(unknown, 400, "BadRequestError", "prompt_name")
+
+
+async def test_a_long_text_is_answered_in_full(served: Served) -> None:
+    found = (await served.post("/tokenize", {"inputs": ["a" * 20_000, "b"]})).json
+    assert list(map(len, found)) == [20_002, 3]
+
+
+async def test_where_a_prompt_is_given_inputs_are_not_read(served: Served) -> None:
+    assert (await served.post("/tokenize", {"prompt": "ab", "inputs": 5})).json["count"] == 4
+
+
+async def test_ids_are_decoded_text_by_text(served: Served) -> None:
+    assert (await served.post("/decode", {"ids": [101, 97, 98, 102]})).json == ["ab"]
+    assert (await served.post("/decode", {"ids": [[97], ["98", 99.0], []]})).json == ["a", "bc", ""]
+    kept = {"ids": [101, 97], "skip_special_tokens": False}
+    assert (await served.post("/decode", kept)).json == ["ea"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {"inputs": []}, "inputs"),
+        ("/tokenize", {"inputs": [5]}, "inputs[0]"),
+        ("/tokenize", {"inputs": {}}, "inputs"),
+        ("/decode", {}, "ids"),
+        ("/decode", {"ids": []}, "ids"),
+        ("/decode", {"ids": "a"}, "ids"),
+        ("/decode", {"ids": ["a"]}, "ids"),
+        ("/decode", {"ids": [-1]}, "ids"),
+        ("/decode", {"ids": [[5], [-1]]}, "ids"),
+        ("/decode", {"ids": [[5], 6]}, "ids[1]"),
+    ],
+)
+async def test_what_is_neither_text_nor_ids_is_refused(
+    served: Served, path: str, body: dict[str, Any], param: str
+) -> None:
+    assert_error(await served.post(path, body), 400, "BadRequestError", param)
+
+
+@pytest.mark.parametrize(("path", "body"), [("/tokenize", {"inputs": "a"}), ("/decode", {"ids": [5]})])
+async def test_these_know_the_models_name_too(served: Served, path: str, body: dict[str, Any]) -> None:
+    assert_error(await served.post(path, {"model": "nope", **body}), 404, "NotFoundError", "model")
