@@ -10,7 +10,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -189,5 +188,7 @@ class Fleet:
 
 def _call_on(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: object) -> None:
     """From a worker's thread. Once the loop is closed nobody waits for what a late batch has to say."""
-    with suppress(RuntimeError):
+    try:  # noqa: SIM105  # three calls more, between a batch and its clients
         loop.call_soon_threadsafe(call, *args)
+    except RuntimeError:
+        pass
