@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Metric
 
 
+RUNNING = "carpool_running_requests"  # the one gauge of which each process has a part
+
+
 class Sample(Struct, frozen=True, array_like=True):
     """One number of a series, as `/metrics` has it."""
 
@@ -35,16 +38,21 @@ class Counts(Struct, frozen=True):
 
     @classmethod
     def of(cls, running: int, families: Iterable[Metric]) -> Counts:
-        """Those of `families` whose sum over processes says something: no gauges, and nothing of the process itself."""
+        """Those of `families` whose sum over processes says something: one gauge, and nothing of the process itself."""
         return cls(
             running,
             [
                 Sample(family.name, sample.name, sample.labels, sample.value)
                 for family in families
-                if family.name.startswith("carpool_") and family.type in ("counter", "histogram")
+                if family.name == RUNNING
+                or (family.name.startswith("carpool_") and family.type in ("counter", "histogram"))
                 for sample in family.samples
             ],
         )
+
+    def ended(self) -> Counts:
+        """What is left of those of a process that has gone: nothing is under way there."""
+        return Counts(0, [sample for sample in self.samples if sample.family != RUNNING])
 
     def encode(self) -> bytes:
         return msgpack.encode(self)

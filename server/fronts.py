@@ -148,7 +148,7 @@ class Fronts:
             return await process.wait()
         finally:
             self._gates.discard(gate)
-            self._departed = self._departed.plus([Counts(0, self._counted.pop(gate, Counts()).samples)])
+            self._departed = self._departed.plus([self._counted.pop(gate, Counts()).ended()])
             gate.close()
 
     async def _greet(self, gate: Gate, parcel: bytes) -> None:
@@ -174,15 +174,10 @@ class Fronts:
 
     async def _change(self, change: changes.Change) -> None:
         """Once this returns, all of them know."""
-        core = self._engine.core
-        await core.change(change)
-        if isinstance(change, changes.ResetCaches):
-            return
-        assert core.parts is not None
-        self._parcel = parcel.pack(core.parts)  # for those that are started again
+        await self._engine.core.change(change)
         told = list(self._gates)
         for gate in told:
-            gate.tell_adapters(core.parts.model)
+            gate.tell()
         await asyncio.gather(*(gate.ask("ready") for gate in told), return_exceptions=True)
 
     async def _counts(self) -> list[Counts]:

@@ -27,7 +27,7 @@ from prometheus_client.utils import floatToGoString
 
 from carpool import __version__
 from carpool.engine.outputs import Timings
-from carpool.server.counts import Counts, Whole
+from carpool.server.counts import RUNNING, Counts, Whole
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -195,6 +195,7 @@ class Metrics:
         self._batch_sequences = histogram("carpool_batch_sequences", "Prompts a batch.", SEQUENCES).labels(
             model_name
         )
+        gauge(RUNNING, "Requests to the model that are under way.", lambda: self.running)
         gauge("carpool_queue_tokens", "Tokens that wait to be run.", lambda: engine.waiting_tokens)
         gauge("carpool_queue_sequences", "Prompts that wait to be run.", lambda: engine.waiting_sequences)
         registry.register(CacheCollector(model_name, engine))

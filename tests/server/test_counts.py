@@ -21,6 +21,7 @@ def test_what_processes_counted_is_summed_and_what_they_are_is_not() -> None:
         metrics.request_done("/embed", 200, seconds)
     other.request_done("/score", 503, 0.1)
     engine.waiting_tokens = 5
+    own.running, one.running, other.running = 0, 2, 1
     counts = [Counts.decode(metrics.counts().encode()) for metrics in (one, other)]
     families = text_string_to_metric_families(own.text(counts).decode())
     samples = {(s.name, *sorted(s.labels.values())): s.value for family in families for s in family.samples}
@@ -32,6 +33,11 @@ def test_what_processes_counted_is_summed_and_what_they_are_is_not() -> None:
     assert samples["carpool_request_seconds_bucket", "+Inf", "/embed", "m"] == 3
     assert samples["carpool_batch_tokens_count", "m"] == 1
     assert samples["carpool_queue_tokens", "m"] == 5
+    assert samples["carpool_running_requests", "m"] == 3
+    gone = counts[0].ended()
+    assert gone.running == 0
+    assert gone.samples == [s for s in counts[0].samples if s.family != "carpool_running_requests"]
+    assert len(gone.samples) == len(counts[0].samples) - 1
 
 
 def test_counts_that_are_added_up_stay_in_the_order_that_histograms_need() -> None:

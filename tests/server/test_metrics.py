@@ -15,6 +15,7 @@ NAMES = {
     "carpool_requests",
     "carpool_request_seconds",
     "carpool_prompt_tokens",
+    "carpool_running_requests",
     "carpool_queue_tokens",
     "carpool_queue_sequences",
     "carpool_batch_tokens",
