@@ -61,7 +61,9 @@ class EmptyInput(InvalidInput):
 
 
 class InputTooLong(InvalidInput):
-    """More tokens than the model, or the caller's own limit, allows."""
+    """More tokens than the model, or the caller's own limit, allows. `REMEDY` is what a message says to set."""
+
+    REMEDY = "truncate_prompt_tokens to -1"
 
 
 class TokenOutOfVocabulary(InvalidInput):

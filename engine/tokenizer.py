@@ -364,7 +364,7 @@ class Tokenizer:
                 raise InputTooLong(
                     f"This model's maximum context length is {longest} tokens. However, your input has at least "
                     f"{len(ids)} tokens. Please reduce the length of the input prompt, or have it cut by setting "
-                    "truncate_prompt_tokens to -1.",
+                    f"{InputTooLong.REMEDY}.",
                     _name(i, batch),
                 )
 

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from aiohttp import web
 
-from carpool.engine.errors import InvalidInput, UnsupportedTask
+from carpool.engine.errors import InputTooLong, InvalidInput, UnsupportedTask
 from carpool.server.errors import InvalidRequest, UnknownModel
 from carpool.server.headers import label
 from carpool.server.keys import CLIENT, CONFIG, DEADLINE, ENGINE, METRICS, REQUEST_ID
@@ -29,8 +29,9 @@ UNSPECIFIED = "default/not-specified"  # what Infinity's clients write for no mo
 
 
 class Asked(Protocol):
-    """What every request to the model says."""
+    """What every request to the model says; `remedy` is its own word for having cut what is too long."""
 
+    remedy: ClassVar[str]
     model: str | None
     priority: int | None
     request_id: str | None
@@ -121,7 +122,7 @@ class Call:
         try:
             result = await self._engine.pool(prompts, params, tokenization, task=task, **self._terms)
         except InvalidInput as error:
-            rename(error, {"input": field})
+            self._reword(error, {"input": field})
             raise
         self._note(result)
         return result
@@ -141,10 +142,15 @@ class Call:
                 queries, documents, params, tokenization, template_kwargs=template_kwargs, **self._terms
             )
         except InvalidInput as error:
-            rename(error, {"queries": fields[0], "documents": fields[1]})
+            self._reword(error, {"queries": fields[0], "documents": fields[1]})
             raise
         self._note(result)
         return result
+
+    def _reword(self, error: InvalidInput, fields: Mapping[str, str]) -> None:
+        rename(error, fields)
+        if isinstance(error, InputTooLong):
+            error.args = (str(error).replace(InputTooLong.REMEDY, self._asked.remedy),)
 
     @property
     def _terms(self) -> Mapping[str, Any]:

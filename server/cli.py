@@ -23,6 +23,7 @@ from carpool.server.sources import (
     from_yaml,
     merged,
     refuse_ambiguous,
+    unread,
 )
 
 log = structlog.get_logger()
@@ -91,12 +92,15 @@ def read_config(
     arguments: Sequence[str], environment: Mapping[str, str]
 ) -> tuple[ServerConfig, list[Settings]]:
     """The configuration, and its sources in rising order of precedence."""
-    sources = [from_environment(environment), from_arguments(arguments)]
+    from_outside = from_environment(environment)
+    sources = [from_outside, from_arguments(arguments)]
     paths = [settings.values.pop(CONFIG_FILE.name, None) for settings in sources]
     if path := paths[1] or paths[0]:
         sources.insert(0, from_yaml(path))
     refuse_ambiguous(sources)
-    return build_config(merged(sources)), sources
+    values = merged(sources)
+    from_outside.deprecated += unread(environment, values)
+    return build_config(values), sources
 
 
 def _run(config: ServerConfig) -> bool:

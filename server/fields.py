@@ -138,6 +138,9 @@ FIELDS: dict[str, Schema] = {
     "embedding_type": {"description": "Jina's and NVIDIA's word for output_dtype."},
     "endianness": {"description": "Byte order of base64 and bytes; by default the server's."},
     "truncation": {"description": "Whether to cut what is too long."},
+    "RerankRequest.truncation": {
+        "description": "Voyage's: whether to cut what is too long; where it is said, the results stand in `data`, too."
+    },
     "truncate": {"description": "END or true: cut the end of what is too long; START: its beginning."},
     "task": {
         "description": "What to compute; null: the model's own task. encode: a row for each token. Of several tasks, "
@@ -190,7 +193,9 @@ FIELDS: dict[str, Schema] = {
     "instruction": {"description": "What is asked of the pair, where the model's prompt has a place for it."},
     "top_n": {"description": "How many results; 0: all."},
     "top_k": {"description": "Another name of top_n."},
-    "return_documents": {"description": "Whether results repeat their texts; by default true."},
+    "return_documents": {
+        "description": "Whether results repeat their texts; by default true, with raw_scores false."
+    },
     # Text Embeddings Inference
     "TeiEmbedRequest.inputs": INPUTS,
     "TeiInputsRequest.inputs": INPUTS,
@@ -236,6 +241,7 @@ FIELDS: dict[str, Schema] = {
     "raw_scores": {"description": "Whether to leave the activation out."},
     "ClassificationRequest.raw_scores": INFINITYS,
     "RerankRequest.raw_scores": INFINITYS,
+    "late_chunking": {"description": "Jina's; refused if true.", "enum": [False, None]},
     "modality": {"description": "Infinity's: what the input is.", "enum": ["text", None]},
     "return_text": {"description": "Whether results repeat their texts."},
 }

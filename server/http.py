@@ -160,11 +160,11 @@ class Server(web.Server):
         handle: Any = self._take
         super().__init__(handle, request_factory=app._make_request, **options)
         self.app = app
-        self._found = {
-            (route.method, route.resource.canonical): _found(app, route)
-            for route in app[ROUTE_TAKEN]
-            if isinstance(route.resource, web.PlainResource)
-        }
+        self._found: dict[tuple[str, str], web.UrlMappingMatchInfo] = {}
+        for route in app[ROUTE_TAKEN]:
+            if isinstance(route.resource, web.PlainResource):
+                # The first wins, as with the router: under a --root-path of /embed two have the path /embed.
+                self._found.setdefault((route.method, route.resource.canonical), _found(app, route))
 
     def __call__(self) -> Connection:
         return Connection(self, loop=self._loop, **self._kwargs)

@@ -56,6 +56,11 @@ HEADERS: dict[str, Schema] = {
         "schema": {"type": "integer", "minimum": 1},
     },
     "Authenticate": {"required": True, "schema": {"const": "Bearer"}},
+    "ErrorMessage": {
+        "required": True,
+        "description": "The message once more, on one line of ASCII.",
+        "schema": {"type": "string"},
+    },
     "Metadata": {
         "description": "With `encoding_format` bytes: where in the body each vector lies.",
         "content": {JSON: {"schema": schemas.reference(protocol.BinaryMetadata)}},
@@ -195,7 +200,8 @@ def _failure(status: int, kind: str, shape: ErrorFormat) -> Schema:
     facts: Schema = {"properties": {"type": {"const": kind}, "code": {"const": status}}}
     if shape == "openai":
         facts = {"properties": {"error": facts}}
-    headers = {"X-Request-Id": "RequestId", **EXTRA_HEADERS.get((status, kind), {})}
+    headers = {"X-Request-Id": "RequestId", "X-Error-Message": "ErrorMessage"}
+    headers |= EXTRA_HEADERS.get((status, kind), {})
     return {
         "description": kind,
         "headers": _headers(headers),

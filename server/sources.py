@@ -255,17 +255,26 @@ def from_environment(environment: Mapping[str, str]) -> Settings:
     if theirs and "api_key" not in settings.values:
         settings.deprecated.append(f"{theirs} is taken for CARPOOL_API_KEY; set that.")
         settings.values["api_key"] = [environment[theirs]]
-    if "model" not in settings.values:
-        settings.deprecated += [
-            f"{name} is not read here; give MODEL, or set CARPOOL_MODEL."
-            for name in MODEL_ELSEWHERE
-            if environment.get(name)
-        ]
     for switch, ours in REFERENCE_SWITCHES.items():
         if environment.get(switch, "").strip().lower() in ("1", "true") and ours not in settings.values:
             settings.deprecated.append(f"{switch} is taken for {ENVIRONMENT_PREFIX}{ours.upper()}; set that.")
             settings.values[ours] = True
     return settings
+
+
+def unread(environment: Mapping[str, str], values: Mapping[str, Any]) -> list[str]:
+    """What TEI or Infinity would have taken from there and nobody has said here; `values` are all that was said."""
+    notices = []
+    if not values.get("model"):
+        notices += [
+            f"{name} is not read here; give MODEL, or set CARPOOL_MODEL."
+            for name in MODEL_ELSEWHERE
+            if environment.get(name)
+        ]
+    # By itself API_KEY may be anyone's.
+    if environment.get("MODEL_ID") and environment.get("API_KEY") and not values.get("api_key"):
+        notices.append("API_KEY is not read here, and anyone may ask; set CARPOOL_API_KEY.")
+    return notices
 
 
 def _is_of_kubernetes(variable: str, value: str) -> bool:

@@ -47,18 +47,21 @@ async def rerank(request: web.Request, asked: RerankRequest) -> web.StreamRespon
         ("query", "documents"),
     )
     answer_id, usage = f"rerank-{call.id}", call.usage(result)
-    body: RerankResponse | InfinityRerankResponse
+    best = await in_good_time(best_first, ITEM * len(documents), result.scores)
+    bare = ranked_array(_written_bare, best[: asked.most], documents if asked.return_documents else None)
     if asked.is_infinitys:
         created = int(time.time())
-        body = InfinityRerankResponse(
+        theirs = InfinityRerankResponse(
             id=answer_id, created=created, model=call.name, results=HOLE, usage=usage
         )
-    else:
-        body = RerankResponse(id=answer_id, model=call.name, usage=usage, results=HOLE)
-    best = await in_good_time(best_first, ITEM * len(documents), result.scores)
-    write = _written_infinitys if asked.is_infinitys else _written
-    ranked = ranked_array(write, best[: asked.most], documents if asked.shows_documents else None)
-    return call.finish(await json_around(body, ranked))
+        return call.finish(await json_around(theirs, bare))
+    shown = documents if asked.return_documents is not False else None
+    arrays = [ranked_array(_written, best[: asked.most], shown)]
+    body = RerankResponse(id=answer_id, model=call.name, usage=usage, results=HOLE)
+    if asked.is_voyages:
+        body.data = HOLE
+        arrays.append(bare)
+    return call.finish(await json_around(body, *arrays))
 
 
 def _written(best: Sequence[tuple[int, float]], documents: Sequence[str] | None, first: int = 0) -> bytes:
@@ -67,9 +70,10 @@ def _written(best: Sequence[tuple[int, float]], documents: Sequence[str] | None,
     )
 
 
-def _written_infinitys(
+def _written_bare(
     best: Sequence[tuple[int, float]], documents: Sequence[str] | None, first: int = 0
 ) -> bytes:
+    """Infinity's, and Voyage's."""
     return encode(
         [InfinityRanked(index, score, documents[index] if documents else UNSET) for index, score in best]
     )

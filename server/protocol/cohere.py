@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
@@ -28,6 +28,7 @@ ONE_OF = "Exactly one of texts, images, or inputs must be provided, and it must 
 
 
 class CohereEmbedRequest(Struct, kw_only=True, gc=False):
+    remedy: ClassVar[str] = "truncate to END or START"
     model: str | None = None
     texts: list[str] | None = None
     inputs: list[dict[str, Any]] | None = None  # {"content": [{"type": "text", "text": …}]}

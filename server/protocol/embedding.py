@@ -26,6 +26,7 @@ class EmbeddingRequest(FormattedRequest, kw_only=True, gc=False):
     truncation: bool | None = None
     truncate: Any = None  # true or "END", "START"; anything else is none of our business
     modality: str | None = None
+    late_chunking: bool | None = None  # Jina's, who takes the inputs for parts of one text then; refused
     # Voyage's, and Jina's and NVIDIA's: the numbers that their clients are about to read, whatever was answered.
     output_dtype: Literal["float"] | None = None
     embedding_type: Literal["float"] | None = None
@@ -39,6 +40,10 @@ class EmbeddingRequest(FormattedRequest, kw_only=True, gc=False):
     def pooling(self, dimensions: int | None = None) -> PoolingParams:
         if self.modality not in (None, "text"):
             raise InvalidRequest(TEXT_ONLY, "modality")
+        if self.late_chunking:
+            raise InvalidRequest(
+                "late_chunking is not served over HTTP: each input is embedded by itself.", "late_chunking"
+            )
         return super().pooling(dimensions)
 
     def tokenization(self) -> TokenizationParams:

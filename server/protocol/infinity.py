@@ -25,6 +25,8 @@ class InfinityClassifyResponse(Struct, kw_only=True, gc=False):
 
 
 class InfinityRanked(Struct, gc=False):
+    """Voyage's are the same."""
+
     index: int
     relevance_score: float
     document: str | UnsetType = UNSET

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from itertools import chain
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from msgspec import Meta, Struct
 
+from carpool.engine.errors import InputTooLong
 from carpool.engine.params import Padding, PoolingParams, Side, TokenizationParams
 from carpool.server.errors import InvalidRequest
 from carpool.server.lax import Input, read_input
@@ -46,6 +47,7 @@ def tokenization_params(**fields: Any) -> TokenizationParams:
 class ModelRequest(Struct, kw_only=True, gc=False):
     """Fields of every request that runs the model."""
 
+    remedy: ClassVar[str] = InputTooLong.REMEDY
     model: str | None = None
     user: str | None = None  # accepted and forgotten
     truncate_prompt_tokens: Truncation | None = None

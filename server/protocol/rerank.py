@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any
 
-from msgspec import Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from carpool.engine.params import PoolingParams, TokenizationParams
 from carpool.server.decoding import RequestDecoder
 from carpool.server.errors import InvalidRequest
 from carpool.server.lax import read_text
 from carpool.server.protocol.cohere import ApiVersion
+from carpool.server.protocol.infinity import InfinityRanked
 from carpool.server.protocol.scoring import PairRequest, ScoreItem, ScoreItems, read_item
 from carpool.server.protocol.usage import Usage
 
@@ -19,7 +20,10 @@ Count = Annotated[int, Meta(ge=0, description="an integer of at least 0")]
 
 
 class RerankRequest(PairRequest, kw_only=True, gc=False):
-    """`top_k` and `truncation` are Voyage's words; documents may be objects with a `text`, as Jina has them."""
+    """`top_k` and `truncation` are Voyage's words; documents may be objects with a `text`, as Jina has them.
+
+    Voyage's clients always say `truncation`, and no other client does: that tells them.
+    """
 
     query: ScoreItem | None = None
     documents: ScoreItems | None = None
@@ -39,9 +43,8 @@ class RerankRequest(PairRequest, kw_only=True, gc=False):
         return self.raw_scores is not None
 
     @property
-    def shows_documents(self) -> bool:
-        """Infinity's results repeat their texts only where that is asked for."""
-        return bool(self.return_documents) if self.is_infinitys else self.return_documents is not False
+    def is_voyages(self) -> bool:
+        return self.truncation is not None
 
     def pooling(self, dimensions: int | None = None) -> PoolingParams:
         params = super().pooling(dimensions)
@@ -99,11 +102,14 @@ class RerankMeta(Struct, frozen=True, gc=False):
 
 
 class RerankResponse(Struct, kw_only=True, gc=False):
+    """`data`: the results once more, for Voyage's clients, who look for them there."""
+
     id: str
     model: str
     usage: Usage
     results: list[Ranked]
     meta: RerankMeta = RerankMeta()
+    data: list[InfinityRanked] | UnsetType = UNSET
 
 
 decode_rerank_request = RequestDecoder(RerankRequest)

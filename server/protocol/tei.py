@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
@@ -19,6 +19,7 @@ Direction = Literal["Left", "Right", "left", "right"]
 class TeiRequest(Struct, kw_only=True, gc=False):
     """TEI knows no `model`, `priority`, `request_id`, `cache_salt`, `truncate_prompt_tokens`; they are taken too."""
 
+    remedy: ClassVar[str] = "truncate to true"
     model: str | None = None
     priority: Priority | None = None
     request_id: str | None = None

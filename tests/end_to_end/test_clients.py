@@ -148,5 +148,7 @@ def test_the_shapes_of_jina_and_voyage(prompted: Process) -> None:
     assert jina["usage"]["total_tokens"] > 0
     voyage = post(prompted, "/v1/rerank", {"query": QUERY, "documents": TEXTS, "return_documents": False})
     assert "document" not in voyage["results"][0] or voyage["results"][0]["document"] is None
+    voyage = post(prompted, "/v1/rerank", {"query": QUERY, "documents": TEXTS, "truncation": True})
+    assert [item["index"] for item in voyage["data"]] == [item["index"] for item in voyage["results"]]
     vectors = post(prompted, "/v1/embeddings", {"input": TEXTS, "input_type": "document", "truncation": True})
     assert len(vectors["data"]) == 3

@@ -8,6 +8,7 @@ import pytest
 
 from carpool.server.app import ROUTES, Route
 from carpool.server.config import ServerConfig
+from fakes import FakeEngine
 from serving import EMBEDDINGS, OPEN, Served, assert_error, serving
 
 
@@ -99,3 +100,10 @@ async def test_a_prefix_may_be_what_paths_begin_with_anyway() -> None:
             assert (await server.get(path)).status == 200
             assert (await server.post(path, {"inputs": "a"})).status == 200
         assert (await server.get("/v1/models")).json["object"] == "list"
+
+
+async def test_a_prefix_does_not_hide_the_path_of_its_own_name() -> None:
+    async with serving(ServerConfig(root_path="/health"), FakeEngine(state="starting")) as server:
+        for path in ("/health", "/health/health", "/health/ready"):
+            assert_error(await server.get(path), 503, "ServiceUnavailableError")
+        assert (await server.get("/")).status == 200

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from carpool.engine.config import EngineConfig, LoraModule
+from carpool.engine.errors import InputTooLong
 from carpool.engine.model_info import ModelInfo
 from carpool.server.config import ServerConfig
 from fakes import FAKE_CLASSIFIER, FAKE_CROSS_ENCODER, FAKE_M3, FAKE_MODEL, FAKE_TASKED, FakeEngine
@@ -32,6 +33,25 @@ async def call(server: Served, path: str, body: dict[str, Any]) -> tuple[Any, di
     answer = await server.post(path, body)
     assert answer.status == 200, answer.json
     return answer.json, server.engine.calls[-1]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "remedy"),
+    [
+        (EMBEDDINGS, {"input": "a"}, "truncate_prompt_tokens to -1"),
+        ("/score", {"text_1": "a", "text_2": "b"}, "truncate_prompt_tokens to -1"),
+        ("/v2/embed", {"texts": ["a"], "truncate": "NONE"}, "truncate to END or START"),
+        ("/embed", {"inputs": "a"}, "truncate to true"),
+        ("/rerank", {"query": "a", "texts": ["b"]}, "truncate to true"),
+        ("/similarity", {"inputs": {"source_sentence": "a", "sentences": ["b"]}}, "truncate to true"),
+    ],
+)
+async def test_what_is_too_long_is_told_the_word_that_works_there(
+    served: Served, path: str, body: dict[str, Any], remedy: str
+) -> None:
+    served.engine.error = InputTooLong(f"Too long; set {InputTooLong.REMEDY}.")
+    answer = await served.post(path, body)
+    assert assert_error(answer, 400, "BadRequestError") == f"Too long; set {remedy}."
 
 
 # ── by the model's name ──────────────────────────────────────────────────────────────────────────────────────

@@ -8,6 +8,7 @@ import pytest
 
 from carpool.engine.errors import ConfigError
 from carpool.engine.reference_options import ONE_ONLY, REFUSED, WITHOUT_MEANING
+from carpool.server.cli import read_config
 from carpool.server.options import OPTIONS, build_config
 from carpool.server.reference_flags import MODEL_KEYS, OPPOSITES, OTHER_NAMES
 from carpool.server.sources import from_arguments, from_environment, merged
@@ -265,7 +266,22 @@ def test_infinitys_key_guards_this_server_too() -> None:
 
 def test_a_model_that_is_named_where_nobody_looks_is_told_of() -> None:
     for name in ("MODEL_ID", "INFINITY_MODEL_ID"):
-        settings = from_environment({name: "m"})
-        assert settings.values == {}
-        assert settings.deprecated == [f"{name} is not read here; give MODEL, or set CARPOOL_MODEL."]
-    assert not from_environment({"MODEL_ID": "m", "CARPOOL_MODEL": "n"}).deprecated
+        assert from_environment({name: "m"}).values == {}
+        assert told({name: "m"}) == [f"{name} is not read here; give MODEL, or set CARPOOL_MODEL."]
+        assert not told({name: "m", "CARPOOL_MODEL": "n"})
+        assert not told({name: "m"}, "n")
+
+
+def test_a_key_that_guards_nothing_is_told_of_where_it_must_be_teis() -> None:
+    teis = {"MODEL_ID": "m", "API_KEY": "k"}
+    assert told(teis, "m") == ["API_KEY is not read here, and anyone may ask; set CARPOOL_API_KEY."]
+    assert not told({**teis, "CARPOOL_API_KEY": "k"}, "m")
+    assert not told(teis, "m", "--api-key", "k")
+    assert not told({"API_KEY": "k"}, "m")
+
+
+def told(environment: dict[str, str], *arguments: str) -> list[str]:
+    """What the log says of these at start."""
+    return [
+        sentence for settings in read_config(arguments, environment)[1] for sentence in settings.deprecated
+    ]

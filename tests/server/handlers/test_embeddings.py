@@ -321,6 +321,16 @@ async def test_other_vendors_words_for_the_numbers_are_not_passed_over(served: S
         assert answer.json["message"] == f"{field} must be 'float', got \"{kind}\"."
 
 
+async def test_inputs_are_not_taken_for_parts_of_one_text(served: Served) -> None:
+    plain = await served.embed(input=["a", "b"])
+    for said in (False, None):
+        assert (await served.embed(input=["a", "b"], late_chunking=said)).json["data"] == plain.json["data"]
+    served.engine.calls.clear()
+    answer = await served.embed(input=["a", "b"], late_chunking=True)
+    assert_error(answer, 400, "BadRequestError", "late_chunking")
+    assert not served.engine.calls
+
+
 async def test_infinitys_clients_write_0_for_no_dimensions_and_a_word_for_no_model(served: Served) -> None:
     asked = {"input": "ab", "modality": "text", "dimensions": 0, "model": "default/not-specified"}
     answer = await served.post("/embeddings", asked)

@@ -97,6 +97,19 @@ async def test_what_cannot_be_ranked_is_refused(scorer: Served, fields: dict[str
     assert_error(answer, 400, "BadRequestError", param)
 
 
+async def test_voyages_clients_find_the_results_where_they_look(scorer: Served) -> None:
+    assert "data" not in await rerank(scorer)
+    for truncation in (True, False):
+        body = await rerank(scorer, truncation=truncation, top_k=2)
+        assert body["data"] == [
+            {"index": 1, "relevance_score": 3.5},
+            {"index": 0, "relevance_score": 1.5},
+        ]
+        assert [result["document"]["text"] for result in body["results"]] == ["aaaa", "bb"]
+    body = await rerank(scorer, truncation=True, top_k=1, return_documents=True)
+    assert body["data"] == [{"index": 1, "relevance_score": 3.5, "document": "aaaa"}]
+
+
 async def test_texts_are_answered_as_tei_does(scorer: Served) -> None:
     answer = await scorer.post("/rerank", {"query": "q", "texts": DOCUMENTS, "raw_scores": True})
     assert [rank["index"] for rank in answer.json] == ORDER
