@@ -12,6 +12,7 @@ import torch
 from carpool.engine.architecture import Architecture
 from carpool.engine.checkpoint import Checkpoint
 from carpool.engine.config import EngineConfig
+from carpool.engine.cores import Cores
 from carpool.engine.device import resolve_devices, resolve_dtype
 from carpool.engine.errors import ConfigError
 from carpool.engine.masked_lm import MaskedLM
@@ -38,6 +39,20 @@ class Blueprint:
     def device(self) -> torch.device:
         """Where the model is loaded; it is copied to the others."""
         return self.devices[0]
+
+    @property
+    def workers(self) -> int:
+        """One a GPU; on a CPU one a core this process may use, unless told otherwise."""
+        if self.device.type != "cpu":
+            return len(self.devices)
+        return self.config.cpu_workers or Cores.here().workers
+
+    @property
+    def worker_cpus(self) -> tuple[tuple[int, ...], ...]:
+        """The CPUs that each worker is bound to, () if they float. The thread of a GPU waits most of the time."""
+        if self.device.type != "cpu" or not self.config.pin_workers:
+            return ()
+        return Cores.here().each(self.workers)
 
     @classmethod
     def of(cls, config: EngineConfig, folder: Path) -> Blueprint:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -13,21 +13,19 @@ import torch
 from torch import nn
 
 from carpool.engine import budget, cost, parcel, threads
-from carpool.engine.architecture import labels_of
 from carpool.engine.blueprint import Blueprint
 from carpool.engine.cache.choice import Keep, choose_cache
 from carpool.engine.chat import ChatTemplate
-from carpool.engine.checkpoint import Checkpoint
 from carpool.engine.config import EngineConfig
-from carpool.engine.cores import Cores
 from carpool.engine.cost import Cost
+from carpool.engine.description import model_info, notices
 from carpool.engine.device import limit_memory
 from carpool.engine.errors import ConfigError
 from carpool.engine.fast_tokenizer import end_notice, load_fast
 from carpool.engine.hub import locate
 from carpool.engine.listwise import MARKS, Listwise
 from carpool.engine.memory import bound_primitive_cache, keep_buffers
-from carpool.engine.model_info import ModelInfo, PairShape
+from carpool.engine.model_info import ModelInfo
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.model import Model
 from carpool.engine.models.probe import attention_chosen, keeps_unseen
@@ -41,21 +39,11 @@ from carpool.engine.params import Task
 from carpool.engine.poolers.adapted import AdaptedPool
 from carpool.engine.poolers.bge_m3 import Marks
 from carpool.engine.poolers.pooler import Pool, Pooler, reads
-from carpool.engine.pools import (
-    STEP_TAG,
-    has_linear_head,
-    head_width,
-    make_pools,
-    pooling_modes,
-    pooling_name,
-    similarity_of,
-)
+from carpool.engine.pools import STEP_TAG, default_task, head_width, make_pools, pooling_modes
 from carpool.engine.runner import ModelRunner
 from carpool.engine.scoring import Framer
-from carpool.engine.side_files import named_prompts
 from carpool.engine.tokenizer import Tokenizer
-from carpool.kernels import crew, launch, native
-from carpool.kernels.attention import Choice
+from carpool.kernels import crew
 
 PoolsOf = Callable[[nn.Module | None], dict[Task, Pool]]  # of a head
 
@@ -120,32 +108,17 @@ def _built(plan: Blueprint, folder: Path) -> Parts:
     tried, found = _tried(plan, model, pools)
     batch_tokens = _batch_tokens(tried, found)
     kept = _kept(plan, model, pools, batch_tokens)
-    notices = (
-        *plan.notices,
-        *model.notices,
-        kept.notice,
-        unexpanded,
-        _unprompted(plan),
-        _without_steps(plan),
-        *_attention_notices(plan.device, (*attention, *kept.attention)),
-        *_device_notices(config, plan.device),
-        end_notice(words, fast),
-        *plan.pairing.notices(
-            framer,
-            chat,
-            plan.config,
-            scores=_scores_pairs(plan, width),
-            blunt=_is_blunt(plan, model, width),
-        ),
-    )
     info = replace(
-        _model_info(plan, model, pools, width, attention, kept),
+        model_info(plan, model, pools, width, attention, kept),
         root=config.model or str(folder),
         roles={role: scribe.skipped for role, scribe in tokenizer.scribes.items()},
         chat_template=chat.present,
         score_template=framer is not None,
         batch_tokens=batch_tokens,
-        notices=tuple(sentence for sentence in notices if sentence),
+        notices=(
+            *notices(plan, model, width, attention, kept, framer, chat),
+            *(sentence for sentence in (unexpanded, end_notice(words, fast)) if sentence),
+        ),
     )
     runners = tried
     if not tried or kept.storage is not None:  # which has marked the layers since, and they copy their marks
@@ -205,13 +178,13 @@ def _tried(
     if plan.device.type != "cpu" or plan.config.max_num_batched_tokens is not None:
         return [], None
     first = ModelRunner(model.backbone, Pooler(pools), plan.device)
-    runners = _runners(plan, first, _workers(plan.config, plan.devices))
+    runners = _runners(plan, first, plan.workers)
     found = cost.measured(
         runners,
         max_model_len=plan.max_model_len,
         max_num_seqs=plan.config.max_num_seqs,
         vocab_size=plan.checkpoint.vocab_size,
-        task=_default_task(plan.config, pools),
+        task=default_task(plan.config, pools),
     )
     return runners, found
 
@@ -279,123 +252,12 @@ def _kept(plan: Blueprint, model: Model, pools: Mapping[Task, Pool], batch_token
     )
 
 
-def _model_info(
-    plan: Blueprint,
-    model: Model,
-    pools: Mapping[Task, Pool],
-    width: int,
-    attention: Mapping[Choice, int],
-    kept: Keep,
-) -> ModelInfo:
-    """All that the plan and the model say of themselves; `width` is what the head gives."""
-    config, checkpoint, architecture = plan.config, plan.checkpoint, plan.architecture
-    num_labels = 0 if architecture.embeds else width
-    vector_size = width if architecture.embeds and width else checkpoint.matryoshka.size
-    return ModelInfo(
-        root=config.model,
-        architectures=checkpoint.architectures,
-        tasks=frozenset(pools),
-        default_task=_default_task(config, pools),
-        max_model_len=plan.max_model_len,
-        max_embed_len=_max_embed_len(config, plan.max_model_len),
-        vocab_size=checkpoint.vocab_size,
-        embedding_size=vector_size,
-        linear_head=has_linear_head(checkpoint, model.loaded),
-        matryoshka=replace(checkpoint.matryoshka, size=vector_size),
-        labels=labels_of(checkpoint.config, num_labels),
-        prompts=_prompts(checkpoint),
-        adapters=model.adapters.slots,
-        lora_modules=model.adapters.lora_modules,
-        task_adapters=model.adapters.tasks,
-        default_adapter=model.adapters.default,
-        pooling=pooling_name(checkpoint, architecture, pooling_modes(checkpoint, model.loaded)),
-        normalize=checkpoint.normalize and architecture.kind not in ("sparse", "listwise"),
-        leaves_out_prompts=checkpoint.leaves_out_prompts,
-        similarity=similarity_of(checkpoint, architecture),
-        pairs="listwise" if architecture.kind == "listwise" else _pairs(plan),
-        dtype=str(plan.dtype).removeprefix("torch."),
-        device=", ".join(map(str, plan.devices)),
-        workers=_workers(config, plan.devices),
-        worker_cpus=_worker_cpus(config, plan.devices),
-        parameters=model.parameters,
-        max_num_batched_tokens=budget.wanted(
-            config.max_num_batched_tokens, plan.max_model_len, plan.device, chunks=kept.chunks
-        ),
-        max_num_seqs=config.max_num_seqs,
-        packing=model.backbone.packing,
-        attention=_attention_in_words(attention),
-        prefix_caching=bool(kept.cache and kept.cache.finds_prefixes),
-        chunked_prefill=kept.chunks,
-        kv_cache_tokens=kept.cache.num_tokens if kept.cache else 0,
-        kv_cache_bytes=kept.storage.num_bytes if kept.storage else 0,
-        chunk_tokens=kept.cache.paging.max_chunk_tokens if kept.cache and kept.chunks else None,
-        quantization=config.quantization,
-        surgery=model.surgery,
-    )
-
-
-def _prompts(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """By `input_type`: those of config.json, else those of the sentence-transformers files."""
-    listed = checkpoint.config.get("task_instructions")
-    return named_prompts(listed) if listed and isinstance(listed, Mapping) else checkpoint.prompts
-
-
 def _give_up_expansion(tokenizer: Tokenizer, backbone: Backbone, vocab_size: int) -> str | None:
     """Queries of a late interaction are left as they are where the model cannot look past what fills them up."""
     if not tokenizer.expands_unseen or keeps_unseen(backbone, vocab_size):
         return None
     tokenizer.scribes = {role: scribe.without_expansion() for role, scribe in tokenizer.scribes.items()}
     return _UNEXPANDED
-
-
-def _unprompted(plan: Blueprint) -> str | None:
-    """A server puts a prompt where it is asked for: clients of other servers put theirs themselves."""
-    name = plan.checkpoint.default_prompt
-    if name is None or not plan.architecture.embeds:
-        return None
-    return (
-        f"sentence-transformers puts this model's prompt {name!r} before every text; here a request has to name it "
-        f"(prompt_name), or to bring it: {plan.checkpoint.prompts[name]!r}."
-    )
-
-
-def _without_steps(plan: Blueprint) -> str | None:
-    """What is said of steps, where every token has its result, is passed over as the reference does."""
-    pooler, kind = plan.config.pooler_config, plan.architecture.kind
-    steps = pooler.steps if pooler.steps is not None else kind == "process_reward"
-    said = [name for name in ("step_tag_id", "returned_token_ids") if getattr(pooler, name) is not None]
-    if not said or steps or kind == "judge":
-        return None
-    return f"Without pooling_type STEP, the pooler config's {' and '.join(said)} decide nothing."
-
-
-def _scores_pairs(plan: Blueprint, width: int) -> bool:
-    """Whether the model is a cross-encoder."""
-    return plan.architecture.kind == "classify" and width == 1
-
-
-def _is_blunt(plan: Blueprint, model: Model, width: int) -> bool:
-    """Whether a language model is scored and nobody said how its pairs are put together."""
-    return (
-        _scores_pairs(plan, width)
-        and model.loaded.pooling == "last"
-        and not {"use_sep_token", "use_pad_token"} & plan.checkpoint.config.keys()
-    )
-
-
-# ── tasks ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _default_task(config: EngineConfig, pools: Mapping[Task, Pool]) -> Task:
-    asked = config.pooler_config.task
-    if asked is None:
-        return next(iter(pools))
-    if asked not in pools:
-        raise ConfigError(f"Unsupported task: {asked!r}; this model supports {', '.join(pools)}.")
-    return asked
-
-
-# ── score prompts ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _framer(plan: Blueprint, chat: ChatTemplate, tokenizer: Tokenizer) -> Framer | None:
@@ -424,76 +286,3 @@ def _marks(plan: Blueprint, fast: Any, tokenizer: Tokenizer) -> Marks:
         case "process_reward":
             return replace(marks, step=fast.backend_tokenizer.token_to_id(STEP_TAG))
     return marks
-
-
-def _pairs(plan: Blueprint) -> PairShape:
-    """Whether a scored pair is one text, q + d, or two texts with the tokenizer's separators, unless it has a framer.
-
-    Where nothing says it, it is as the reference has it: one text to a language model whose words are scored.
-    """
-    config = plan.checkpoint.config
-    flag = config.get("use_sep_token", config.get("use_pad_token"))
-    if flag is None:
-        flag = plan.pairing.scorer is None or plan.checkpoint.pairs is not None
-    return "separated" if flag else "concatenated"
-
-
-# ── limits ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _max_embed_len(config: EngineConfig, max_model_len: int) -> int | None:
-    """Longest text to embed; None where slices are averaged and nobody set a bound."""
-    longest = config.pooler_config.max_embed_len
-    if config.pooler_config.enable_chunked_processing:
-        return longest
-    return max_model_len if longest is None else min(longest, max_model_len)
-
-
-def _workers(config: EngineConfig, devices: Seq[torch.device]) -> int:
-    """One a GPU; on a CPU one a core this process may use, unless told otherwise."""
-    if devices[0].type != "cpu":
-        return len(devices)
-    return config.cpu_workers or Cores.here().workers
-
-
-def _worker_cpus(config: EngineConfig, devices: Seq[torch.device]) -> tuple[tuple[int, ...], ...]:
-    """The CPUs that each worker is bound to, () if they float. The thread of a GPU waits most of the time."""
-    if devices[0].type != "cpu" or not config.pin_workers:
-        return ()
-    return Cores.here().each(_workers(config, devices))
-
-
-def _attention_in_words(served: Mapping[Choice, int]) -> str:
-    """Which attention serves how many layers, for people to read."""
-    each = (f"{choice} ({layers} layer{'s' if layers > 1 else ''})" for choice, layers in served.items())
-    return ", ".join(each) or "transformers"
-
-
-def _attention_notices(device: torch.device, chosen: Iterable[Choice]) -> Iterator[str]:
-    """Fallbacks are loud: such a server is right, and slower than it need be."""
-    if device.type == "cpu" and native.library is None:
-        yield (
-            "The native CPU kernels were not built (no C++ compiler at install, or another CPU), or of other sources "
-            "than these: torch serves, slower. Reinstall carpool where there is a compiler."
-        )
-    if device.type == "cpu" and native.setback is not None:
-        yield native.setback
-    yield from dict.fromkeys(choice.notice for choice in chosen if choice.notice)
-
-
-def _device_notices(config: EngineConfig, device: torch.device) -> Iterator[str]:
-    """What is missing beside a GPU, and options that are for the other kind of device."""
-    if device.type == "cpu":
-        if config.gpu_memory_utilization is not None:
-            yield "--gpu-memory-utilization has no meaning on a CPU."
-        if config.pin_workers and not _worker_cpus(config, (device,)):
-            yield "--pin-workers: there are fewer cores than workers, so none is bound to one."
-        return
-    if config.pin_workers:
-        yield "--pin-workers has no meaning on a GPU."
-    if config.cpu_workers is not None:
-        yield "--cpu-workers has no meaning on a GPU: there is one worker a device (--data-parallel-size)."
-    if fault := launch.fault():
-        yield f"The CUDA kernels cannot be launched, and torch serves in their place, slower: {fault}"
-    elif mismatch := launch.mismatch():
-        yield mismatch

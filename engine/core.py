@@ -302,7 +302,11 @@ class Core:
         It is made to its end, also when who asked for it has gone.
         """
         admit(self.state)
-        await asyncio.shield(self._change(change))
+        making = asyncio.ensure_future(self._change(change))
+        making.add_done_callback(
+            lambda made: made.cancelled() or made.exception()
+        )  # heard, if by nobody else
+        await asyncio.shield(making)
 
     async def _change(self, change: Change) -> None:
         assert self._roster is not None, "it was asked for when the engine was ready"

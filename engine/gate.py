@@ -41,6 +41,7 @@ class Gate:
         self._reply = reply
         self._line: Line | None = None
         self._told: Standing | None = None
+        self._told_model: ModelInfo | None = None
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._next_telling: asyncio.TimerHandle | None = None
 
@@ -52,10 +53,6 @@ class Gate:
         """What the front needs of the model, and with it the word that the engine is ready."""
         self.line.send(Parcel(), parcel)
         self.tell()
-
-    def tell_adapters(self, model: ModelInfo) -> None:
-        """Which there are now. What is sent after that finds them known."""
-        self.line.send(Adapters(dict(model.adapters), dict(model.lora_modules)))
 
     def leave(self) -> None:
         """Have the front send what is left to send, and end."""
@@ -77,8 +74,11 @@ class Gate:
     # ── how the engine is ────────────────────────────────────────────────────────────────────────────────
 
     def tell(self) -> None:
-        """Now, if there is news."""
+        """Now, if there is news: which adapters there are, and how the queue is. What is sent next finds it known."""
         core, full = self._core, None
+        if core.parts is not None and (model := core.parts.model) is not self._told_model:
+            self._told_model = model
+            self.line.send(Adapters(dict(model.adapters), dict(model.lora_modules)))
         try:
             core.check()
         except Overloaded as error:
@@ -119,9 +119,9 @@ class Gate:
             result = await self._core.run(*asked(ask, body), ask.timeout, progress)
             self.line.send(*answering(ask.number, result))
         except Exception as error:
+            # First that the queue is full, so that no more are made ready in vain; or what adapter has the name now.
+            self.tell()
             self.line.send(failing(ask.number, error))
-            if isinstance(error, Overloaded):
-                self.tell()  # before the next one is made ready in vain
 
     def _progressed(self, number: int, rows: int) -> None:
         self.line.send(Progress(number, rows))

@@ -27,9 +27,12 @@ def locate(
     """
     if not model:
         return _bundled()
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder.resolve()
+    try:
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            return folder.resolve()
+    except (OSError, RuntimeError) as error:  # a name too long for any file, the home of nobody
+        raise ConfigError(f"There is no {what} folder {model}: {first_line(error)}") from error
     if folder.is_absolute() or model.startswith(("./", "../", "~")):
         raise ConfigError(f"There is no {what} folder {model}.")
     return _download(model, revision, download_dir)

@@ -392,7 +392,11 @@ def _close(loop: LoopThread, engine: AsyncEngine) -> None:
 
 
 def _from(path: str, loaded: str) -> bool:
-    return Path(path).expanduser().resolve() == Path(loaded).expanduser().resolve()
+    """Whether both name one folder; a path that cannot be names none."""
+    try:
+        return Path(path).expanduser().resolve() == Path(loaded).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 @contextmanager

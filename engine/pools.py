@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -66,6 +68,15 @@ def make_pools(
             # Not normalised: the vectors of several prompts are averaged as they are.
             return {"token_embed": MarkedPool(EmbedHead([loaded.head], False, None), marks.listed)}
     return _classify_pools(checkpoint, config, architecture, loaded, modes[0], width, marks)
+
+
+def default_task(config: EngineConfig, pools: Mapping[Task, Pool]) -> Task:
+    asked = config.pooler_config.task
+    if asked is None:
+        return next(iter(pools))
+    if asked not in pools:
+        raise ConfigError(f"Unsupported task: {asked!r}; this model supports {', '.join(pools)}.")
+    return asked
 
 
 def pooling_modes(checkpoint: Checkpoint, loaded: Loaded) -> tuple[PoolingMode, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Protocol, Self
 
-from carpool.engine.errors import InputTooLong, InvalidParameter
+from carpool.engine.errors import InputTooLong, UnknownAdapter
 from carpool.engine.framed import Framed
 from carpool.engine.late_interaction import RoleText
 from carpool.engine.results import result_keys
@@ -116,7 +116,7 @@ def slot(model: ModelInfo, adapter: str | None) -> int:
         return 0
     if name not in model.adapters:
         loaded = f"loaded are {', '.join(model.adapters)}" if model.adapters else "none are loaded"
-        raise InvalidParameter(f"There is no adapter {name!r}: {loaded}.", "adapter")
+        raise UnknownAdapter(f"There is no adapter {name!r}: {loaded}.", "model")
     return model.adapters[name]
 
 

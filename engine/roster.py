@@ -46,6 +46,8 @@ class Roster:
     async def load(self, change: LoadAdapter) -> None:
         """Raises InvalidParameter for what does not fit, and then nothing has changed."""
         rack, name = self._changeable(), change.name
+        if not name:
+            raise InvalidParameter("An adapter needs a name to be asked for by.", "lora_name")
         if change.once and self._paths.get(name) == change.path:
             return
         if name in self._by_name and name not in self._paths:
@@ -108,5 +110,6 @@ class Roster:
         while self._rides(slot):  # noqa: ASYNC110
             await asyncio.sleep(_LOOK_S)
         self.slots.discard(slot)
+        drop = partial(self._changeable().drop, slot)
         async with self._at_the_rack:
-            self._changeable().drop(slot)
+            await asyncio.get_running_loop().run_in_executor(None, drop)

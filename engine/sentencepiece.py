@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from threading import Lock
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 
 _SPACE = "▁"  # what sentencepiece writes for a blank
 _BPE = 2  # TrainerSpec.model_type; 1 would be a unigram model
+_reading = Lock()  # two that exchange what is transformers' at once would not both put back what was there
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +88,18 @@ def read_by_transformers() -> Iterator[None]:
     """Within this block transformers reads model files as this module does, whatever else is installed."""
     # By its full name: transformers' own attribute of that name may be the function in it.
     converter = import_module("transformers.convert_slow_tokenizer")
-    published = converter.SentencePieceExtractor
+    with _reading:
+        published = converter.SentencePieceExtractor
 
-    class Extractor(published):  # type: ignore[misc, valid-type]
-        def __init__(self, model: str) -> None:
-            self.proto = ModelFile.parse(Path(model))
+        class Extractor(published):  # type: ignore[misc, valid-type]
+            def __init__(self, model: str) -> None:
+                self.proto = ModelFile.parse(Path(model))
 
-    converter.SentencePieceExtractor = Extractor  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        converter.SentencePieceExtractor = published  # type: ignore[attr-defined]
+        converter.SentencePieceExtractor = Extractor  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            converter.SentencePieceExtractor = published  # type: ignore[attr-defined]
 
 
 def read(path: Path, added: Mapping[int, AddedToken]) -> Tokenizer:

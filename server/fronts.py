@@ -173,12 +173,18 @@ class Fronts:
         return b""
 
     async def _change(self, change: changes.Change) -> None:
-        """Once this returns, all of them know."""
+        """Once this returns, all of them know that read what they are sent."""
         await self._engine.core.change(change)
         told = list(self._gates)
         for gate in told:
             gate.tell()
-        await asyncio.gather(*(gate.ask("ready") for gate in told), return_exceptions=True)
+        await asyncio.gather(*map(self._hear, told))
+
+    async def _hear(self, gate: Gate) -> None:
+        """Until it has read all that it was sent; a process that is stopped keeps nobody waiting for long."""
+        with suppress(EngineError, TimeoutError):
+            async with asyncio.timeout(COUNT_SECONDS):
+                await gate.ask("ready")
 
     async def _counts(self) -> list[Counts]:
         await asyncio.gather(*map(self._count, list(self._gates)))

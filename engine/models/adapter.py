@@ -127,6 +127,8 @@ def _read_tensors(name: str, folder: Path) -> dict[str, Tensor]:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if pickled.is_file():
             tensors: dict[str, Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
+            if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+                raise ValueError(f"{pickled.name} holds more than tensors")
             return tensors
     except Exception as error:  # safetensors, pickle and zip each have their own
         raise refusal(name, f"its weights cannot be read ({error})") from error
@@ -141,10 +143,15 @@ def _delta(name: str, path: str, pair: Mapping[str, Tensor], config: Mapping[str
         raise refusal(
             name, f"{path} has lora_A {list(down.shape)} and lora_B {list(up.shape)}, which do not multiply"
         )
-    rank = int(_by_pattern(config.get("rank_pattern"), path, config.get("r", 8)))
+    try:
+        rank = int(_by_pattern(config.get("rank_pattern"), path, config.get("r", 8)))
+        alpha = float(_by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", 8)))
+    except (AttributeError, OverflowError, TypeError, ValueError, re.error) as error:
+        raise refusal(
+            name, f"adapter_config.json does not say of which rank and lora_alpha {path} is ({error})"
+        ) from error
     if len(down) != rank:
         raise refusal(name, f"{path} is of rank {len(down)}, and adapter_config.json says {rank}")
-    alpha = float(_by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", 8)))
     return Delta(down, up * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)))
 
 

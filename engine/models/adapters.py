@@ -115,6 +115,10 @@ def check_adapters(backbone: Backbone, chosen: Seq[int], *, vocab_size: int, max
         raise ConfigError(
             f"{name} cannot be served with adapters on {min(idle)}: it takes that layer's weights without running it."
         )
+    if not all(single.isfinite().all() for single in alone):
+        raise ConfigError(
+            f"{name} cannot be served with adapters: with one of them its numbers are not finite."
+        )
     for together, single in zip(mixed, alone, strict=True):
         difference = apart(together, single)
         if not difference <= (1e-3 if single.dtype == torch.float32 else 3e-2):

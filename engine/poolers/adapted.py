@@ -37,9 +37,8 @@ class AdaptedPool:
     ) -> Pooled:
         parts, pools = [], self._pools
         served_by = [seq.adapter if seq.adapter in pools else 0 for seq in sequences]
-        for adapter, pool in pools.items():
+        for adapter in dict.fromkeys(served_by):
             mine = [i for i, own in enumerate(served_by) if own == adapter]
-            if mine:
-                own = [places[i] for i in mine], [sequences[i] for i in mine]
-                parts.append((mine, pool(hidden, packed, *own)))
+            own = [places[i] for i in mine], [sequences[i] for i in mine]
+            parts.append((mine, pools[adapter](hidden, packed, *own)))
         return together(parts)

@@ -1250,11 +1250,11 @@ async def test_each_prompt_rides_on_the_adapter_asked_for(
 
 async def test_an_unknown_adapter_is_refused() -> None:
     async with scene(model=replace(MODEL, adapters={"a": 1, "b": 2})) as s:
-        with pytest.raises(InvalidParameter, match="There is no adapter 'c': loaded are a, b"):
+        with pytest.raises(UnknownAdapter, match="There is no adapter 'c': loaded are a, b"):
             await s.ask([5], adapter="c")
         assert_nothing_left(s.engine)
     async with scene() as s:
-        with pytest.raises(InvalidParameter, match="none are loaded"):
+        with pytest.raises(UnknownAdapter, match="none are loaded"):
             await s.ask([5], adapter="c")
 
 
@@ -1302,7 +1302,7 @@ async def test_adapters_come_and_go() -> None:
         await s.ask([5], adapter="b")
         await s.engine.change(UnloadAdapter("a"))
         await until(lambda: set(hooks.hung) == {3})
-        with pytest.raises(InvalidParameter, match="There is no adapter 'a': loaded are own, b"):
+        with pytest.raises(UnknownAdapter, match="There is no adapter 'a': loaded are own, b"):
             await s.ask([5], adapter="a")
         await s.ask([6], adapter="b")
         assert s.runner.adapters == [3, 3]
@@ -1315,6 +1315,7 @@ async def test_adapters_come_and_go() -> None:
         (LoadAdapter("a", "/other", once=True), InvalidParameter, "'a' has already been loaded"),
         (LoadAdapter("own", "/own", replace=True), InvalidParameter, "A task of this model is called 'own'"),
         (LoadAdapter("b", "broken"), InvalidParameter, "'b' cannot be served: it is broken"),
+        (LoadAdapter("", "/b"), InvalidParameter, "An adapter needs a name"),
         (UnloadAdapter("own"), UnknownAdapter, "'own' cannot be found"),
         (UnloadAdapter("b"), UnknownAdapter, "'b' cannot be found"),
     ],
@@ -1330,6 +1331,52 @@ async def test_a_change_that_cannot_be_leaves_all_as_it_was(
         assert (s.engine.model, hooks.hung) == (before, {2: ("a", "/a")})
         await s.engine.change(LoadAdapter("a", "/a", once=True))
         assert hooks.hung == {2: ("a", "/a")}
+
+
+@pytest.mark.parametrize(("path", "loaded"), [("/a", {"a": 1}), ("broken", {})])
+async def test_a_change_is_made_to_its_end_when_who_asked_has_gone(
+    path: str, loaded: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what comes of it is no complaint of the loop's that nobody heard of it."""
+    begun, go = threading.Event(), threading.Event()
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: complaints.append(what))
+    async with changing() as (s, hooks):
+        hang = hooks.hang
+
+        def slow(*args: Any) -> None:
+            begun.set()
+            assert go.wait(20)
+            hang(*args)
+
+        monkeypatch.setattr(hooks, "hang", slow)
+        asked = asyncio.ensure_future(s.engine.change(LoadAdapter("a", path)))
+        await until(begun.is_set)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        go.set()
+        await s.engine.change(ResetCaches())  # it comes behind
+        assert s.engine.model.adapters == loaded
+    gc.collect()
+    assert not complaints
+
+
+async def test_weights_go_without_the_loop_waiting_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look through the layers of all workers takes it longer than a request does."""
+    async with changing() as (s, hooks):
+        where: list[threading.Thread] = []
+        drop = hooks.drop
+
+        def noted(slot: int) -> None:
+            where.append(threading.current_thread())
+            drop(slot)
+
+        monkeypatch.setattr(hooks, "drop", noted)
+        await s.engine.change(LoadAdapter("a", "/a"))
+        await s.engine.change(UnloadAdapter("a"))
+        await until(lambda: not hooks.hung)
+        assert where[0] is not threading.current_thread()
 
 
 async def test_without_room_for_them_adapters_stay_as_they_are() -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 import tiny_heads
+from building import planned
 from carpool.engine import build as building
 from carpool.engine import cost, staging
 from carpool.engine import runner as running
@@ -30,7 +31,6 @@ from carpool.engine.packing import PackedBatch
 from carpool.engine.params import PoolingParams
 from carpool.engine.runner import ModelRunner
 from carpool.engine.sequence import Sequence
-from carpool.kernels import launch
 from oracle import Oracle
 
 TANH = "torch.nn.modules.activation.Tanh"
@@ -148,7 +148,7 @@ def test_the_tokenizers_own_revision_is_obeyed_whosever_it_is(
 ) -> None:
     folder, asked = checkpoint("bert"), []
 
-    def locate(*name: str | None) -> Path:
+    def locate(*name: str | None, what: str = "model") -> Path:
         asked.append(name)
         return folder
 
@@ -352,8 +352,8 @@ def test_every_gpu_has_a_copy_of_the_model_and_one_worker() -> None:
     assert runners[0] is first
     assert [runner.device for runner in runners] == list(GPUS)
     config = EngineConfig(cpu_workers=7)
-    assert building._workers(config, GPUS) == 2
-    assert building._workers(config, (CPU,)) == 7
+    assert planned(config, *GPUS).workers == 2
+    assert planned(config, CPU).workers == 7
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -456,34 +456,6 @@ def test_what_is_tried_on_a_gpu_is_what_every_kind_of_model_can_be_asked(
 def test_graphs_are_for_gpus(checkpoint: Callable[[str], Path]) -> None:
     with pytest.raises(ConfigError, match="--cuda-graphs is for GPUs"):
         made(checkpoint("bert"), device="cpu", cuda_graphs=True)
-
-
-def test_options_for_the_other_kind_of_device_are_noticed(
-    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parts = made(checkpoint("bert"), device="cpu", gpu_memory_utilization=0.9)
-    assert parts.model.notices == ("--gpu-memory-utilization has no meaning on a CPU.",)
-    monkeypatch.setattr(launch, "fault", lambda: None)
-    monkeypatch.setattr(launch, "mismatch", lambda: None)
-    notices = list(building._device_notices(EngineConfig(cpu_workers=2, gpu_memory_utilization=0.9), GPUS[0]))
-    assert len(notices) == 1
-    assert notices[0].startswith("--cpu-workers has no meaning on a GPU")
-    assert list(building._device_notices(EngineConfig(pin_workers=True), GPUS[0])) == [
-        "--pin-workers has no meaning on a GPU."
-    ]
-
-
-def test_what_is_missing_beside_a_gpu_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "fault", lambda: "CuPy is not installed: pip install 'carpool[cuda13]'.")
-    monkeypatch.setattr(launch, "mismatch", lambda: pytest.fail("it cannot be asked without CuPy"))
-    (notice,) = building._device_notices(EngineConfig(), GPUS[0])
-    assert "torch serves in their place, slower: CuPy is not installed: pip install" in notice
-    monkeypatch.setattr(launch, "fault", lambda: None)
-    monkeypatch.setattr(launch, "mismatch", lambda: "CuPy is for CUDA 12 and torch for CUDA 13.")
-    assert list(building._device_notices(EngineConfig(), GPUS[0])) == [
-        "CuPy is for CUDA 12 and torch for CUDA 13."
-    ]
-    assert list(building._device_notices(EngineConfig(), CPU)) == []
 
 
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────

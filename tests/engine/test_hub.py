@@ -47,6 +47,13 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(
     assert no_network == []
 
 
+@pytest.mark.parametrize("path", ["a" * 300, "~nobody-of-this-name/model"])
+def test_a_path_that_cannot_be_is_none(path: str, no_network: list[tuple[str, Any]]) -> None:
+    with pytest.raises(ConfigError, match=rf"There is no adapter folder {path}: "):
+        locate(path, what="adapter")
+    assert not no_network
+
+
 def test_a_name_is_asked_of_the_hub_and_its_refusal_is_one_line(no_network: list[tuple[str, Any]]) -> None:
     with pytest.raises(ConfigError, match=r"'org/name'.*the hub said no") as refused:
         locate("org/name", "v1")

@@ -138,9 +138,11 @@ async def until(true: Callable[[], object]) -> None:
 
 
 @asynccontextmanager
-async def scene(fronts: int = 1, config: EngineConfig | None = None) -> AsyncIterator[Scene]:
+async def scene(
+    fronts: int = 1, config: EngineConfig | None = None, rack: Rack | None = None
+) -> AsyncIterator[Scene]:
     config = config or EngineConfig()
-    built = Built()
+    built = Built(rack=rack)
     local = AsyncEngine(config, build=lambda _: built)
     await local.start()
     built.runners[0].ran = 0
@@ -407,14 +409,45 @@ async def test_whatever_happens_each_request_gets_one_answer() -> None:
         assert not any(gate._tasks for gate in s.gates)
 
 
-async def test_a_front_knows_the_adapters_that_came_since_its_parcel_was_packed() -> None:
-    async with scene() as s:
+class Hooks:
+    """A rack on which anything hangs."""
+
+    def hang(self, slot: int, name: str, path: str) -> None: ...
+
+    def drop(self, slot: int) -> None: ...
+
+
+async def test_a_front_knows_the_adapters_that_have_come_once_it_has_read_what_it_is_told() -> None:
+    async with scene(rack=Hooks()) as s:
         assert (s.fronts[0].model.adapters, s.fronts[0].model.lora_modules) == ({}, {})
-        s.gates[0].tell_adapters(replace(MODEL, adapters={"a": 3}, lora_modules={"a": "/a"}))
+        await s.local.change(changes.LoadAdapter("a", "/a"))
+        s.gates[0].tell()
         await s.gates[0].ask("anything")  # what was sent before has been read by then
-        assert (s.fronts[0].model.adapters, s.fronts[0].model.lora_modules) == ({"a": 3}, {"a": "/a"})
+        assert (s.fronts[0].model.adapters, s.fronts[0].model.lora_modules) == ({"a": 1}, {"a": "/a"})
+        assert (await s.ask([1], adapter="a")).rows[0].tolist() == [1, 1]
+
+
+async def test_a_front_that_has_not_heard_of_an_exchange_is_told_before_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else it could not know that another one goes by that name, and would refuse its client."""
+    monkeypatch.setattr("carpool.engine.gate.TELL_SECONDS", 60.0)
+    async with scene(rack=Hooks()) as s:
+        core = s.local.core
+        assert isinstance(core, Core)
+        assert core._roster is not None
+        await s.local.change(changes.LoadAdapter("a", "/a"))
+        s.gates[0].tell()
+        await s.gates[0].ask("anything")
+        await s.local.change(changes.LoadAdapter("a", "/b", replace=True))
+        await until(lambda: core._roster and 1 not in core._roster.slots)
+        assert s.fronts[0].model.adapters == {"a": 1}
+        assert (await s.ask([5, 6], adapter="a")).rows[0].tolist() == [2, 11]
+        await s.local.change(changes.UnloadAdapter("a"))
+        await until(lambda: core._roster and 2 not in core._roster.slots)
+        assert s.fronts[0].model.adapters == {"a": 2}
         with pytest.raises(UnknownAdapter, match="was unloaded while this request was on its way"):
-            await s.ask([1], adapter="a")  # the engine has never heard of it
+            await s.ask([1], adapter="a")
 
 
 async def test_a_front_that_still_unpacks_takes_them_then() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
@@ -153,3 +155,28 @@ def test_a_file_of_another_kind_is_none(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "m").write_bytes(content)
     with pytest.raises(ValueError, match="not a sentencepiece model"):
         sentencepiece.ModelFile.parse(tmp_path / "m")
+
+
+def test_two_that_read_at_once_leave_transformers_as_it_was() -> None:
+    converter = import_module("transformers.convert_slow_tokenizer")
+    published = converter.SentencePieceExtractor
+    one_in, one_out, other_in = Event(), Event(), Event()
+
+    def one() -> None:
+        with sentencepiece.read_by_transformers():
+            one_in.set()
+            other_in.wait(0.1)  # it may not come in
+        one_out.set()
+
+    def other() -> None:
+        assert one_in.wait(20)
+        with sentencepiece.read_by_transformers():
+            other_in.set()
+            assert one_out.wait(20)
+
+    threads = [Thread(target=one), Thread(target=other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert converter.SentencePieceExtractor is published

@@ -89,9 +89,16 @@ def test_embeddings_and_saved_modules_are_told_apart(tmp_path: Path) -> None:
         ({"something_of_next_year": 1}, "sets something_of_next_year"),
         ({"r": 8}, "is of rank 4, and adapter_config.json says 8"),
         ({"modules_to_save": ["score"]}, "does not bring them"),
+        ({"lora_alpha": "much"}, r"of which rank and lora_alpha layers\.0\.q is"),
+        ({"lora_alpha": None}, "of which rank and lora_alpha"),
+        ({"r": float("inf")}, "of which rank and lora_alpha"),
+        ({"rank_pattern": {"[": 4}}, "of which rank and lora_alpha"),
+        ({"alpha_pattern": [4]}, "of which rank and lora_alpha"),
     ],
 )
-def test_what_is_more_than_lora_is_refused(tmp_path: Path, config: dict[str, Any], words: str) -> None:
+def test_what_is_more_than_lora_or_less_is_refused(
+    tmp_path: Path, config: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ConfigError, match=rf"^The adapter 'mine' cannot be served: .*{words}.*\.$"):
         read_peft("mine", write(tmp_path, config))
 
@@ -116,6 +123,15 @@ def test_all_that_peft_writes_today_is_known(tmp_path: Path) -> None:
 def test_what_is_damaged_is_refused(tmp_path: Path, weights: dict[str, torch.Tensor], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         read_peft("mine", write(tmp_path, {}, weights))
+
+
+@pytest.mark.parametrize("content", [[1.0], {"q.lora_A.weight": 1.0}, "words"])
+def test_a_pickle_of_something_else_is_refused(tmp_path: Path, content: object) -> None:
+    write(tmp_path, {})
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save(content, tmp_path / "adapter_model.bin")
+    with pytest.raises(ConfigError, match="its weights cannot be read"):
+        read_peft("mine", tmp_path)
 
 
 def test_what_is_no_peft_folder_is_refused(tmp_path: Path) -> None:

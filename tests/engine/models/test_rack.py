@@ -159,6 +159,18 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(
         assert not any(layer.slots for layer in adapted_layers(runner._backbone.module).values())
 
 
+@pytest.mark.parametrize("factor", [float("nan"), 1e30])
+def test_one_that_makes_numbers_that_are_not_finite_is_refused(
+    factor: float, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    parts = serve(checkpoint("bert"))
+    write_lora(tmp_path, stock(checkpoint("bert")), target_modules=["query"])
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor * factor for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(ConfigError, match="with one of them its numbers are not finite"):
+        rack(parts).hang(1, "a", str(tmp_path))
+
+
 def test_a_layer_whose_weight_is_taken_past_it_carries_none(
     checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

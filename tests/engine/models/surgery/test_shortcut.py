@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,11 +28,14 @@ def hidden(one: Backbone, batch: PackedBatch = BATCH) -> Tensor:
 
 
 @pytest.fixture
-def whole(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Backbone]:
+def whole(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], Backbone]:
     """A served model with an Encoder and its own forward pass; its heads of 16 are attended natively."""
 
     def made(family: str) -> Backbone:
-        folder = checkpoint(family)
+        folder = tmp_path / family
+        shutil.copytree(checkpoint(family), folder)
         tiny.edit_json(folder / "config.json", num_attention_heads=2)
         with monkeypatch.context() as patch:
             patch.setattr("carpool.engine.build.shorten", lambda *_, **__: 0)
