@@ -15,7 +15,7 @@ LINEAR = ("linear", "linear8", "linear8_amx", "linear_amx")
 SOURCES = ("amx", "attention", "attention_amx", "crew", "encoder", *LINEAR, "rows")
 HEADERS = (
     *("amx", "attention", "crew", "linear", "linear8", "linear_blocks", "linear_shares", "linear_tiles"),
-    *("transpose", "vector"),
+    *("rows", "transpose", "vector"),
 )
 # With it kernels/native.py tells a library that was left from before an upgrade.
 TREE = sorted(Path("src/carpool/kernels/cpu").glob("*.[ch]*"))

@@ -217,23 +217,34 @@ def paged_attention(
         raise ValueError(
             f"{query.dtype} {list(query.shape)} does not fit {key_cache.dtype} {list(key_cache.shape)}"
         )
+    batch, _tables = paged_batch(len(query), key_cache, pages, cu_seqlens, key_lengths)
+    rows = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
+    return _attention(query, *rows, batch, scale=scale, causal=True, window=window, softcap=softcap)
+
+
+def paged_batch(
+    queries: int, cache: Tensor, pages: Tensor, cu_seqlens: Tensor, key_lengths: Tensor
+) -> tuple[Batch, tuple[Tensor, ...]]:
+    """Sequences whose keys lie in the pages of a cache, and the tables that this points to, to be kept meanwhile.
+
+    Raises ValueError where they are not in there, or their queries are not so many.
+    """
     bounds, lengths, own = (x.int().contiguous() for x in (cu_seqlens, key_lengths, pages))
     count = len(bounds) - 1
     if bounds.ndim != 1 or count < 0 or lengths.shape != (count,) or own.ndim != 2 or len(own) != count:
         raise ValueError(f"{count} sequences, and pages {list(own.shape)}, {list(lengths.shape)} lengths")
-    tables = (x.data_ptr() for x in (bounds, own, lengths))
-    batch = Batch(*tables, count, own.shape[1], key_cache.shape[1])
+    tables = bounds, own, lengths
+    batch = Batch(*(x.data_ptr() for x in tables), count, own.shape[1], cache.shape[1])
     assert library is not None
     fault = library.carpool_paged_fault(
-        ctypes.byref(batch), ctypes.c_int64(len(query)), ctypes.c_int64(len(key_cache))
+        ctypes.byref(batch), ctypes.c_int64(queries), ctypes.c_int64(len(cache))
     )
     if fault >= 0:
         raise ValueError(
-            f"sequence {fault} of {count}: pages {own[fault].tolist()} of {len(key_cache)} do not hold its "
-            f"{int(lengths[fault])} tokens, or {bounds[fault : fault + 2].tolist()} of {len(query)} are not the last"
+            f"sequence {fault} of {count}: pages {own[fault].tolist()} of {len(cache)} do not hold its "
+            f"{int(lengths[fault])} tokens, or {bounds[fault : fault + 2].tolist()} of {queries} are not the last"
         )
-    rows = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
-    return _attention(query, *rows, batch, scale=scale, causal=True, window=window, softcap=softcap)
+    return batch, tables
 
 
 def kv_write(keys: Tensor, values: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:

@@ -38,6 +38,7 @@ class Finish(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("centred", ctypes.c_int),
         ("residual_stride", ctypes.c_int64),
+        ("added", ctypes.c_int),
     )
 
 
@@ -57,9 +58,11 @@ def linear(x: Tensor, layer: Panels, activation: Activation | None = None) -> Te
     return _linear(x, layer, ACTIVATIONS[activation], None)
 
 
-def linear_norm(x: Tensor, layer: Panels, residual: Tensor | None, norm: Norm | None) -> Tensor:
+def linear_norm(
+    x: Tensor, layer: Panels, residual: Tensor | None, norm: Norm | None, *, added: bool = False
+) -> Tensor:
     """As its twin."""
-    return _linear(x, layer, ACTIVATIONS[None], finish_of(x, layer.outputs, residual, norm))
+    return _linear(x, layer, ACTIVATIONS[None], finish_of(x, layer.outputs, residual, norm, added=added))
 
 
 def _linear(x: Tensor, layer: Panels, activation: int, finish: Finish | None) -> Tensor:
@@ -114,7 +117,9 @@ def _fits(x: Tensor, layer: Panels) -> None:
         )
 
 
-def finish_of(x: Tensor, width: int, residual: Tensor | None, norm: Norm | None) -> Finish:
+def finish_of(
+    x: Tensor, width: int, residual: Tensor | None, norm: Norm | None, *, added: bool = False
+) -> Finish:
     """Of tensors that outlive the call."""
     if residual is not None and (
         residual.shape != (len(x), width) or residual.dtype != x.dtype or not serves(residual)
@@ -132,4 +137,5 @@ def finish_of(x: Tensor, width: int, residual: Tensor | None, norm: Norm | None)
         0.0 if norm is None else norm.eps,
         norm is not None and norm.centred,
         0 if residual is None else residual.stride(0),
+        added,
     )

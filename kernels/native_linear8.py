@@ -41,9 +41,11 @@ def linear(x: Tensor, layer: Panels8, activation: Activation | None = None) -> T
     return _linear(x, layer, ACTIVATIONS[activation], None)
 
 
-def linear_norm(x: Tensor, layer: Panels8, residual: Tensor | None, norm: Norm | None) -> Tensor:
+def linear_norm(
+    x: Tensor, layer: Panels8, residual: Tensor | None, norm: Norm | None, *, added: bool = False
+) -> Tensor:
     """As its twin."""
-    return _linear(x, layer, ACTIVATIONS[None], finish_of(x, layer.outputs, residual, norm))
+    return _linear(x, layer, ACTIVATIONS[None], finish_of(x, layer.outputs, residual, norm, added=added))
 
 
 def _linear(x: Tensor, layer: Panels8, activation: int, finish: Finish | None) -> Tensor:

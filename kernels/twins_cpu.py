@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from carpool.kernels.panels import Panels
 from carpool.kernels.panels8 import Panels8
-from carpool.kernels.reference import Activation, varlen_attention
+from carpool.kernels.reference import Activation, gated, rotary, varlen_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ def embed_rows(tables: Sequence[Tensor], ids: Sequence[Tensor | None], norm: Nor
     """
     rows = [table[:1] if own is None else table[own] for table, own in zip(tables, ids, strict=True)]
     total = sum((row.float() for row in rows), start=torch.zeros(()))
-    return _finished(total, None, norm).to(tables[0].dtype)
+    return _normed(total, norm).to(tables[0].dtype)
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
@@ -48,9 +49,13 @@ def linear(x: Tensor, layer: Panels, activation: Activation | None = None) -> Te
     return y.to(x.dtype) if activation is None else activate(y, activation).to(x.dtype)
 
 
-def linear_norm(x: Tensor, layer: Panels, residual: Tensor | None, norm: Norm | None) -> Tensor:
-    """norm(residual + x · weightᵀ + bias): bfloat16 [T, in] → [T, out], rounded once."""
-    return _finished(_product(x, layer), residual, norm).to(x.dtype)
+def linear_norm(
+    x: Tensor, layer: Panels, residual: Tensor | None, norm: Norm | None, *, added: bool = False
+) -> Tensor:
+    """norm(residual + x · weightᵀ + bias) or, if the residual is `added` behind the norm, norm(x · weightᵀ + bias) +
+    residual: [T, in] → [T, out], rounded once.
+    """
+    return _finished(_product(x, layer), residual, norm, added=added).to(x.dtype)
 
 
 def _product(x: Tensor, layer: Panels) -> Tensor:
@@ -59,12 +64,16 @@ def _product(x: Tensor, layer: Panels) -> Tensor:
     return F.linear(x.float(), weight.float(), bias)
 
 
-def _finished(y: Tensor, residual: Tensor | None, norm: Norm | None) -> Tensor:
-    y = y if residual is None else y + residual.float()
-    if norm is None:
-        return y
-    y = y - y.mean(1, keepdim=True) if norm.centred else y
-    y = y * torch.rsqrt(y.square().mean(1, keepdim=True) + norm.eps) * norm.weight
+def _finished(y: Tensor, residual: Tensor | None, norm: Norm | None, *, added: bool) -> Tensor:
+    y = y if residual is None or added else y + residual.float()
+    y = y if norm is None else _normed(y, norm)
+    return y + residual.float() if residual is not None and added else y
+
+
+def _normed(y: Tensor, norm: Norm) -> Tensor:
+    """float32 [..., H] → [..., H]"""
+    y = y - y.mean(-1, keepdim=True) if norm.centred else y
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
     return y if norm.bias is None else y + norm.bias
 
 
@@ -94,9 +103,11 @@ def linear8(x: Tensor, layer: Panels8, activation: Activation | None = None) -> 
     return y.to(x.dtype) if activation is None else activate(y, activation).to(x.dtype)
 
 
-def linear8_norm(x: Tensor, layer: Panels8, residual: Tensor | None, norm: Norm | None) -> Tensor:
-    """norm(residual + x · weightᵀ + bias) of what `leveled` makes of x: [T, in] → [T, out], rounded once."""
-    return _finished(_product8(x, layer), residual, norm).to(x.dtype)
+def linear8_norm(
+    x: Tensor, layer: Panels8, residual: Tensor | None, norm: Norm | None, *, added: bool = False
+) -> Tensor:
+    """As `linear_norm`, of what `leveled` makes of x: [T, in] → [T, out], rounded once."""
+    return _finished(_product8(x, layer), residual, norm, added=added).to(x.dtype)
 
 
 def _product8(x: Tensor, layer: Panels8) -> Tensor:
@@ -110,44 +121,91 @@ def _product8(x: Tensor, layer: Panels8) -> Tensor:
 # ── a whole encoder ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderLayer:
-    """One of BERT's: `joint` makes query, key and value, each as wide as a row, in `heads`; `up` ends in `activation`.
+    """Attention, then a feed-forward block; what is None is not there.
 
-    Both norms are LayerNorms with a bias. `scale`, `window` and `softcap` of attention as `varlen_attention` has them.
+        mixed = attention(turned(query(joint(before(x)))), ...)    attended = attended(x + out(mixed))
+        wide = activation(up(between(attended)))                   done = done(attended + down(wide))
+
+    `joint` makes query, key and value, in `heads` for the query and `kv_heads` each for the others, by default as many.
+    `query` and `key` are norms of each head of theirs, and both are turned by the `angles` of that number. With
+    `gate_first`, true or false, `up` makes twice as much: one half goes through the activation, and is multiplied with
+    the other. If the residual is `added` last, `attended` and `done` are norms of what `out` and `down` make alone.
+    `scale`, `causal`, `window` and `softcap` as `varlen_attention` has them.
     """
 
     joint: Panels | Panels8
     out: Panels | Panels8
     up: Panels | Panels8
     down: Panels | Panels8
-    attended: Norm
-    done: Norm
+    before: Norm | None = None
+    query: Norm | None = None
+    key: Norm | None = None
+    attended: Norm | None = None
+    between: Norm | None = None
+    done: Norm | None = None
     activation: Activation | None
+    gate_first: bool | None = None
+    added: bool = False
+    angles: int | None = None
     heads: int
+    kv_heads: int | None = None
     scale: float
+    causal: bool = False
     window: int | None = None
     softcap: float | None = None
 
+    @property
+    def all_heads(self) -> tuple[int, int, int]:
+        """Of query, key and value."""
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        return self.heads, kv_heads, kv_heads
 
-def encoder(hidden: Tensor, layers: Sequence[EncoderLayer], runs: Sequence[tuple[int, int]]) -> Tensor:
-    """[T, H] → [T, H] through all layers, of the sequences that `runs` of (length, count) are."""
+
+def encoder(
+    hidden: Tensor,
+    layers: Sequence[EncoderLayer],
+    runs: Sequence[tuple[int, int]],
+    angles: Sequence[tuple[Tensor, Tensor]] = (),
+) -> Tensor:
+    """[T, H] → [T, H] through all layers, of the sequences that `runs` of (length, count) are. Nothing is kept, and all
+    is wanted.
+
+    `angles`: cosines and sines, float32 [T, R] each, by which a layer may turn R columns of query and key.
+    """
     for layer in layers:
-        query, key, value = _linear(hidden, layer.joint).view(len(hidden), 3, layer.heads, -1).unbind(1)
-        mixed = varlen_attention(
-            query, key, value, runs, scale=layer.scale, window=layer.window, softcap=layer.softcap
-        )
-        attended = _linear_norm(mixed.flatten(1), layer.out, hidden, layer.attended)
-        wide = _linear(attended, layer.up, layer.activation)
-        hidden = _linear_norm(wide, layer.down, attended, layer.done)
+        joint = _linear(_norm(hidden, layer.before), layer.joint)
+        heads = joint.view(len(hidden), sum(layer.all_heads), -1)
+        query, key, value = heads.split(layer.all_heads, dim=1)  # type: ignore[no-untyped-call]
+        query, key = _norm(query, layer.query), _norm(key, layer.key)
+        if layer.angles is not None:
+            query, key = (rotary(x, *angles[layer.angles]) for x in (query, key))
+        kind: dict[str, Any] = {"scale": layer.scale, "causal": layer.causal, "window": layer.window}
+        mixed = varlen_attention(query, key, value, runs, **kind, softcap=layer.softcap)
+        attended = _linear_norm(mixed.flatten(1), layer.out, hidden, layer.attended, layer.added)
+        wide = _wide(_norm(attended, layer.between), layer)
+        hidden = _linear_norm(wide, layer.down, attended, layer.done, layer.added)
     return hidden
+
+
+def _wide(x: Tensor, layer: EncoderLayer) -> Tensor:
+    if layer.gate_first is None or layer.activation is None:
+        return _linear(x, layer.up, layer.activation)
+    return gated(_linear(x, layer.up), layer.activation, gate_first=layer.gate_first)
+
+
+def _norm(x: Tensor, norm: Norm | None) -> Tensor:
+    return x if norm is None else _normed(x.float(), norm).to(x.dtype)
 
 
 def _linear(x: Tensor, layer: Panels | Panels8, activation: Activation | None = None) -> Tensor:
     return linear(x, layer, activation) if isinstance(layer, Panels) else linear8(x, layer, activation)
 
 
-def _linear_norm(x: Tensor, layer: Panels | Panels8, residual: Tensor, norm: Norm) -> Tensor:
+def _linear_norm(
+    x: Tensor, layer: Panels | Panels8, residual: Tensor, norm: Norm | None, added: bool
+) -> Tensor:
     if isinstance(layer, Panels):
-        return linear_norm(x, layer, residual, norm)
-    return linear8_norm(x, layer, residual, norm)
+        return linear_norm(x, layer, residual, norm, added=added)
+    return linear8_norm(x, layer, residual, norm, added=added)

@@ -496,8 +496,6 @@ int carpool_paged_fault(const Batch* batch, int64_t queries, int64_t pages) {
     return batch->sequences && bounds[batch->sequences] != queries ? batch->sequences - 1 : -1;
 }
 
-// Tokens of `bytes` each, strides in bytes, into the rows of both caches that `slots` name; those out of range are left
-// out.
 void carpool_kv_write(const char* keys, const char* values, int64_t k_stride, int64_t v_stride, const int64_t* slots,
                       int64_t tokens, int64_t bytes, char* key_cache, char* value_cache, int64_t rows) {
     for (int64_t t = 0; t < tokens; t++) {

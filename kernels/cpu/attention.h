@@ -59,6 +59,11 @@ int carpool_attention_f32(const float* q, const float* k, const float* v, float*
                           const Shape* shape, int level);
 int carpool_attention_bf16(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o, const Batch* batch,
                            const Shape* shape, int level);
+
+// Tokens of `bytes` each, strides in bytes, into the rows of both caches that `slots` name; those out of range are left
+// out.
+void carpool_kv_write(const char* keys, const char* values, int64_t k_stride, int64_t v_stride, const int64_t* slots,
+                      int64_t tokens, int64_t bytes, char* key_cache, char* value_cache, int64_t rows);
 }
 
 // The same, by this thread alone.

@@ -11,7 +11,7 @@ struct LinearOf {
     int inputs, outputs;  // of bfloat16 even; a multiple of 16
 };
 
-// What is done with a row of sums: out = norm(sum + residual).
+// What is done with a row of sums: out = norm(sum + residual) or, if `added` is set, norm(sum) + residual.
 template <typename T>
 struct FinishOf {
     const T* residual;        // [tokens, outputs] or null
@@ -20,6 +20,7 @@ struct FinishOf {
     float eps;
     int centred;              // LayerNorm, else RMSNorm
     int64_t residual_stride;  // elements from one token to the next
+    int added;
 };
 
 typedef LinearOf<uint16_t> Linear;
@@ -133,7 +134,7 @@ INLINE void finish_rows(const FinishOf<T>& f, float* sums, int64_t stride, int w
         const T* residual = f.residual ? f.residual + (start + t) * f.residual_stride : nullptr;
         const auto added = [&](int i) __attribute__((always_inline)) {
             floats<W> x = load<W>(sum_of + i);
-            if (!residual) return x;
+            if (!residual || f.added) return x;
             x += load<W>(residual + i);
             store(sum_of + i, x);
             return x;
@@ -148,6 +149,7 @@ INLINE void finish_rows(const FinishOf<T>& f, float* sums, int64_t stride, int w
             floats<W> y = (load<W>(sum_of + i) - mean) * scale;
             if (f.weight) y *= load<W>(f.weight + i);
             if (f.bias) y += load<W>(f.bias + i);
+            if (residual && f.added) y += load<W>(residual + i);
             round_to(to + i, y);
         }
     }

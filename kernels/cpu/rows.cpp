@@ -3,17 +3,9 @@
 // Plain C ABI, single-threaded, as attention.cpp.
 //
 // Rows are float32 or bfloat16 and contiguous; their width is a multiple of 16. Arithmetic is float32 either way.
-#include "vector.h"
+#include "rows.h"
 
 namespace {
-
-// Weight and bias float32 [width], bias or none; LayerNorm if `centred`, else RMSNorm.
-struct Norm {
-    const float* weight;
-    const float* bias;
-    float eps;
-    int centred;
-};
 
 template <int W, typename From, typename To>
 INLINE void normed(const Norm& n, const From* row, int width, To* out) {
@@ -33,8 +25,6 @@ INLINE void normed(const Norm& n, const From* row, int width, To* out) {
     }
 }
 
-// out = norm(x + residual); the sum, rounded as the rows are, goes to `total`, which may be `out`. Without a residual
-// that is null, and `total` is not looked at.
 template <int W, typename T>
 INLINE void norm_rows(const Norm& n, const T* x, const T* residual, int64_t rows, int width, T* out, T* total) {
     for (int64_t r = 0; r < rows; r++, x += width, out += width) {
@@ -77,7 +67,6 @@ INLINE void embed(const Norm& n, const Table* tables, int number, int64_t tokens
     }
 }
 
-// Gate and up [rows, width] beside each other, `stride` elements from one row to the next.
 template <int W, Activation A, typename T>
 INLINE void gate_rows(const T* gate, const T* up, int64_t stride, int64_t rows, int width, T* out) {
     for (int64_t r = 0; r < rows; r++, gate += stride, up += stride, out += width)
@@ -91,8 +80,6 @@ INLINE void gate_rows(int activation, const T* gate, const T* up, int64_t stride
     if (activation == SILU) gate_rows<W, SILU>(gate, up, stride, rows, width, out);
 }
 
-// x [tokens, heads, size] with `stride` elements from one token to the next, cosines and sines float32 [tokens,
-// turned]; out contiguous. The left half of the first `turned` columns, 16 or a multiple, is turned into the right one.
 template <int W, typename T>
 INLINE void turn(const T* x, int64_t stride, int tokens, int heads, int size, int turned, const float* cosines,
                  const float* sines, T* out) {
@@ -105,7 +92,7 @@ INLINE void turn(const T* x, int64_t stride, int tokens, int heads, int size, in
                 store(out + i, left * load<W>(cosines + i) - right * load<W>(sines + i));
                 store(out + half + i, right * load<W>(cosines + half + i) + left * load<W>(sines + half + i));
             }
-            std::memcpy(out + turned, from + turned, (size - turned) * sizeof(T));
+            if (out != from) std::memcpy(out + turned, from + turned, (size - turned) * sizeof(T));
         }
 }
 

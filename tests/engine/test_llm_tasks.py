@@ -622,6 +622,11 @@ def test_adapters_are_loaded_when_they_are_first_asked_for(
     )
     with pytest.raises(InvalidParameter, match="was loaded from"):
         vectors(late, carpool.LoRARequest("a", 1, adapters["b"]))
+    for impossible in ("~nobody-of-this-name/a", "a\0b"):
+        with pytest.raises(InvalidParameter, match="was loaded from"):
+            vectors(late, carpool.LoRARequest("a", 1, impossible))
+    with pytest.raises(InvalidParameter, match="needs a name"):
+        vectors(late, carpool.LoRARequest("", 1, adapters["a"]))
     again = carpool.LoRARequest("a", 1, adapters["b"], load_inplace=True)
     for one, other in zip(vectors(late, again), vectors(early, b), strict=True):
         assert one == pytest.approx(other, abs=1e-5)

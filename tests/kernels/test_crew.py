@@ -141,18 +141,22 @@ def test_a_linear_layer_is_the_same_to_the_bit(
 
 @pytest.mark.skipif(native.level < 3, reason="no AVX-512 BF16 here, or not built")
 @given(
-    dtype=dtypes, tokens=st.sampled_from([1, 14, 97, 901]), eight_bits=st.booleans(), residual=st.booleans()
+    dtype=dtypes,
+    tokens=st.sampled_from([1, 14, 97, 901]),
+    eight_bits=st.booleans(),
+    residual=st.booleans(),
+    normed=st.booleans(),
 )
 @few
 def test_so_is_one_with_a_residual_and_norm(
-    dtype: torch.dtype, tokens: int, eight_bits: bool, residual: bool
+    dtype: torch.dtype, tokens: int, eight_bits: bool, residual: bool, normed: bool
 ) -> None:
     inputs, outputs = 1536, 384
     x, bias = randn(tokens, inputs, dtype=dtype), randn(outputs, dtype=dtype)
     weight = randn(outputs, inputs, dtype=dtype) * inputs**-0.5
     # Wider rows than it reads: the next token's begins somewhere behind.
     other = randn(tokens, outputs + 16, dtype=dtype)[:, :outputs] if residual else None
-    norm = Norm(randn(outputs, dtype=torch.float32), None, 1e-6, centred=True)
+    norm = Norm(randn(outputs, dtype=torch.float32), None, 1e-6, centred=True) if normed else None
     if eight_bits:
         if not native_linear8.multiplies:
             return

@@ -1,4 +1,4 @@
-"""All layers of a BERT as one native call, where each is an `EncoderLayer` of native products.
+"""All layers of a model as one native call, where each is an `EncoderLayer` or `GatedLayer` of native products.
 
 Of a short text the steps between the products take longer than they do, and while Python goes through them it keeps
 other threads, the event loop's among them, from running (docs/log.md). Results are the same to the bit.
@@ -6,56 +6,120 @@ other threads, the event loop's among them, from running (docs/log.md). Results 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from carpool.engine.models.attention import under_way, watched
+from carpool.engine.models.attention import NUMBER, under_way, watched
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.surgery.agreement import holds
-from carpool.engine.models.surgery.encoder_layer import EncoderLayer
-from carpool.engine.models.surgery.native_linear import NativeLinear
+from carpool.engine.models.surgery.encoder_layer import EncoderLayer, answer_alike
+from carpool.engine.models.surgery.gated_layer import Angles, GatedLayer, angles_of
+from carpool.engine.models.surgery.last_layer import narrowed
 from carpool.engine.models.surgery.rehearsal import small_batch
-from carpool.kernels import native_encoder, twins_cpu
+from carpool.kernels import native_encoder
+from carpool.kernels.layout import Kept
+
+_NOTED = "_carpool_angles"  # the hidden states' attribute: angles of the layers before the Encoder
+
+
+class Note(nn.Module):
+    """Stands where a layer stood that is turned by other angles than the Encoder is given, and keeps them for it."""
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        setattr(hidden, _NOTED, [*getattr(hidden, _NOTED, ()), angles_of(args, kwargs)])
+        return hidden
 
 
 class Encoder(nn.Module):
-    """hidden [1, T, H] → [1, T, H], as `layers` one after the other. It stands in their list, alone."""
+    """hidden [1, T, H] → [1, T, H], as `layers` one after the other. It stands last in their list, behind Notes."""
 
-    def __init__(self, layers: nn.ModuleList, run: native_encoder.Encoder) -> None:
+    def __init__(
+        self, layers: nn.ModuleList, run: native_encoder.Encoder, sources: Sequence[int | None]
+    ) -> None:
+        """`sources`: for each layer that is turned, the place in the list at which its angles are given."""
         super().__init__()
         self.layers = layers
         self.run = run  # no module: a copy of the model has the same
+        self.sources = tuple(sources)
+        self.tables = sorted({source for source in sources if source is not None})
 
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         row = under_way()
-        left = list(self.layers)
-        if not (row.unseen or row.kept or watched()):
-            # Of the last one only what is wanted is computed behind its attention (`last_layer`).
-            count = len(left) - (row.wanted is not None)
-            hidden, left = self.run(hidden[0], row.runs, count)[None], left[count:]
-        for layer in left:
-            hidden = layer(hidden)
+        angles = self._angles(hidden, args, kwargs)
+        kept = None if row.kept is None else self._kept(row.kept)
+        if not (row.unseen or watched()) and (row.kept is None or kept is not None):
+            last: Any = self.layers[-1]
+            wanted = row.wanted if row.wanted is not None and narrowed(*last.behind) else None
+            tables = [(cosines[0], sines[0]) for cosines, sines in angles.values()]
+            return self.run(hidden[0], row.runs, tables, kept, wanted)[None]
+        for layer, source in zip(self.layers, self.sources, strict=True):
+            hidden = layer(hidden) if source is None else layer(hidden, angles[source])
         return hidden
+
+    def _kept(self, kept: Kept) -> Kept | None:
+        """The same, of these layers alone; None if they have no pages."""
+        numbers = [getattr(layer, NUMBER, None) for layer in self.layers]
+        own = [kept.layers[number] for number in numbers if number is not None]
+        return replace(kept, layers=tuple(own)) if len(own) == len(numbers) else None
+
+    def _angles(self, hidden: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[int, Angles]:
+        """By place, float32."""
+        if not self.tables:
+            return {}
+        given = [*vars(hidden).pop(_NOTED, ()), angles_of(args, kwargs)]
+        pairs = {place: given[place] for place in self.tables}
+        return {
+            place: (one.float().contiguous(), two.float().contiguous()) for place, (one, two) in pairs.items()
+        }
 
 
 def unite(backbone: Backbone, *, vocab_size: int) -> int:
     """Swap every list of such layers for one of these, in place; returns how many were. For after `straighten`."""
     model = backbone.module
-    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    dtype = next(model.parameters()).dtype
-    found = [(path, layers, united) for path, layers in lists if (united := _united(layers, dtype))]
-    if not found:
+    lists = [(path, module) for path, module in model.named_modules() if _is_of_layers(module)]
+    weight = next(model.parameters())
+    if not lists or weight.device.type != "cpu":
         return 0
-    batch = small_batch(vocab_size, torch.device("cpu"))
+    batch = small_batch(vocab_size, weight.device)
+    turned: dict[nn.Module, Tensor] = {}
+    hooks = [
+        module.register_forward_pre_hook(partial(_hear, turned), with_kwargs=True)
+        for module in model.modules()
+        if isinstance(module, GatedLayer) and module.turns
+    ]
     with torch.inference_mode(False), torch.no_grad():
-        before = backbone.forward(batch)
-        _put(model, [(path, nn.ModuleList([united])) for path, _, united in found])
+        try:
+            before = backbone.forward(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        found = [(path, layers, _united(layers, turned, weight.dtype)) for path, layers in lists]
+        if not any(united for _, _, united in found):
+            return 0
+        _put(model, [(path, united or layers) for path, layers, united in found])
         if holds(lambda: backbone.forward(batch), before, torch.equal):
-            return len(found)
+            return sum(united is not None for _, _, united in found)
     _put(model, [(path, layers) for path, layers, _ in found])
     return 0
+
+
+def _is_of_layers(module: nn.Module) -> TypeGuard[nn.ModuleList]:
+    return (
+        isinstance(module, nn.ModuleList)
+        and len(module) > 1
+        and all(isinstance(layer, (EncoderLayer, GatedLayer)) and layer.described(None) for layer in module)
+    )
+
+
+def _hear(
+    turned: dict[nn.Module, Tensor], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    turned[layer], _ = angles_of(args, kwargs)
 
 
 def _put(model: nn.Module, lists: list[tuple[str, nn.ModuleList]]) -> None:
@@ -64,36 +128,27 @@ def _put(model: nn.Module, lists: list[tuple[str, nn.ModuleList]]) -> None:
         setattr(model.get_submodule(above), name, layers)
 
 
-def _united(layers: nn.ModuleList, dtype: torch.dtype) -> Encoder | None:
-    described = [_described(layer) for layer in layers]
-    if len(described) < 2 or None in described:
+def _united(
+    layers: nn.ModuleList, turned: Mapping[nn.Module, Tensor], dtype: torch.dtype
+) -> nn.ModuleList | None:
+    """The list that takes their place; `turned` has the cosines that each layer was given, if it minds any."""
+    places: dict[int, int] = {}  # by cosines: the first layer that was given them
+    sources = [
+        places.setdefault(id(turned[layer]), place) if layer in turned else None
+        for place, layer in enumerate(layers)
+    ]
+    tables = sorted(places.values())
+    described = [
+        layer.described(None if source is None else tables.index(source))  # type: ignore[operator]
+        for layer, source in zip(layers, sources, strict=True)
+    ]
+    if None in described:
         return None
     try:
-        run = native_encoder.Encoder([layer for layer in described if layer is not None], dtype)
+        run = native_encoder.Encoder(described, dtype)
     except ValueError:  # they do not fit each other
         return None
-    return Encoder(layers, run)
-
-
-def _described(layer: nn.Module) -> twins_cpu.EncoderLayer | None:
-    """What the kernel has to know of it; None of what is not an `EncoderLayer` of four native products."""
-    if not isinstance(layer, EncoderLayer) or not isinstance(layer.up, NativeLinear):
-        return None
-    joint, out, down = layer.joint, layer.out.dense, layer.down.dense
-    if not (
-        isinstance(joint, NativeLinear) and isinstance(out, NativeLinear) and isinstance(down, NativeLinear)
-    ):
-        return None
-    return twins_cpu.EncoderLayer(
-        joint.panels(),
-        out.panels(),
-        layer.up.panels(),
-        down.panels(),
-        layer.out.norm,
-        layer.down.norm,
-        layer.up.gelu,
-        heads=joint.out_features // 3 // layer.size,
-        scale=layer.kind["scale"],
-        window=layer.kind["window"],
-        softcap=layer.kind["softcap"],
-    )
+    united = nn.ModuleList([*(Note() for _ in range(max(tables, default=0))), Encoder(layers, run, sources)])
+    for new, old in zip(united, layers, strict=False):
+        answer_alike(new, old)
+    return united

@@ -14,16 +14,22 @@ from torch import Tensor, nn
 
 from carpool.engine.models.attention import Call, calls, layout, over, row_of
 from carpool.engine.models.backbone import Backbone
+from carpool.engine.models.difference import tokens_apart
 from carpool.engine.models.surgery.agreement import agree, holds
+from carpool.engine.models.surgery.gated_layer import as_gated_layer
+from carpool.engine.models.surgery.gated_mlp import GatedMLP
 from carpool.engine.models.surgery.joint_linear import FirstLinear, NextLinear
 from carpool.engine.models.surgery.linear_gelu import LinearGelu
 from carpool.engine.models.surgery.native_linear import NativeLinear
 from carpool.engine.models.surgery.packed_linear import PackedLinear
 from carpool.engine.models.surgery.rehearsal import Rehearsal, small_batch
 from carpool.engine.models.surgery.residual_norm import ResidualNorm
+from carpool.kernels import twins_cpu
 
 _UPS = (NativeLinear, PackedLinear, LinearGelu)
 _OURS = (FirstLinear, NextLinear, ResidualNorm, *_UPS)
+_MAY_CHANGE = 1e-3  # relative
+_MAY_CHANGE_16_BIT = 0.1
 
 
 class EncoderLayer(nn.Module):
@@ -51,12 +57,38 @@ class EncoderLayer(nn.Module):
         done: Tensor = self.down(self.up(attended), attended)
         return done
 
+    @property
+    def behind(self) -> tuple[nn.Module, ...]:
+        """What follows its attention."""
+        return self.out, self.up, self.down
+
+    def described(self, _angles: int | None) -> twins_cpu.EncoderLayer | None:
+        """To the kernel; None unless its products are native."""
+        products = self.joint, self.out.dense, self.up, self.down.dense
+        native = [product for product in products if isinstance(product, NativeLinear)]
+        if len(native) < len(products):
+            return None
+        joint, out, up, down = native
+        return twins_cpu.EncoderLayer(
+            joint=joint.panels(),
+            out=out.panels(),
+            up=up.panels(),
+            down=down.panels(),
+            attended=self.out.norm,
+            done=self.down.norm,
+            activation=up.gelu,
+            heads=joint.out_features // 3 // self.size,
+            **{name: self.kind[name] for name in ("scale", "window", "softcap")},
+        )
+
 
 def straighten(backbone: Backbone, *, vocab_size: int) -> int:
-    """Swap every layer that is one of these, in place; returns how many were. To be done when all else was swapped."""
+    """Swap every layer that is one of these or a `GatedLayer`, in place; returns how many were. To be done when all
+    else was swapped.
+    """
     model = backbone.module
     if backbone.packing == "padded" or not any(
-        isinstance(module, ResidualNorm) for module in model.modules()
+        isinstance(module, (ResidualNorm, GatedMLP)) for module in model.modules()
     ):
         return 0
     batch = small_batch(vocab_size, next(model.parameters()).device)
@@ -67,17 +99,31 @@ def straighten(backbone: Backbone, *, vocab_size: int) -> int:
             model, lambda: before.append(backbone.forward(batch)), scene=lambda: layout(batch)
         )
         for path, module in reversed(list(model.named_modules())):  # a model of one layer is not taken for it
-            found = _straight(path, module, rehearsal)
+            found = _straight(path, module, rehearsal) or as_gated_layer(path, module, rehearsal)
             if found is not None:
                 above, _, name = path.rpartition(".")
                 parent = model.get_submodule(above)
+                answer_alike(found, module)
                 setattr(parent, name, found)
                 swapped.append((parent, name, module))
-        if holds(lambda: backbone.forward(batch), before[0]):
+        if holds(lambda: backbone.forward(batch), before[0], _alike):
             return len(swapped)
     for parent, name, module in swapped:
         setattr(parent, name, module)
     return 0
+
+
+def answer_alike(new: nn.Module, old: nn.Module) -> None:
+    """Give a module what another says of itself: some models ask their layers for what kind they are."""
+    for name, value in vars(old).items():
+        if isinstance(value, (str, int, float)) and not name.startswith("_") and name not in vars(new):
+            setattr(new, name, value)
+
+
+def _alike(new: Tensor, old: Tensor) -> bool:
+    """By most tokens, of a model as a whole: rounding grows with its depth."""
+    bound = _MAY_CHANGE if old.dtype == torch.float32 else _MAY_CHANGE_16_BIT
+    return bool(tokens_apart(new, old).median() <= bound)
 
 
 def _straight(path: str, module: nn.Module, rehearsal: Rehearsal) -> EncoderLayer | None:

@@ -45,6 +45,11 @@ def narrow(backbone: Backbone, *, vocab_size: int) -> int:
     return 0
 
 
+def narrowed(*modules: nn.Module) -> bool:
+    """Whether each of these heeds it."""
+    return all(_take in module._forward_pre_hooks.values() for module in modules)
+
+
 def _behind_attention(backbone: Backbone, batch: PackedBatch) -> tuple[list[nn.Module], Tensor]:
     """The largest modules of a layer's size that are called behind the last attention only and make rows of rows;
     and what the backbone makes of the batch, [T, H].

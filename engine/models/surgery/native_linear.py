@@ -41,10 +41,12 @@ class NativeLinear(nn.Module):
         out: Tensor = self.kernel.linear(x.reshape(-1, self.in_features), self.panels(), self.gelu)
         return out.view(*x.shape[:-1], self.out_features)
 
-    def and_norm(self, x: Tensor, residual: Tensor, norm: Norm) -> Tensor:
-        """norm(residual + what `forward` makes of x without a GELU), rounded once. residual [..., out]"""
+    def and_norm(self, x: Tensor, residual: Tensor, norm: Norm | None, *, added: bool = False) -> Tensor:
+        """norm(residual + what `forward` makes of x without a GELU), rounded once; with the residual `added` behind the
+        norm if so told. residual [..., out]
+        """
         rows, others = x.reshape(-1, self.in_features), residual.reshape(-1, self.out_features)
-        out: Tensor = self.kernel.linear_norm(rows, self.panels(), others, norm)
+        out: Tensor = self.kernel.linear_norm(rows, self.panels(), others, norm, added=added)
         return out.view(residual.shape)
 
     def _lay_out(self, linear: nn.Linear) -> None:

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from threading import Thread
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,9 @@ def kernels(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         joint, out, up, down = (kind.of(torch.randn(shape).to(dtype) / 8, None) for shape in shapes)
         multiply = native_linear.linear_norm if kind is Panels else native_linear8.linear_norm
         yield f"linear, {kind.__name__}", partial(multiply, x, out, x, NORM)  # type: ignore[arg-type]
-        layer = EncoderLayer(joint, out, up, down, NORM, NORM, "gelu", heads=HEADS, scale=0.25)
+        parts: dict[str, Any] = {"joint": joint, "out": out, "up": up, "down": down}
+        parts |= {"attended": NORM, "done": NORM, "activation": "gelu"}
+        layer = EncoderLayer(**parts, heads=HEADS, scale=0.25)
         encoder = native_encoder.Encoder([layer], dtype)
         yield f"encoder, {kind.__name__}", partial(encoder, x, [(TOKENS, 1)])
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -73,9 +75,39 @@ def encode(dtype: torch.dtype, kind: type[Panels] | type[Panels8]) -> None:
         shapes = ((3 * width, width), (width, width), (96, width), (width, 96))
         joint, out, up, down = (kind.of(torch.randn(shape).to(dtype), None) for shape in shapes)
         norm = Norm(torch.ones(width), torch.zeros(width), 1e-6, centred=True)
-        layer = EncoderLayer(joint, out, up, down, norm, norm, "gelu", heads=width // 16, scale=0.25)
-        runs = [(length, 1) for length in lengths]
-        native_encoder.Encoder([layer] * 3, dtype)(torch.randn(sum(lengths), width).to(dtype), runs)
+        parts: dict[str, Any] = {"joint": joint, "out": out, "up": up, "down": down}
+        parts |= {"activation": "gelu", "heads": width // 16, "scale": 0.25}
+        layer = EncoderLayer(**parts, attended=norm, done=norm)
+        _run([layer] * 3, lengths, dtype)
+
+
+def encode_with_gates(dtype: torch.dtype, kind: type[Panels] | type[Panels8]) -> None:
+    """Layers with all that they may have, and one with nothing; of heads that are not as wide as a row together."""
+    for lengths, width, added in product(LENGTHS, (16, 80), (False, True)):
+        shapes = ((10 * 48, width), (width, 6 * 48), (2 * 96, width), (width, 96))
+        joint, out, up, down = (kind.of(torch.randn(shape).to(dtype), None) for shape in shapes)
+        norm, own = (Norm(torch.ones(size), None, 1e-6, centred=False) for size in (width, 48))
+        parts: dict[str, Any] = {
+            "joint": joint,
+            "out": out,
+            "up": up,
+            "down": down,
+            "heads": 6,
+            "kv_heads": 2,
+        }
+        parts |= {"activation": "silu", "gate_first": False, "scale": 0.25, "causal": True, "window": 5}
+        plain = EncoderLayer(**parts)
+        norms: dict[str, Any] = dict.fromkeys(("before", "attended", "between", "done"), norm)
+        full = replace(plain, **norms, query=own, key=own, angles=1, added=added)
+        _run([plain, full, replace(full, angles=0)], lengths, dtype)
+
+
+def _run(layers: list[EncoderLayer], lengths: list[int], dtype: torch.dtype) -> None:
+    tokens, runs = sum(lengths), [(length, 1) for length in lengths]
+    angles = [(torch.randn(tokens, 32), torch.randn(tokens, 32)) for _ in range(2)]
+    encoder, hidden = native_encoder.Encoder(layers, dtype), torch.randn(tokens, layers[0].joint.inputs)
+    for wanted in (None, torch.tensor([tokens - 1]), torch.arange(tokens)):
+        encoder(hidden.to(dtype), runs, angles if layers[0].kv_heads else (), wanted=wanted)
 
 
 def work_rows(dtype: torch.dtype) -> None:
@@ -110,12 +142,14 @@ def main(path: str, fault: bool) -> None:
             if dtype == torch.float32 or level >= BFLOAT16:
                 multiply(dtype)
                 encode(dtype, Panels)
-                calls += 2
+                encode_with_gates(dtype, Panels)
+                calls += 3
     for dtype in DTYPES if native_linear8.multiplies else ():
         if native_linear8.serves(torch.empty(1, 16, dtype=dtype)):
             multiply_integers(dtype)
             encode(dtype, Panels8)
-            calls += 2
+            encode_with_gates(dtype, Panels8)
+            calls += 3
     print(f"{calls} groups of kernels ran clean")
 
 

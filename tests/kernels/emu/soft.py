@@ -13,11 +13,11 @@ from carpool.kernels import native
 from emu import build
 
 CPU = Path(native.__file__).with_name("cpu")
-# The last two for the encoder alone, which calls all of them.
+# The last three for the encoder alone, which calls all of them.
 SOURCES = (
     *("amx.cpp", "attention.cpp", "attention_amx.cpp", "crew.cpp", "linear_amx.cpp"),
     *("linear8.cpp", "linear8_amx.cpp"),
-    *("encoder.cpp", "linear.cpp"),
+    *("encoder.cpp", "linear.cpp", "rows.cpp"),
 )
 MISSING = next((f"needs {tool}" for tool in ("g++", "objdump") if not shutil.which(tool)), None)
 if native.level < 3:

@@ -18,6 +18,7 @@ from carpool.engine.models.attention import witnessed
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.surgery.encoder import Encoder, unite
 from carpool.engine.models.surgery.encoder_layer import EncoderLayer
+from carpool.engine.models.surgery.last_layer import narrow
 from carpool.engine.packing import PackedBatch, pack_ids
 from carpool.kernels import native, native_encoder, native_linear8
 
@@ -48,18 +49,19 @@ def apart(broad: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Back
     """A BERT whose layers are straight, and on their own."""
     with monkeypatch.context() as patch:
         patch.setattr("carpool.engine.build.unite", lambda *_, **__: 0)
+        patch.setattr("carpool.engine.build.narrow", lambda *_, **__: 0)
         return backbone(built(broad("bert")))
 
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Through how many layers each native call went."""
+    """Of how many layers each native call was."""
     calls: list[int] = []
     run = native_encoder.Encoder.__call__
 
-    def counted(self: native_encoder.Encoder, hidden: Tensor, runs: Any, count: int) -> Tensor:
-        calls.append(count)
-        return run(self, hidden, runs, count)
+    def counted(self: native_encoder.Encoder, *given: Any) -> Tensor:
+        calls.append(len(self))
+        return run(self, *given)
 
     monkeypatch.setattr(native_encoder.Encoder, "__call__", counted)
     return calls
@@ -109,9 +111,18 @@ def test_the_last_layer_computes_what_is_wanted_alone(broad: Callable[[str], Pat
     whole, wanted = hidden(backbone(parts)), torch.tensor([0, 3, 4])
     ran.clear()
     few = hidden(backbone(parts), replace(BATCH, wanted=wanted))
-    assert ran == [1]
+    assert ran == [2]
     assert torch.equal(few[wanted], whole[wanted])
     assert few[1].isnan().all()
+
+
+def test_all_is_computed_where_the_last_layer_was_not_narrowed(apart: Backbone) -> None:
+    """Something behind it may look at every row."""
+    unite(apart, vocab_size=60)
+    whole = hidden(apart)
+    assert torch.equal(hidden(apart, replace(BATCH, wanted=torch.tensor([0, 3, 4]))), whole)
+    assert narrow(apart, vocab_size=60) == 3
+    assert hidden(apart, replace(BATCH, wanted=torch.tensor([0, 3, 4])))[1].isnan().all()
 
 
 def test_tokens_that_are_not_looked_at_go_through_its_layers(apart: Backbone, ran: list[int]) -> None:

@@ -182,9 +182,9 @@ def test_a_blocks_end_is_one_call_and_as_exact(dtype: torch.dtype, monkeypatch: 
     for name in ("linear", "linear_norm"):
         honest = getattr(kernels, name)
 
-        def noted(*args: Any, name: str = name, honest: Any = honest) -> Tensor:
+        def noted(*args: Any, name: str = name, honest: Any = honest, **kwargs: Any) -> Tensor:
             calls.append(name)
-            out: Tensor = honest(*args)
+            out: Tensor = honest(*args, **kwargs)
             return out
 
         monkeypatch.setattr(kernels, name, noted)
