@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -19,9 +18,6 @@ from carpool.server.protocol import (
     decode_classification_request,
 )
 
-if TYPE_CHECKING:
-    from carpool.engine.outputs import PoolingResult
-
 
 async def create_classification(request: web.Request) -> web.StreamResponse:
     return await classify(request, await read_request(request, decode_classification_request))
@@ -32,24 +28,17 @@ async def classify(request: web.Request, asked: ClassificationRequest) -> web.St
     call.require("classify" in call.model.tasks, "Classification")
     prompts = await call.prompts(asked)
     result = await call.pool("classify", prompts, asked.pooling(), asked.tokenization(), asked.field)
-    if asked.raw_scores is not None:
-        return call.finish(await _answer_infinity(call, result))
-    body = ClassificationResponse(
+    rows, labels = result.rows, call.model.labels
+    listing: type[ClassificationResponse | InfinityClassifyResponse]
+    if asked.raw_scores is None:
+        listing, array = ClassificationResponse, class_array(rows, labels)
+    else:
+        listing, array = InfinityClassifyResponse, predictions_array(rows, labels)
+    body = listing(
         id=f"classify-{call.id}",
         created=int(time.time()),
         model=call.name,
         data=HOLE,
         usage=call.usage(result),
     )
-    return call.finish(await json_around(body, class_array(result.rows, call.model.labels)))
-
-
-async def _answer_infinity(call: Call, result: PoolingResult) -> web.StreamResponse:
-    body = InfinityClassifyResponse(
-        id=f"classify-{call.id}",
-        created=int(time.time()),
-        model=call.name,
-        data=HOLE,
-        usage=call.usage(result),
-    )
-    return await json_around(body, predictions_array(result.rows, call.model.labels))
+    return call.finish(await json_around(body, array))

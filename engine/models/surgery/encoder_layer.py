@@ -22,7 +22,7 @@ from carpool.engine.models.surgery.joint_linear import FirstLinear, NextLinear
 from carpool.engine.models.surgery.linear_gelu import LinearGelu
 from carpool.engine.models.surgery.native_linear import NativeLinear
 from carpool.engine.models.surgery.packed_linear import PackedLinear
-from carpool.engine.models.surgery.rehearsal import Rehearsal, small_batch
+from carpool.engine.models.surgery.rehearsal import Rehearsal, small_batch, weights_of
 from carpool.engine.models.surgery.residual_norm import ResidualNorm
 from carpool.kernels import twins_cpu
 
@@ -139,7 +139,7 @@ def _straight(path: str, module: nn.Module, rehearsal: Rehearsal) -> EncoderLaye
     joint, (out, down), (up,) = joints[0], norms, ups
     if len(joint.widths) != 3 or len(set(joint.widths)) != 1:
         return None
-    if _weights(module) != _weights(joint, out, up, down):  # it has something else to compute
+    if weights_of(module) != weights_of(joint, out, up, down):  # it has something else to compute
         return None
     try:
         with calls() as made:
@@ -158,10 +158,6 @@ def _outermost(module: nn.Module) -> list[nn.Module]:
     for child in module.children():
         found += [child] if isinstance(child, _OURS) else _outermost(child)
     return found
-
-
-def _weights(*modules: nn.Module) -> set[int]:
-    return {id(weight) for module in modules for weight in (*module.parameters(), *module.buffers())}
 
 
 def _plain(made: list[Call]) -> bool:

@@ -22,7 +22,7 @@ from carpool.engine.models.surgery.agreement import agree
 from carpool.engine.models.surgery.gated_mlp import GatedMLP
 from carpool.engine.models.surgery.joint_linear import FirstLinear, NextLinear
 from carpool.engine.models.surgery.native_linear import NativeLinear
-from carpool.engine.models.surgery.rehearsal import Given, Rehearsal
+from carpool.engine.models.surgery.rehearsal import Given, Rehearsal, weights_of
 from carpool.engine.models.surgery.rms_norm import RMSNorm
 from carpool.kernels import native_rows, twins_cpu
 from carpool.kernels.twins_cpu import Norm
@@ -184,7 +184,9 @@ def _closest(path: str, module: nn.Module, trials: list[Rehearsal]) -> GatedLaye
     if len(made) != 1 or made[0].biased or made[0].kind["sinks"] is not None:
         return None
     before = [trial.play(path, module) for trial in trials]
-    if _weights(module) != _weights(*parts) or not _minds_angles_alone(path, module, trials[0], before[0]):
+    if weights_of(module) != weights_of(*parts) or not _minds_angles_alone(
+        path, module, trials[0], before[0]
+    ):
         return None
     found: list[tuple[float, GatedLayer]] = []
     for one in _candidates(parts, made[0]):
@@ -226,10 +228,6 @@ def _outermost(module: nn.Module) -> Iterator[nn.Module]:
 
 def _letter(part: nn.Module) -> str:
     return next((letter for kind, letter in _LETTERS.items() if isinstance(part, kind)), "")
-
-
-def _weights(*modules: nn.Module) -> set[int]:
-    return {id(weight) for module in modules for weight in (*module.parameters(), *module.buffers())}
 
 
 def _minds_angles_alone(path: str, module: nn.Module, trial: Rehearsal, before: Tensor) -> bool:

@@ -32,6 +32,11 @@ def submodule(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
+def weights_of(*modules: nn.Module) -> set[int]:
+    """All that they compute with, by identity: what has the same set holds nothing else."""
+    return {id(weight) for module in modules for weight in (*module.parameters(), *module.buffers())}
+
+
 def small_batch(vocab_size: int, device: torch.device) -> PackedBatch:
     """Two random sequences of unequal lengths."""
     generator = torch.Generator().manual_seed(3)

@@ -103,8 +103,7 @@ def _found(calls: list[_Heard]) -> Shortcut | None:
     names = {id(whole.kwargs[name]): name for name in _INPUTS if whole.kwargs.get(name) is not None}
     args = [names.get(id(arg), arg) for arg in source.args]
     kwargs = {name: names.get(id(arg), arg) for name, arg in source.kwargs.items()}
-    if any(
-        isinstance(arg, Tensor) for arg in (*args, *kwargs.values())
-    ):  # one that the model made of its inputs
+    # One that is left has been made by the model of its inputs.
+    if any(isinstance(arg, Tensor) for arg in (*args, *kwargs.values())):
         return None
     return Shortcut(source.module, tuple(args), kwargs, encoder)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import tiny
 from building import backbone, built
 from carpool.engine.models.attention import witnessed
 from carpool.engine.models.backbone import Backbone
@@ -32,39 +29,12 @@ def hidden(one: Backbone, batch: PackedBatch = BATCH) -> Tensor:
 
 
 @pytest.fixture
-def broad(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A tiny checkpoint with half as many heads of 16, which are attended natively."""
-
-    def made(family: str) -> Path:
-        folder = tmp_path / family
-        shutil.copytree(checkpoint(family), folder)
-        tiny.edit_json(folder / "config.json", num_attention_heads=2)
-        return folder
-
-    return made
-
-
-@pytest.fixture
 def apart(broad: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Backbone:
     """A BERT whose layers are straight, and on their own."""
     with monkeypatch.context() as patch:
         patch.setattr("carpool.engine.build.unite", lambda *_, **__: 0)
         patch.setattr("carpool.engine.build.narrow", lambda *_, **__: 0)
         return backbone(built(broad("bert")))
-
-
-@pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Of how many layers each native call was."""
-    calls: list[int] = []
-    run = native_encoder.Encoder.__call__
-
-    def counted(self: native_encoder.Encoder, *given: Any) -> Tensor:
-        calls.append(len(self))
-        return run(self, *given)
-
-    monkeypatch.setattr(native_encoder.Encoder, "__call__", counted)
-    return calls
 
 
 def layers(one: Backbone) -> nn.ModuleList:

@@ -23,7 +23,7 @@ from carpool.engine.models.surgery.encoder import Encoder, unite
 from carpool.engine.models.surgery.encoder_layer import straighten
 from carpool.engine.models.surgery.gated_layer import GatedLayer
 from carpool.engine.packing import Keeping, PackedBatch, pack_ids
-from carpool.kernels import native, native_encoder, native_linear8
+from carpool.kernels import native, native_linear8
 
 pytestmark = pytest.mark.skipif(native.level < 1, reason="no native kernels, and no layers of theirs")
 CPU = torch.device("cpu")
@@ -72,20 +72,6 @@ def apart(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Mad
             return backbone(built(folder(name), **config))
 
     return made
-
-
-@pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Of how many layers each native call was."""
-    calls: list[int] = []
-    run = native_encoder.Encoder.__call__
-
-    def counted(self: native_encoder.Encoder, *given: Any) -> Tensor:
-        calls.append(len(self))
-        return run(self, *given)
-
-    monkeypatch.setattr(native_encoder.Encoder, "__call__", counted)
-    return calls
 
 
 def layers(one: Backbone) -> nn.ModuleList:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import tiny
 from building import backbone, built
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.surgery.shortcut import Shortcut, shorten
@@ -28,18 +26,13 @@ def hidden(one: Backbone, batch: PackedBatch = BATCH) -> Tensor:
 
 
 @pytest.fixture
-def whole(
-    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str], Backbone]:
-    """A served model with an Encoder and its own forward pass; its heads of 16 are attended natively."""
+def whole(broad: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Backbone]:
+    """A served model with an Encoder and its own forward pass."""
 
     def made(family: str) -> Backbone:
-        folder = tmp_path / family
-        shutil.copytree(checkpoint(family), folder)
-        tiny.edit_json(folder / "config.json", num_attention_heads=2)
         with monkeypatch.context() as patch:
             patch.setattr("carpool.engine.build.shorten", lambda *_, **__: 0)
-            parts = built(folder)
+            parts = built(broad(family))
         assert parts.model.surgery["encoder"] == 1
         return backbone(parts)
 
