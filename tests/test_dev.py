@@ -226,6 +226,11 @@ def test_lint_runs_everything_and_tells_of_any_failure(checkout: Checkout) -> No
     assert "mypy" in checkout.dev("lint", status=1)
 
 
+def test_all_tests_run_two_files_at_a_time_and_what_is_named_as_it_is(checkout: Checkout) -> None:
+    assert "pytest --numprocesses 2 --dist loadfile | " in checkout.dev("test")
+    assert "pytest tests/server -x | " in checkout.dev("test", "tests/server", "-x")
+
+
 def test_load_lets_the_callers_flags_win(checkout: Checkout) -> None:
     printed = checkout.dev("load", "--users", "3")
 

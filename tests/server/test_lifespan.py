@@ -8,8 +8,9 @@ import select
 import signal
 import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,19 @@ async def test_it_listens_before_it_has_loaded() -> None:
         assert (await served.embed(input="a")).status == 200
 
 
+@pytest.fixture
+def hangup() -> Iterator[Callable[[Any], object]]:
+    """Says what this process does at its terminal's end: tests may themselves run under nohup."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield partial(signal.signal, signal.SIGHUP)
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-async def test_accepted_work_is_finished_and_new_work_refused(which: signal.Signals) -> None:
+async def test_accepted_work_is_finished_and_new_work_refused(
+    which: signal.Signals, hangup: Callable[[Any], object]
+) -> None:
+    hangup(signal.SIG_DFL)
     engine = FakeEngine()
     async with alive(local(), engine) as (served, life):
         await until(lambda: engine.state == "ready")
@@ -96,17 +108,16 @@ async def test_accepted_work_is_finished_and_new_work_refused(which: signal.Sign
         assert await life is True
 
 
-async def test_the_end_of_the_terminal_is_not_minded_by_who_was_told_so() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        engine = FakeEngine()
-        async with alive(local(), engine) as (served, life):
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert (await served.embed(input="a")).status == 200
-            assert engine.state == "ready"
-            assert not life.done()
-    finally:
-        signal.signal(signal.SIGHUP, before)
+async def test_the_end_of_the_terminal_is_not_minded_by_who_was_told_so(
+    hangup: Callable[[Any], object],
+) -> None:
+    hangup(signal.SIG_IGN)
+    engine = FakeEngine()
+    async with alive(local(), engine) as (served, life):
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert (await served.embed(input="a")).status == 200
+        assert engine.state == "ready"
+        assert not life.done()
 
 
 async def test_work_that_takes_too_long_is_left_and_said_so() -> None:
