@@ -92,9 +92,21 @@ class PoolingRequestOutput(Generic[O]):
 class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
     __slots__ = ()
 
+    @classmethod
+    def from_base(cls, answer: PoolingRequestOutput[PoolingOutput]) -> EmbeddingRequestOutput:
+        """The same answer, its tensor as plain floats."""
+        outputs = EmbeddingOutput(answer.outputs.data.tolist())
+        return cls(answer.request_id, outputs, answer.prompt_token_ids, answer.num_cached_tokens)
+
 
 class ClassificationRequestOutput(PoolingRequestOutput[ClassificationOutput]):
     __slots__ = ()
+
+    @classmethod
+    def from_base(cls, answer: PoolingRequestOutput[PoolingOutput]) -> ClassificationRequestOutput:
+        """The same answer, its tensor as plain floats."""
+        outputs = ClassificationOutput(answer.outputs.data.tolist())
+        return cls(answer.request_id, outputs, answer.prompt_token_ids, answer.num_cached_tokens)
 
 
 class ScoringRequestOutput(PoolingRequestOutput[ScoringOutput]):

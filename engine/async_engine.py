@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from carpool.engine.admission import admit
@@ -37,8 +36,9 @@ from carpool.engine.preparation import Prompts as Prompts
 from carpool.engine.prepared import Prepared
 from carpool.engine.request import Request
 from carpool.engine.scoring import Plan, pair_prompts, plan, taking_part
-from carpool.engine.slicing import merge_rows, slice_ids
+from carpool.engine.slicing import Slices
 from carpool.engine.stats import CacheStats, Observer, ResultStats, State
+from carpool.engine.terms import Terms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from carpool.engine.remote import RemoteCore
 
 _INLINE_SCORES = 500  # of two vectors each: some milliseconds
+_NO_TERMS = Terms()
 
 T = TypeVar("T")
 
@@ -174,80 +175,53 @@ class AsyncEngine:
         prompts: Prompts,
         params: PoolingParams,
         tokenization: TokenizationParams,
+        terms: Terms = _NO_TERMS,
         *,
         task: Task | tuple[Task, ...] = "embed",
-        adapter: str | None = None,
-        client: str = "",
-        priority: int = 0,
-        timeout: float | None = None,
-        on_progress: Callable[[int], object] | None = None,
-        cache_salt: str | None = None,
     ) -> PoolingResult:
         """Run the model on every prompt; answers come in the prompts' order, all or none.
 
-        Of several tasks each prompt is run once and has a row a task: see `PoolingResult`. `adapter` is the name of the
-        one to ride on; None is the model's default. `client` is whose share of the engine it is charged to; lower
-        `priority` runs first; after `timeout` seconds DeadlineExceeded is raised. `on_progress(n)` is told of n more
-        rows done. What was computed of prompts under one `cache_salt` is not used for those under another. Rows may be
-        shared with other requests and are not to be written to. Raises the errors of `engine.errors`. Cancelling the
-        awaiting task drops what still waits.
+        Of several tasks each prompt is run once and has a row a task: see `PoolingResult`. Rows may be shared with
+        other requests and are not to be written to. Raises the errors of `engine.errors`. Cancelling the awaiting task
+        drops what still waits.
         """
-        start, given = time.monotonic(), prompts
+        start = time.monotonic()
         admit(self.state)
         if not self.config.cache_size:  # else its answer may be at hand
             self.core.check()  # spares the tokenizer what is refused anyway
         parts = self._loaded()
+        model = parts.model
         tasks = task if isinstance(task, tuple) else (task,)
-        self._check(parts.model, prompts, params, tasks)
-        roles = parts.model.roles
-        texts = in_role(prompts, tokenization.input_type, roles)
-        prompts = prompts if texts is None else texts
-        request = Request(params, tasks, slot(parts.model, adapter), cache_salt, client, priority)
-        longest = parts.model.max_embed_len if tasks == ("embed",) else -1
-        prepare = partial(prepared, parts, request, prompts, tokenization, longest)
-        ready = await self._off_loop(prepare, is_long(prompts))
-        whole = ready.token_ids
-        sliced = needs_slicing(parts, ready)
-        if sliced:
-            slices, counts = slice_ids(whole, parts.model.max_model_len)
-            if ready.skip:
-                raise InvalidInput(
-                    "This model leaves prompts out of its pooling, so a text with a prompt cannot be sliced.",
-                    "input",
-                )
+        self._check(model, prompts, params, tasks)
+        in_roles = in_role(prompts, tokenization.input_type, model.roles)
+        texts = prompts if in_roles is None else in_roles
+        number = slot(model, terms.adapter)
+        request = Request(params, tasks, number, terms.cache_salt, terms.client, terms.priority)
+        longest = model.max_embed_len if tasks == ("embed",) else -1
+        prepare = partial(prepared, parts, request, texts, tokenization, longest)
+        ready = await self._off_loop(prepare, is_long(texts))
+        slices = None
+        if needs_slicing(parts, ready):
+            slices = Slices.of(ready, model.max_model_len)
             request = replace(request, params=replace(params, embed_dtype="float32"))  # slices are averaged
-            ready = told(parts, request, Prepared(slices))
-        spent = time.monotonic() - start
-        if timeout is not None and spent >= timeout:
+            ready = told(parts, request, Prepared(slices.token_ids))
+        now = time.monotonic()
+        left = None if terms.deadline is None else terms.deadline - now
+        if left is not None and left <= 0:
             raise DeadlineExceeded("The request's deadline passed before it could run.")
-        left = None if timeout is None else timeout - spent
         try:
-            result = await self.core.run(request, ready, left, on_progress)
+            result = await self.core.run(request, ready, left, terms.on_progress)
         except UnknownAdapter:
-            if adapter is None or self.model.adapters.get(adapter) in (None, request.adapter):
+            if terms.adapter is None or self.model.adapters.get(terms.adapter) in (None, number):
                 raise
-            return await self.pool(  # another has been loaded in its place meanwhile
-                given,
-                params,
-                tokenization,
-                task=task,
-                adapter=adapter,
-                client=client,
-                priority=priority,
-                timeout=left,
-                on_progress=on_progress,
-                cache_salt=cache_salt,
-            )
-        result.timings.tokenize = spent
-        if sliced:
-            lengths = list(map(len, ready.token_ids))
-            result.rows = merge_rows(result.rows, lengths, counts)
-            result.prompt_token_ids = whole
-            of_slices = iter(result.cached)
-            result.cached = [sum(islice(of_slices, count)) for count in counts]
-        if texts is not None:
-            chosen = partial(taking_part, result.rows, result.prompt_token_ids, texts, roles)
-            result.rows = await self._off_loop(chosen, is_long(texts))
+            # Another has been loaded in its place meanwhile.
+            return await self.pool(prompts, params, tokenization, terms, task=task)
+        result.timings.tokenize = now - start
+        if slices is not None:
+            slices.merge(result)
+        if in_roles is not None:
+            chosen = partial(taking_part, result.rows, result.prompt_token_ids, in_roles, model.roles)
+            result.rows = await self._off_loop(chosen, is_long(in_roles))
         return result
 
     async def score(
@@ -256,44 +230,28 @@ class AsyncEngine:
         documents: list[str],
         params: PoolingParams,
         tokenization: TokenizationParams,
+        terms: Terms = _NO_TERMS,
         *,
         template: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
-        adapter: str | None = None,
-        client: str = "",
-        priority: int = 0,
-        timeout: float | None = None,
-        on_progress: Callable[[int], object] | None = None,
-        cache_salt: str | None = None,
     ) -> ScoreResult:
         """A score for each query with its document, 1:1, 1:N or N:N, in the way the model is made for.
 
         `template` renders the pairs in place of the model's prompt; `template_kwargs` are for either. Raises as `pool`
         does; what is wrong with one text has `queries[i]` or `documents[i]` as its `param`.
         """
-        start = time.monotonic()
         admit(self.state)
         parts = self._loaded()
         shape = partial(self._plan, parts, queries, documents, tokenization, template, template_kwargs)
         planned = await self._off_loop(shape, is_long(queries) or is_long(documents))
-        left = None if timeout is None else max(0.0, timeout - (time.monotonic() - start))
+        params = replace(params, embed_dtype="float32")  # scores are computed on the host
+        tokenization = replace(tokenization, add_special_tokens=True, input_type=None)
         try:
-            result = await self.pool(
-                planned.prompts,
-                replace(params, embed_dtype="float32"),  # scores are computed on the host
-                replace(tokenization, add_special_tokens=True, input_type=None),
-                task=planned.task,
-                adapter=adapter,
-                client=client,
-                priority=priority,
-                timeout=left,
-                on_progress=on_progress,
-                cache_salt=cache_salt,
-            )
+            result = await self.pool(planned.prompts, params, tokenization, terms, task=planned.task)
         except InvalidInput as error:
             raise planned.blame(error) from None
-        if on_progress and (spared := len(planned.asked) - len(planned.prompts)):
-            on_progress(spared)
+        if terms.on_progress and (spared := len(planned.asked) - len(planned.prompts)):
+            terms.on_progress(spared)
         measure = partial(planned.scores, result.rows, result.prompt_token_ids)
         many = planned.task == "token_embed" or len(documents) > _INLINE_SCORES
         scores = await self._off_loop(measure, many)

@@ -11,61 +11,48 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import count
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from tqdm.auto import tqdm
 
 from carpool.engine.answers import (
-    ClassificationOutput,
     ClassificationRequestOutput,
-    EmbeddingOutput,
     EmbeddingRequestOutput,
     PoolingOutput,
     PoolingRequestOutput,
     ScoringOutput,
     ScoringRequestOutput,
-    answers_of,
 )
 from carpool.engine.async_engine import AsyncEngine
-from carpool.engine.changes import LoadAdapter, ResetCaches
-from carpool.engine.errors import InvalidInput, InvalidParameter, UnsupportedTask
-from carpool.engine.late_chunking import LateChunkingMetadata, chunk_means
+from carpool.engine.changes import ResetCaches
+from carpool.engine.errors import InvalidParameter, UnsupportedTask
 from carpool.engine.llm_absent import ABSENT
+from carpool.engine.llm_groups import grouped
 from carpool.engine.llm_options import config_of
 from carpool.engine.llm_params import (
-    check_late_chunking,
+    adapter_of,
     check_params,
     cut_as_told,
     engines_own,
+    one_each,
+    template_variables,
     tokenization_of,
 )
 from carpool.engine.loop_thread import LoopThread
 from carpool.engine.model_info import ModelInfo
-from carpool.engine.outputs import PoolingResult
 from carpool.engine.params import LoRARequest, PoolingParams, TokenizationParams
 from carpool.engine.prompts import Prompt, ScoreInput, as_list, read_prompt, read_salt, read_texts
 from carpool.engine.task_names import TASK_OF_SCORES, tasks_of
+from carpool.engine.terms import Terms
 
 Params = PoolingParams | Seq[PoolingParams] | None
 Loras = LoRARequest | Seq[LoRARequest] | None  # one for all prompts, or one each
 Progress = bool | Callable[..., Any]  # shown or not, or what to show it with instead of tqdm
-O = TypeVar("O")  # noqa: E741
 
 _DEFAULT = PoolingParams()
 _AT_ONCE = 512  # calls whose prompts wait to be run together: enough to fill batches of single prompts
-
-
-class _Group(NamedTuple):
-    """What prompts that go in one call have in common."""
-
-    texts: bool  # or token ids
-    params: PoolingParams
-    adapter: str | None
-    salt: str | None
 
 
 class LLM:
@@ -100,19 +87,9 @@ class LLM:
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[EmbeddingRequestOutput]:
         """One vector a prompt."""
-        tokenization = tokenization_of(
-            truncate_prompt_tokens, tokenization_kwargs, self._engine.model.max_model_len
-        )
+        tokenization = self._tokenization(truncate_prompt_tokens, tokenization_kwargs)
         answers = self._pool(prompts, pooling_params, "embed", use_tqdm, tokenization, lora_request)
-        return [
-            EmbeddingRequestOutput(
-                answer.request_id,
-                EmbeddingOutput(answer.outputs.data.tolist()),
-                answer.prompt_token_ids,
-                answer.num_cached_tokens,
-            )
-            for answer in answers
-        ]
+        return list(map(EmbeddingRequestOutput.from_base, answers))
 
     def classify(
         self,
@@ -125,19 +102,9 @@ class LLM:
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[ClassificationRequestOutput]:
         """The probability of each class; logits with `PoolingParams(use_activation=False)`."""
-        tokenization = tokenization_of(
-            truncate_prompt_tokens, tokenization_kwargs, self._engine.model.max_model_len
-        )
+        tokenization = self._tokenization(truncate_prompt_tokens, tokenization_kwargs)
         answers = self._pool(prompts, pooling_params, "classify", use_tqdm, tokenization, lora_request)
-        return [
-            ClassificationRequestOutput(
-                answer.request_id,
-                ClassificationOutput(answer.outputs.data.tolist()),
-                answer.prompt_token_ids,
-                answer.num_cached_tokens,
-            )
-            for answer in answers
-        ]
+        return list(map(ClassificationRequestOutput.from_base, answers))
 
     def reward(
         self,
@@ -150,9 +117,7 @@ class LLM:
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         """One row a token, or a step of a process reward model."""
-        tokenization = tokenization_of(
-            truncate_prompt_tokens, tokenization_kwargs, self._engine.model.max_model_len
-        )
+        tokenization = self._tokenization(truncate_prompt_tokens, tokenization_kwargs)
         return self._pool(prompts, pooling_params, "reward", use_tqdm, tokenization, lora_request)
 
     def encode(
@@ -171,9 +136,7 @@ class LLM:
         "embed" and "classify" are one row a prompt, "token_embed", "token_classify" (or, of either, "encode") and
         "reward" one a token, "sparse_embed" one a weight. Several, joined by "&", cost one run of the model.
         """
-        tokenization = tokenization_of(
-            truncate_prompt_tokens, tokenization_kwargs, self._engine.model.max_model_len
-        )
+        tokenization = self._tokenization(truncate_prompt_tokens, tokenization_kwargs)
         return self._pool(prompts, pooling_params, pooling_task, use_tqdm, tokenization, lora_request)
 
     def score(
@@ -204,19 +167,13 @@ class LLM:
                 else "This model does not support the Scoring API."
             )
         queries, documents = read_texts(data_1, "data_1"), read_texts(data_2, "data_2")
-        tokenization = tokenization_of(
-            truncate_prompt_tokens, tokenization_kwargs, self._engine.model.max_model_len
-        )
-        params = pooling_params or PoolingParams()
+        tokenization = self._tokenization(truncate_prompt_tokens, tokenization_kwargs)
+        params = pooling_params or _DEFAULT
         check_params(params, ("score", TASK_OF_SCORES[model.score_type]))
         if params.late_chunking_params:
             raise InvalidParameter("Late chunking requires token_embed.", "late_chunking_params")
         tokenization = cut_as_told(tokenization, params)
-        variables = chat_template_kwargs or (params.extra_kwargs or {}).get("chat_template_kwargs")
-        if not isinstance(variables, Mapping | None):
-            raise InvalidParameter(
-                f"chat_template_kwargs must be a dict, got {variables!r}.", "chat_template_kwargs"
-            )
+        variables = template_variables(chat_template_kwargs, params)
         # Queries that are prompts of their own.
         apart = len(queries) if model.score_type in ("bi-encoder", "late-interaction") else 0
         with _bar(use_tqdm, apart + len(documents)) as progress:
@@ -226,10 +183,9 @@ class LLM:
                     documents,
                     engines_own(params),
                     tokenization,
+                    Terms(adapter=adapter, on_progress=progress),
                     template=chat_template,
                     template_kwargs=variables,
-                    adapter=adapter,
-                    on_progress=progress,
                 )
             )
         pairs = zip(result.scores, result.pair_token_ids, result.pair_cached, strict=True)
@@ -290,113 +246,54 @@ class LLM:
         lora_request: Loras,
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         engine = self._engine
-        model = engine.model
-        tasks = tasks_of(name, model)
-        names = (name, "&".join(tasks))
+        tasks = tasks_of(name, engine.model)
         if tokenization.max_tokens_per_query or tokenization.max_tokens_per_doc:
             raise InvalidParameter(
                 "max_tokens_per_query and max_tokens_per_doc are for LLM.score.", "tokenization_kwargs"
             )
         many = as_list(prompts)
         items = [read_prompt(prompt) for prompt in many]
-        each = _one_each(many, _DEFAULT if pooling_params is None else pooling_params, "pooling_params")
-        loras = _one_each(many, lora_request, "lora_request")
-        named = {key: self._adapter(lora) for key, lora in {id(lora): lora for lora in loras}.items()}
-        groups: dict[_Group, list[int]] = {}
-        for i, (prompt, params, lora) in enumerate(zip(many, each, loras, strict=True)):
-            check_params(params, names)
-            group = _Group(isinstance(items[i], str), params, named[id(lora)], read_salt(prompt))
-            groups.setdefault(group, []).append(i)
-        cuts = {group.params: cut_as_told(tokenization, group.params) for group in groups}
-        for group, places in groups.items():
-            if group.params.extra_kwargs:
-                raise InvalidParameter("extra_kwargs is for LLM.score.", "extra_kwargs")
-            if group.params.late_chunking_params:
-                for i in places:
-                    check_late_chunking(items[i], cuts[group.params], tasks, model)
+        params = one_each(many, _DEFAULT if pooling_params is None else pooling_params, "pooling_params")
+        adapters = self._adapters(one_each(many, lora_request, "lora_request"))
+        for own in params:
+            check_params(own, (name, "&".join(tasks)))
+        terms = [
+            Terms(adapter=adapter, cache_salt=read_salt(prompt))
+            for prompt, adapter in zip(many, adapters, strict=True)
+        ]
+        groups = grouped(items, params, terms, tokenization)
+        for group in groups:
+            group.check(tasks, engine.model)
         ids = [str(next(self._ids)) for _ in items]
-        found: dict[int, PoolingRequestOutput[PoolingOutput]] = {}
         with _bar(use_tqdm, len(items) * len(tasks)) as progress:
-
-            async def run(group: _Group, places: list[int]) -> PoolingResult:
-                try:
-                    return await engine.pool(
-                        [items[i] for i in places],  # type: ignore[arg-type]
-                        engines_own(group.params),
-                        cuts[group.params],
-                        task=tasks,
-                        adapter=group.adapter,
-                        on_progress=progress,
-                        cache_salt=group.salt,
-                    )
-                except InvalidInput as error:
-                    own = [f"input[{i}]" if len(items) > 1 else "input" for i in places]
-                    raise error.blaming(own) from None
-
-            results = self._loop.run_all([partial(run, *group) for group in groups.items()], _AT_ONCE)
-        for (group, places), result in zip(groups.items(), results, strict=True):
-            answers = answers_of(result, [ids[i] for i in places], tasks)
-            if group.params.late_chunking_params:
-                chunked = partial(self._chunked, params=group.params, special=tokenization.add_special_tokens)
-                answers = list(map(chunked, answers, [str(items[i]) for i in places]))
-            found |= zip(places, answers, strict=True)
+            calls = [partial(group.run, engine, tasks, progress) for group in groups]
+            results = self._loop.run_all(calls, _AT_ONCE)
+        found: dict[int, PoolingRequestOutput[PoolingOutput]] = {}
+        for group, result in zip(groups, results, strict=True):
+            found |= group.answers(engine, tasks, result, ids)
         return [found[i] for i in range(len(items))]
+
+    def _tokenization(self, truncate: int | None, kwargs: Mapping[str, Any] | None) -> TokenizationParams:
+        return tokenization_of(truncate, kwargs, self._engine.model.max_model_len)
+
+    def _adapters(self, requests: Seq[LoRARequest | None]) -> list[str | None]:
+        """The name of the adapter that each is for, looked up once where one is given for many prompts."""
+        names = {key: self._adapter(own) for key, own in {id(own): own for own in requests}.items()}
+        return [names[id(own)] for own in requests]
 
     def _adapter(self, request: LoRARequest | None) -> str | None:
         """The name of the adapter that a request is for; it is loaded if need be, and may."""
         if request is None:
             return None
-        if not hasattr(request, "lora_name"):
-            raise TypeError(f"lora_request is made of LoRARequest, not of {type(request).__name__}")
-        name, path = str(request.lora_name), str(getattr(request, "lora_path", ""))
-        again = bool(getattr(request, "load_inplace", False))
         model, config = self._engine.model, self._engine.config
-        if config.allow_runtime_lora_updating and path and (again or name not in model.adapters):
-            self._loop.run(self._engine.change(LoadAdapter(name, path, again, once=not again)))
-            return name
-        if name not in model.adapters:
-            told = f"{name!r}: {path or '…'!r}"
-            raise InvalidParameter(
-                f"There is no adapter {name!r}: load it at start with LLM(lora_modules={{{told}}}), or have it loaded "
-                "when it is first asked for, with LLM(enable_lora=True) and its lora_path.",
-                "lora_request",
-            )
-        loaded = model.lora_modules.get(name)
-        if path and loaded is not None and not _from(path, loaded):
-            raise InvalidParameter(
-                f"The adapter {name!r} was loaded from {loaded}, not from {path}.", "lora_request"
-            )
+        name, load = adapter_of(request, model, may_load=config.allow_runtime_lora_updating)
+        if load is not None:
+            self._loop.run(self._engine.change(load))
         return name
-
-    def _chunked(
-        self, answer: PoolingRequestOutput[PoolingOutput], text: str, params: PoolingParams, special: bool
-    ) -> PoolingRequestOutput[PoolingOutput]:
-        """Of an answer with a row a token, as the head left them: one with a row a chunk, finished."""
-        assert params.late_chunking_params is not None
-        size, rows = params.late_chunking_params.chunk_size, answer.outputs.data
-        ids, offsets = self._engine.offsets(text, special)
-        if not ids == answer.prompt_token_ids or len(rows) != len(ids):
-            raise InvalidParameter(
-                "Late chunking needs a vector and a place in the text for every token: this model has some without.",
-                "late_chunking_params",
-            )
-        unit = self._engine.model.normalize if params.use_activation is None else params.use_activation
-        means = chunk_means(rows, size, unit=unit)
-        return replace(
-            answer, outputs=PoolingOutput(means), late_chunking=LateChunkingMetadata.of(offsets, size)
-        )
 
 
 def _close(loop: LoopThread, engine: AsyncEngine) -> None:
     loop.close(engine.stop(timeout=0.0))
-
-
-def _from(path: str, loaded: str) -> bool:
-    """Whether both name one folder; a path that cannot be names none."""
-    try:
-        return Path(path).expanduser().resolve() == Path(loaded).expanduser().resolve()
-    except (OSError, RuntimeError, ValueError):
-        return False
 
 
 @contextmanager
@@ -405,11 +302,3 @@ def _bar(use_tqdm: Progress, total: int) -> Iterator[Callable[[int], object]]:
     make = use_tqdm if callable(use_tqdm) else tqdm
     with make(total=total, desc="Processed prompts", disable=not use_tqdm, delay=0.5) as bar:
         yield lambda done: bar.update(done)
-
-
-def _one_each(items: Seq[object], given: O | Seq[O], name: str) -> list[O]:
-    """What was given for each prompt, or the one thing given for all."""
-    each = list(given) if isinstance(given, Seq) else [given] * len(items)
-    if len(each) != len(items):
-        raise ValueError(f"{len(items)} prompts but {len(each)} {name} were given.")
-    return each

@@ -103,32 +103,46 @@ def plan(
 
     `limit` is how long a prompt is to be at most; only a list is dealt out by it, other prompts are cut later.
     """
+    _check_sides(queries, documents)
+    match model.score_type:
+        case None:
+            raise UnsupportedTask("The model does not support Score API")
+        case "listwise":
+            if not isinstance(framer, Listwise):
+                raise InvalidParameter(
+                    "This model reads a query and all its documents in a prompt of its own, in place of which no "
+                    "template can stand.",
+                    "chat_template",
+                )
+            return framer.plan(queries, documents, kwargs, limit)
+        case "cross-encoder":
+            one = len(queries) == 1
+            pairs = [(queries[0] if one else queries[i], document) for i, document in enumerate(documents)]
+            return _plan_of_pairs(pair_prompts(model, pairs, framer, kwargs))
+        case "bi-encoder" | "late-interaction":
+            return _plan_of_sides(model, queries, documents)
+
+
+def _check_sides(queries: Seq[str], documents: Seq[str]) -> None:
     if not queries:
         raise EmptyInput("At least one text element must be given", "queries")
     if not documents:
         raise EmptyInput("At least one text_pair element must be given", "documents")
     if len(queries) not in (1, len(documents)):
         raise InvalidInput("Input lengths must be either 1:1, 1:N or N:N")
-    kind = model.score_type
-    if kind is None:
-        raise UnsupportedTask("The model does not support Score API")
-    if kind == "listwise":
-        if not isinstance(framer, Listwise):
-            raise InvalidParameter(
-                "This model reads a query and all its documents in a prompt of its own, in place of which no template "
-                "can stand.",
-                "chat_template",
-            )
-        return framer.plan(queries, documents, kwargs, limit)
-    one = len(queries) == 1
-    if kind == "cross-encoder":
-        matched = [(queries[0] if one else queries[i], document) for i, document in enumerate(documents)]
-        paired = pair_prompts(model, matched, framer, kwargs)
-        both = [(i, i) for i in range(len(paired))]
-        return Plan.of("classify", paired, both, lambda row, _: float(row[0]), _names("documents", paired))
-    pairs = [(0 if one else i, len(queries) + i) for i in range(len(documents))]
+
+
+def _plan_of_pairs(prompts: Prompts) -> Plan:
+    """A prompt is a pair, and its result the score."""
+    both = [(i, i) for i in range(len(prompts))]
+    return Plan.of("classify", prompts, both, lambda row, _: float(row[0]), _names("documents", prompts))
+
+
+def _plan_of_sides(model: ModelInfo, queries: Seq[str], documents: Seq[str]) -> Plan:
+    """Each text is a prompt, and two results are compared."""
+    pairs = [(0 if len(queries) == 1 else i, len(queries) + i) for i in range(len(documents))]
     fields = _names("queries", queries) + _names("documents", documents)
-    if kind == "bi-encoder":
+    if model.score_type == "bi-encoder":
         measure: Callable[[Row, Row], float] = dot if model.similarity == "dot" else cosine
         return Plan.of("embed", [*queries, *documents], pairs, measure, fields)
     measure = mean_max_sim if model.similarity == "meanmaxsim" else max_sim

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
+from carpool.engine.errors import InvalidInput
+from carpool.engine.outputs import PoolingResult
+from carpool.engine.prepared import Prepared
+
 _UNIT = 1e-2  # how far from 1 the length of a normalised vector may be
 
 
-def slice_ids(token_ids: Seq[list[int]], length: int) -> tuple[list[list[int]], list[int]]:
-    """Cut each prompt into consecutive slices of at most `length` ids; also how many slices each gave."""
-    slices: list[list[int]] = []
-    counts = []
-    for ids in token_ids:
-        parts = [ids[i : i + length] for i in range(0, len(ids), length)]
-        slices += parts
-        counts.append(len(parts))
-    return slices, counts
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """Prompts, each cut into consecutive slices: `counts[i]` of prompt i, whose ids are `whole[i]`."""
+
+    whole: list[list[int]]
+    token_ids: list[list[int]]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, prompts: Prepared, length: int) -> Slices:
+        """None longer than `length` ids. Raises InvalidInput for prompts that cannot be cut."""
+        if prompts.skip:
+            raise InvalidInput(
+                "This model leaves prompts out of its pooling, so a text with a prompt cannot be sliced.",
+                "input",
+            )
+        parts = [[ids[i : i + length] for i in range(0, len(ids), length)] for ids in prompts.token_ids]
+        return cls(prompts.token_ids, [own for each in parts for own in each], list(map(len, parts)))
+
+    def merge(self, result: PoolingResult) -> None:
+        """Make the result of the slices that of the prompts."""
+        result.rows = merge_rows(result.rows, list(map(len, self.token_ids)), self.counts)
+        result.prompt_token_ids = self.whole
+        of_slices = iter(result.cached)
+        result.cached = [sum(islice(of_slices, count)) for count in self.counts]
 
 
 def merge_rows(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 from aiohttp import web
 
 from carpool.engine.errors import InputTooLong, InvalidInput, UnsupportedTask
+from carpool.engine.terms import Terms
 from carpool.server.errors import InvalidRequest, UnknownModel
 from carpool.server.headers import label
 from carpool.server.keys import CLIENT, CONFIG, DEADLINE, ENGINE, METRICS, REQUEST_ID
@@ -120,7 +121,7 @@ class Call:
         if prompt:
             tokenization = replace(tokenization, prompt=prompt)
         try:
-            result = await self._engine.pool(prompts, params, tokenization, task=task, **self._terms)
+            result = await self._engine.pool(prompts, params, tokenization, self._terms(), task=task)
         except InvalidInput as error:
             self._reword(error, {"input": field})
             raise
@@ -139,7 +140,7 @@ class Call:
         """`fields` are where the two sides stood in the body."""
         try:
             result = await self._engine.score(
-                queries, documents, params, tokenization, template_kwargs=template_kwargs, **self._terms
+                queries, documents, params, tokenization, self._terms(), template_kwargs=template_kwargs
             )
         except InvalidInput as error:
             self._reword(error, {"queries": fields[0], "documents": fields[1]})
@@ -152,22 +153,15 @@ class Call:
         if isinstance(error, InputTooLong):
             error.args = (str(error).replace(InputTooLong.REMEDY, self._asked.remedy),)
 
-    @property
-    def _terms(self) -> Mapping[str, Any]:
-        """On which adapter, for whom, how urgent, how long, and with whom to share what is computed."""
-        return {
-            "adapter": self._adapter,
-            "client": self._request[CLIENT],
-            "priority": self._asked.priority or 0,
-            "timeout": self._seconds_left(),
-            "cache_salt": self._asked.cache_salt,
-        }
-
-    def _seconds_left(self) -> float | None:
-        """Until the client's own deadline; what is left may be next to nothing, and is never 0."""
-        if "X-Request-Timeout" not in self._request.headers:
-            return None
-        return max(1e-3, self._request[DEADLINE] - asyncio.get_running_loop().time())
+    def _terms(self) -> Terms:
+        request, asked = self._request, self._asked
+        return Terms(
+            adapter=self._adapter,
+            client=request[CLIENT],
+            priority=asked.priority or 0,
+            deadline=request[DEADLINE] if "X-Request-Timeout" in request.headers else None,
+            cache_salt=asked.cache_salt,
+        )
 
     def _note(self, result: PoolingResult | ScoreResult) -> None:
         self._tokens += result.prompt_tokens

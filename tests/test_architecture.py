@@ -25,6 +25,7 @@ ENGINE_FRONT = {
     "reference_options",
     "remote",
     "stats",
+    "terms",
 }
 
 # Logic that can be read like a card game: no tensors, no threads, no clock; what time it is comes as an argument.

@@ -56,6 +56,7 @@ from carpool.engine.preparation import Rack
 from carpool.engine.prepared import Prepared
 from carpool.engine.request import Request
 from carpool.engine.sequence import Sequence
+from carpool.engine.terms import Terms
 from carpool.engine.tokenizer import Tokenizer
 from carpool.engine.worker import Landing, Row
 
@@ -177,8 +178,14 @@ class Scene:
         """How many batches each worker holds that has any."""
         return list(map(len, self.fleet.held.values()))
 
-    def ask(self, *ids: list[int], **options: Any) -> asyncio.Task[PoolingResult]:
-        return asyncio.ensure_future(self.engine.pool(list(ids), PoolingParams(), TOKENIZATION, **options))
+    def ask(
+        self, *ids: list[int], task: Task = "embed", timeout: float | None = None, **others: Any
+    ) -> asyncio.Task[PoolingResult]:
+        """`timeout` in seconds from now; `others` are terms."""
+        terms = Terms(deadline=None if timeout is None else time.monotonic() + timeout, **others)
+        return asyncio.ensure_future(
+            self.engine.pool(list(ids), PoolingParams(), TOKENIZATION, terms, task=task)
+        )
 
     async def occupy(self) -> asyncio.Task[PoolingResult]:
         """Shut the gates and give one worker a batch to stand there with."""
@@ -245,7 +252,7 @@ def core(engine: AsyncEngine) -> Core:
 def assert_nothing_left(engine: AsyncEngine) -> None:
     assert (engine.waiting_tokens, engine.waiting_sequences) == (0, 0)
     assert not core(engine)._pending
-    assert core(engine)._all_answered.is_set()
+    assert core(engine)._pending.all_answered.is_set()
     scheduler = core(engine)._scheduler
     assert scheduler is not None
     assert not scheduler._queue._requests
@@ -763,7 +770,7 @@ async def test_an_error_on_the_loop_leaves_nobody_waiting(monkeypatch: pytest.Mo
         first = await s.occupy()
         waiting = s.ask([2])
         await asyncio.sleep(0)
-        monkeypatch.setattr(core(s.engine), "_hand_out", None)
+        monkeypatch.setattr(core(s.engine)._pending, "hand_out", None)
         s.open()
         for task in (first, waiting):
             with pytest.raises(EngineDead, match="TypeError"):
@@ -885,6 +892,9 @@ async def test_a_deadline_that_has_passed_already_is_refused(timeout: float) -> 
     async with scene() as s:
         with pytest.raises(DeadlineExceeded):
             await s.ask([1], timeout=timeout)
+        late = Terms(deadline=time.monotonic() + timeout)
+        with pytest.raises(DeadlineExceeded):
+            await s.engine.score(["a"], ["b"], PoolingParams(), TOKENIZATION, late)
         assert s.runner.batches == []
 
 
@@ -1244,7 +1254,7 @@ async def test_each_prompt_rides_on_the_adapter_asked_for(
     async with scene(model=replace(MODEL, adapters={"a": 1, "b": 2}, default_adapter=default)) as s:
         s.runner.adapters.clear()  # of the warm-up
         await s.ask([5], [6], adapter=adapter)
-        await s.engine.score(["a"], ["b"], PoolingParams(), TOKENIZATION, adapter=adapter)
+        await s.engine.score(["a"], ["b"], PoolingParams(), TOKENIZATION, Terms(adapter=adapter))
         assert s.runner.adapters == [slot] * 4
 
 

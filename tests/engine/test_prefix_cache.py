@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from carpool.engine.config import EngineConfig, PoolerConfig
 from carpool.engine.errors import InputTooLong
 from carpool.engine.outputs import PoolingResult
 from carpool.engine.params import PoolingParams, Task, TokenizationParams
+from carpool.engine.terms import Terms
 from tiny_adapters import write_lora
 
 Checkpoint = Callable[[str], Path]
@@ -37,9 +39,9 @@ async def engine_of(folder: Path, **options: Any) -> AsyncIterator[AsyncEngine]:
 
 
 async def ask(
-    engine: AsyncEngine, prompts: list[list[int]], task: Task = "embed", **options: Any
+    engine: AsyncEngine, prompts: list[list[int]], task: Task = "embed", **terms: Any
 ) -> PoolingResult:
-    return await engine.pool(prompts, PoolingParams(), TokenizationParams(), task=task, **options)
+    return await engine.pool(prompts, PoolingParams(), TokenizationParams(), Terms(**terms), task=task)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "gemma2"])
@@ -107,7 +109,7 @@ async def test_a_prompt_of_all_that_the_model_takes_works(checkpoint: Checkpoint
 async def test_a_prompt_between_a_batch_and_a_chunk_of_the_usual_size_is_run(checkpoint: Checkpoint) -> None:
     """Longer than a batch and no longer than a chunk would be, if a chunk could be larger than a batch."""
     async with engine_of(checkpoint("qwen3"), max_num_batched_tokens=32) as engine:
-        assert len((await ask(engine, [[9] * 60], timeout=10)).rows) == 1
+        assert len((await ask(engine, [[9] * 60], deadline=time.monotonic() + 10)).rows) == 1
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,9 @@ async def test_what_one_adapter_keeps_is_not_found_by_another(
 async def test_who_leaves_takes_nothing_along(checkpoint: Checkpoint) -> None:
     async with engine_of(checkpoint("qwen3"), **SMALL) as engine:
         tasks = [
-            asyncio.ensure_future(ask(engine, [[i + 3] * (20 + i * 7 % 90)] * 2, timeout=5))
+            asyncio.ensure_future(
+                ask(engine, [[i + 3] * (20 + i * 7 % 90)] * 2, deadline=time.monotonic() + 5)
+            )
             for i in range(20)
         ]
         await asyncio.sleep(0.02)

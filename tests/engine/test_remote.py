@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,7 @@ from carpool.engine.outputs import PoolingResult
 from carpool.engine.params import Matryoshka, PoolingParams, Task, TokenizationParams
 from carpool.engine.preparation import Rack
 from carpool.engine.remote import RemoteCore
+from carpool.engine.terms import Terms
 from carpool.engine.tokenizer import Tokenizer
 from carpool.engine.worker import Landing, Row
 
@@ -107,8 +109,17 @@ class Scene:
     gates: list[Gate]
     fronts: list[AsyncEngine]
 
-    def ask(self, *ids: list[int], front: int = 0, **options: Any) -> asyncio.Task[PoolingResult]:
-        pool = self.fronts[front].pool(list(ids), PoolingParams(), TokenizationParams(), **options)
+    def ask(
+        self,
+        *ids: list[int],
+        front: int = 0,
+        task: Task = "embed",
+        timeout: float | None = None,
+        **others: Any,
+    ) -> asyncio.Task[PoolingResult]:
+        """`timeout` in seconds from now; `others` are terms."""
+        terms = Terms(deadline=None if timeout is None else time.monotonic() + timeout, **others)
+        pool = self.fronts[front].pool(list(ids), PoolingParams(), TokenizationParams(), terms, task=task)
         return asyncio.ensure_future(pool)
 
     @contextmanager

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carpool.engine.slicing import merge_rows, slice_ids
+from carpool.engine.prepared import Prepared
+from carpool.engine.slicing import Slices, merge_rows
 
 Row = np.ndarray[Any, np.dtype[np.float32]]
 _ids = st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=20), min_size=1, max_size=5)
@@ -23,7 +24,9 @@ def row(values: list[float]) -> Row:
 def test_slices_end_to_end_are_the_text_and_all_but_the_last_are_full(
     token_ids: list[list[int]], length: int
 ) -> None:
-    slices, counts = slice_ids(token_ids, length)
+    sliced = Slices.of(Prepared(token_ids), length)
+    slices, counts = sliced.token_ids, sliced.counts
+    assert sliced.whole == token_ids
     assert sum(counts) == len(slices)
     start = 0
     for ids, count in zip(token_ids, counts, strict=True):
@@ -36,7 +39,8 @@ def test_slices_end_to_end_are_the_text_and_all_but_the_last_are_full(
 
 @given(_ids, st.integers(1, 8))
 def test_the_merged_vector_is_the_mean_weighted_by_length(token_ids: list[list[int]], length: int) -> None:
-    slices, counts = slice_ids(token_ids, length)
+    sliced = Slices.of(Prepared(token_ids), length)
+    slices, counts = sliced.token_ids, sliced.counts
     generator = np.random.default_rng(len(slices))
     rows = [generator.standard_normal(6).astype(np.float32) * 5 for _ in slices]
     merged = merge_rows(rows, list(map(len, slices)), counts)
@@ -62,4 +66,5 @@ def test_slices_that_cancel_out_merge_to_zeros() -> None:
 
 @pytest.mark.parametrize("length", [5, 50])
 def test_what_fits_is_one_slice(length: int) -> None:
-    assert slice_ids([[1, 2, 3, 4, 5]], length) == ([[1, 2, 3, 4, 5]], [1])
+    whole = [[1, 2, 3, 4, 5]]
+    assert Slices.of(Prepared(whole), length) == Slices(whole, whole, [1])

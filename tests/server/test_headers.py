@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import time
 import zlib
 from typing import Any
 
 import pytest
+import uvloop
 
 from carpool.server.headers import fresh_label, label
 from serving import EMBEDDINGS, Served, assert_error
@@ -37,6 +39,13 @@ async def test_a_timeout_is_passed_on(served: Served, value: str) -> None:
     left = served.engine.calls[0]["timeout"]
     assert isinstance(left, float)
     assert 0.8 * float(value) < left <= float(value)
+
+
+def test_a_deadline_of_the_servers_loop_is_one_by_the_engines_clock() -> None:
+    async def apart() -> float:
+        return asyncio.get_running_loop().time() - time.monotonic()
+
+    assert abs(uvloop.run(apart())) < 1
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon", "", "1s"])

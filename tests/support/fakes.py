@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from carpool.engine.changes import Change
@@ -25,10 +27,12 @@ from carpool.engine.model_info import ModelInfo
 from carpool.engine.outputs import Piece, PoolingResult, ScoreResult, Timings
 from carpool.engine.params import Matryoshka, PoolingParams, Task, TaskAdapter, TokenizationParams
 from carpool.engine.stats import CacheStats, Observer, ResultStats, Unobserved
+from carpool.engine.terms import Terms
 
 VOCAB_SIZE = 1000
 WIDTH = 8
 CLS, SEP = 101, 102
+_NO_TERMS = Terms()
 
 FAKE_MODEL = ModelInfo(
     root="/models/fake",
@@ -183,13 +187,9 @@ class FakeEngine:
         prompts: list[str] | list[list[int]] | list[tuple[str, str]],
         params: PoolingParams,
         tokenization: TokenizationParams,
+        terms: Terms = _NO_TERMS,
         *,
         task: Task | tuple[Task, ...] = "embed",
-        adapter: str | None = None,
-        client: str = "",
-        priority: int = 0,
-        timeout: float | None = None,
-        cache_salt: str | None = None,
     ) -> PoolingResult:
         if self.state == "draining":
             raise Draining("The engine is shutting down.")
@@ -201,11 +201,7 @@ class FakeEngine:
                 "params": params,
                 "tokenization": tokenization,
                 "task": task,
-                "adapter": adapter,
-                "client": client,
-                "priority": priority,
-                "timeout": timeout,
-                "cache_salt": cache_salt,
+                **_told(terms),
             }
         )
         if self.error:
@@ -223,13 +219,9 @@ class FakeEngine:
         documents: list[str],
         params: PoolingParams,
         tokenization: TokenizationParams,
+        terms: Terms = _NO_TERMS,
         *,
         template_kwargs: Mapping[str, Any] | None = None,
-        adapter: str | None = None,
-        client: str = "",
-        priority: int = 0,
-        timeout: float | None = None,
-        cache_salt: str | None = None,
     ) -> ScoreResult:
         """A pair's score is the length of its document, or less one half where its texts differ."""
         if not queries or not documents:
@@ -243,11 +235,7 @@ class FakeEngine:
                 "params": params,
                 "tokenization": tokenization,
                 "template_kwargs": template_kwargs,
-                "adapter": adapter,
-                "client": client,
-                "priority": priority,
-                "timeout": timeout,
-                "cache_salt": cache_salt,
+                **_told(terms),
             }
         )
         if self.error:
@@ -328,6 +316,13 @@ class FakeEngine:
             return logits
         powers = np.exp(logits)
         return np.asarray(powers / powers.sum(), np.float32)
+
+
+def _told(terms: Terms) -> dict[str, object]:
+    """By their names, and in place of the deadline how many seconds are left."""
+    told = structs.asdict(terms)
+    deadline = told.pop("deadline")
+    return {**told, "timeout": None if deadline is None else deadline - time.monotonic()}
 
 
 def engine_errors() -> list[type[EngineError]]:
