@@ -1,4 +1,4 @@
-"""Cutting: which ids are kept of a prompt that is longer than it may be. Pure, on lists of ids."""
+"""Cutting: what is kept of a prompt that is longer than it may be. Pure, on lists of ids."""
 
 from __future__ import annotations
 
@@ -7,6 +7,36 @@ from collections.abc import Sequence as Seq
 from carpool.engine.affixes import NONE, Affixes
 from carpool.engine.errors import InvalidParameter
 from carpool.engine.params import Side
+
+
+def cut_length(truncate: int | None, longest: int | None) -> int | None:
+    """The most ids that are kept of a prompt, where `longest` are allowed; None, nothing is cut.
+
+    `truncate` is what its caller asks for: -1 is as many as are allowed. Raises InvalidParameter for more than those.
+    """
+    if truncate is None:
+        return None
+    if truncate == -1:
+        return longest
+    if truncate < -1:
+        raise InvalidParameter(
+            f"truncate_prompt_tokens must be -1 or more, got {truncate}.", "truncate_prompt_tokens"
+        )
+    if longest is not None and truncate > longest:
+        raise InvalidParameter(
+            "truncate_prompt_tokens value is greater than max_model_len. "
+            "Please request a smaller truncation size.",  # the reference's words, which clients compare
+            "truncate_prompt_tokens",
+        )
+    return truncate
+
+
+def head(text: str, most: int) -> str:
+    """At most `most` characters, ending where a word does, so that its tokens are the whole text's first."""
+    if len(text) <= most:
+        return text
+    end = max(text.rfind(" ", 0, most), text.rfind("\n", 0, most))
+    return text[:end] if end > most // 2 else text
 
 
 def cut(ids: list[int], limit: int, side: Side, spared: Affixes = NONE) -> list[int]:

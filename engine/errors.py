@@ -113,6 +113,12 @@ class DeadlineExceeded(EngineError):
 class InferenceFailed(EngineError):
     """The model raised, or produced a number that is not finite. The log has the details."""
 
+    def anew(self) -> InferenceFailed:
+        """The same for another request: raising an error writes to it, so that each needs its own."""
+        failure = InferenceFailed(*self.args)
+        failure.__cause__ = self.__cause__
+        return failure
+
 
 class Undone(InferenceFailed):
     """It was run in a batch that failed, beside others whose keys it may have read: to be run again, alone."""

@@ -35,11 +35,11 @@ def _loaded(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     own = _read_json(folder / "tokenizer_config.json")
-    has_code = not trust_remote_code and "auto_map" in own
-    if has_code and (folder / "tokenizer.json").is_file():
+    untrusted = not trust_remote_code and "auto_map" in own
+    if untrusted and (folder / "tokenizer.json").is_file():
         ends = {key: own[key] for key in ("add_bos_token", "add_eos_token") if key in own}
         return PreTrainedTokenizerFast.from_pretrained(str(folder), **ends)
-    if has_code and (folder / "tokenizer.model").is_file():
+    if untrusted and (folder / "tokenizer.model").is_file():
         return _from_sentencepiece(folder, own)
     fast: Any = AutoTokenizer.from_pretrained(
         str(folder),

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
 from carpool.engine.errors import InferenceFailed, Undone
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from carpool.engine.scheduler import Scheduler
     from carpool.engine.sequence import Sequence
     from carpool.engine.worker import Row
+
+# For a batch under way that nobody waits for. A thread that comes out of torch when Python is gone already aborts the
+# process, so most batches are let finish; one that hangs is left behind.
+_LAST_BATCH_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -59,8 +64,8 @@ class Fleet:
         loop = asyncio.get_running_loop()
         self._scheduler = scheduler
         self._owner = owner
-        self._due = False
-        self._over = False
+        self._due = False  # a dispatch at the end of this turn of the loop
+        self._over = False  # no more batches are given to any
         self.workers = [
             Worker(
                 runner,
@@ -87,8 +92,17 @@ class Fleet:
     def is_alive(self) -> bool:
         return any(worker.is_alive() for worker in self.workers)
 
-    def forget(self) -> None:
-        """Whatever is still held is nobody's business any more."""
+    def carries(self, adapter: int) -> bool:
+        """Whether a sequence under way is on this adapter."""
+        batches = chain.from_iterable(self.held.values())
+        return any(seq.adapter == adapter for batch in batches for seq in batch.sequences)
+
+    async def end(self) -> None:
+        """Stop, and wait for the threads, though not for one that hangs: what is held then is nobody's business."""
+        self.stop()
+        give_up = time.monotonic() + _LAST_BATCH_S
+        while self.is_alive() and time.monotonic() < give_up:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
         self._over = True
         for watchdog in self.watchdogs.values():
             watchdog.cancel()
@@ -145,11 +159,11 @@ class Fleet:
         else:
             del self.held[worker]
             self.idle.append(worker)
-        self._return(batch, rows)
+        self._report(batch, rows)
         self._dispatch()  # first, so that the worker is busy while results are handed out
         self._owner.landed(batch, rows, seconds, began)
 
-    def _return(self, batch: Batch, rows: list[Row]) -> None:
+    def _report(self, batch: Batch, rows: list[Row]) -> None:
         """Tell the scheduler how the batch went, if it keeps anything for those in it."""
         if not self._scheduler.is_paged:
             return
@@ -188,7 +202,7 @@ class Fleet:
 
 def _call_on(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: object) -> None:
     """From a worker's thread. Once the loop is closed nobody waits for what a late batch has to say."""
-    try:  # noqa: SIM105  # three calls more, between a batch and its clients
+    try:  # noqa: SIM105  # suppress() is three calls more, between a batch and its clients
         loop.call_soon_threadsafe(call, *args)
     except RuntimeError:
         pass

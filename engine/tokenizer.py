@@ -6,24 +6,16 @@ tokenised whole and the ids are cut here, sparing the special tokens as the libr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
-from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import tokenizers
 
 from carpool.engine.affixes import NONE, Affixes
-from carpool.engine.cutting import cut, cut_pair, cut_second, give_way
-from carpool.engine.errors import (
-    ConfigError,
-    EmptyInput,
-    InputTooLong,
-    InvalidInput,
-    InvalidParameter,
-    TokenOutOfVocabulary,
-)
-from carpool.engine.fast_tokenizer import load_fast
+from carpool.engine.bounds import check_lengths, check_text, check_vocabulary
+from carpool.engine.cutting import cut, cut_length, cut_pair, cut_second, give_way, head
+from carpool.engine.errors import ConfigError, InvalidInput, InvalidParameter
 from carpool.engine.framed import Framed
 from carpool.engine.late_interaction import LateInteraction, Role, RoleText
 from carpool.engine.outputs import Piece
@@ -32,8 +24,8 @@ from carpool.engine.prepared import Prepared
 from carpool.engine.roles import Scribe
 from carpool.engine.words import Words
 
-Pair = tuple[str, str]
-Prompts = list[str] | list[list[int]] | list[Pair] | list[Framed] | list[RoleText]
+if TYPE_CHECKING:
+    from carpool.engine.preparation import Prompts
 
 
 class Tokenizer:
@@ -55,7 +47,7 @@ class Tokenizer:
     ) -> None:
         """`vocab_size` is the model's: ids at or above it have no embedding. `token_types`: the model tells the
         second text of a pair from the first. `pads`: prompts are filled up to `max_model_len`. `scribes` write the
-        texts of a late interaction."""
+        texts of a late interaction. `leaves_out_prompts`: what a text is prefixed with is not pooled."""
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -78,16 +70,8 @@ class Tokenizer:
         self._exceeds_model = max(vocabulary.values(), default=0) >= vocab_size
 
     @classmethod
-    def load(
-        cls, path: str | Path, *, trust_remote_code: bool, token_types: bool = True, **limits: Any
-    ) -> Tokenizer:
-        """From a model folder: see `load_fast` and `of`."""
-        fast = load_fast(path, trust_remote_code=trust_remote_code)
-        return cls.of(fast, token_types=token_types, **limits)
-
-    @classmethod
     def of(
-        cls, fast: Any, *, token_types: bool = True, late: LateInteraction | None = None, **limits: Any
+        cls, fast: Any, *, token_types: bool = True, late: LateInteraction | None = None, **options: Any
     ) -> Tokenizer:
         """From a tokenizer of transformers, whose rules it takes over; what becomes of `fast` later is its own."""
         backend = fast.backend_tokenizer
@@ -100,7 +84,7 @@ class Tokenizer:
             pad_id=fast.pad_token_id or 0,
             token_types=token_types and "token_type_ids" in fast.model_input_names,
             scribes=scribes,
-            **limits,
+            **options,
         )
 
     @property
@@ -121,7 +105,7 @@ class Tokenizer:
             rest = [text for text, ids in zip(texts, known, strict=True) if ids is None]
             others = iter(self._by_library(rest, add_special_tokens) if rest else ())
         except (TypeError, UnicodeEncodeError):
-            _check_text(texts)
+            check_text(texts)
             raise
         around = self._affixes if add_special_tokens else NONE
         return [next(others) if ids is None else [*around.prefix, *ids, *around.suffix] for ids in known]
@@ -132,6 +116,55 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
+    def offsets(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """Its ids, and the characters of the text that each stands for, from the first to behind the last."""
+        check_text([text])
+        own = text.lower() if self._lowercase else text
+        if len(own) != len(text):
+            raise InvalidInput("This text changes its length in lower case: its tokens have no place in it.")
+        encoding = self._backend.encode(own, add_special_tokens=add_special_tokens)
+        return encoding.ids, encoding.offsets
+
+    def pieces(self, texts: list[str], add_special_tokens: bool = True) -> list[list[Piece]]:
+        """Each text's tokens, and where in it each stands."""
+        check_text(texts)
+        whole = []
+        for text in texts:
+            ids, offsets = self.offsets(text, add_special_tokens)
+            around = self._affixes if add_special_tokens else NONE
+            inner = range(len(around.prefix), len(ids) - len(around.suffix))
+            whole.append(
+                [
+                    Piece(token, text[start:stop], start, stop)
+                    if i in inner
+                    else Piece(token, self.tokens([token])[0], None, None)
+                    for i, (token, (start, stop)) in enumerate(zip(ids, offsets, strict=True))
+                ]
+            )
+        return whole
+
+    def shorten(self, texts: list[str], limit: int) -> list[str]:
+        """Each text cut, between characters, so that it has at most `limit` tokens (special ones not counted)."""
+        check_text(texts)
+        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+        short = list(texts)
+        for i, encoding in enumerate(encodings):
+            # Cut in the middle of a word, or of a character of several tokens, the rest may be split anew.
+            while len(encoding.ids) > limit:
+                end = min(encoding.offsets[limit - 1][1], encoding.offsets[limit][0], len(short[i]) - 1)
+                short[i] = short[i][:end]
+                encoding = self._backend.encode(short[i], add_special_tokens=False)
+        return short
+
+    def ids_of(self, words: Seq[str]) -> list[int]:
+        """The id of each word, which must be one token."""
+        found = [self._backend.token_to_id(word) for word in words]
+        if None in found:
+            raise ConfigError(f"{words[found.index(None)]!r} is not one token of this model's vocabulary.")
+        return [token for token in found if token is not None]
+
+    # ── prompts to ids that are fit to run ───────────────────────────────────────────────────────────────
+
     def prepare(self, prompts: Prompts, params: TokenizationParams, max_len: int | None = -1) -> Prepared:
         """Ids that are fit to run: cut, padded and checked as `params` and the model ask.
 
@@ -139,44 +172,63 @@ class Tokenizer:
         Raises the InvalidInput family; `param` is `input`, or `input[i]` when there are several prompts.
         """
         longest = self._max_model_len if max_len == -1 else max_len
-        limit = self._limit(params.truncate_prompt_tokens, longest)
+        limit = cut_length(params.truncate_prompt_tokens, longest)
         type_starts: list[int | None] | None = None
         unseen: list[int | None] | None = None
         if prompts and isinstance(prompts[0], RoleText):
             batch, unseen = self._encode_roles(cast("list[RoleText]", prompts), params, limit, longest)
         elif prompts and isinstance(prompts[0], tuple):
-            batch, type_starts = self._encode_pairs(cast("list[Pair]", prompts), params, limit)
+            batch, type_starts = self._encode_pairs(cast("list[tuple[str, str]]", prompts), params, limit)
         elif prompts and isinstance(prompts[0], Framed):
             batch = self._encode_framed(prompts, params, limit)
         elif prompts and isinstance(prompts[0], str):
-            batch = self._encode_for(prompts, params, limit, longest)
+            batch = self._encode_enough(prompts, params, limit, longest)
             if limit is not None:
                 batch = [self._truncate_text(ids, limit, params) for ids in batch]
         else:
             batch = cast("list[list[int]]", prompts)
             if limit is not None:
                 batch = [cut(ids, limit, params.truncation_side or "right") for ids in batch]
+        # What the tokenizer made of text need not be looked at, unless it knows more than the model.
         if self._exceeds_model or not (prompts and isinstance(prompts[0], str | tuple | Framed)):
-            self._check_vocabulary(batch)
-        self._check_lengths(batch, longest)
+            check_vocabulary(batch, self._vocab_size)
+        check_lengths(batch, longest)
         if params.padding == "max_length" or (self._pads and params.padding is None):
-            full = self._max_model_len
-            if longest is not None and not self._pads:
-                full = min(longest, full)
+            # A model that pads wants its own length, whatever else is allowed.
+            full = self._max_model_len if self._pads or longest is None else min(longest, self._max_model_len)
             batch = [ids + [self._pad_id] * (full - len(ids)) for ids in batch]
         return Prepared(batch, type_starts, unseen, self._prompt_tokens(params))
 
-    def _prompt_tokens(self, params: TokenizationParams) -> int:
-        """How many tokens at the beginning are not pooled: the prompt's and those that the tokenizer puts before it."""
-        if not (self._leaves_out_prompts and params.prompt):
-            return 0
-        if params.truncate_prompt_tokens is not None and (params.truncation_side or self._side) == "left":
-            raise InvalidParameter(
-                "This model leaves the prompt out of its pooling, so a text with a prompt cannot be cut on the left.",
-                "truncation_side",
-            )
-        (ids,) = self.encode([params.prompt], params.add_special_tokens)
-        return len(ids) - (len(self._affixes.suffix) if params.add_special_tokens else 0)
+    def _encode_enough(
+        self, texts: list[str], params: TokenizationParams, limit: int | None, longest: int | None
+    ) -> list[list[int]]:
+        """Ids of each text; of a hopelessly long one only as many as decide what happens to it.
+
+        A text far beyond what the model takes would cost seconds. Its beginning decides: more tokens there than
+        the limit are too many, or, cut on the right, all that is kept. Only when the beginning holds few tokens
+        (blanks, long words that become one unknown token) is the rest looked at.
+        """
+        if longest is None:
+            return self.encode(texts, params.add_special_tokens)
+        enough = (limit or longest) + 1
+        keeps_end = limit is not None and (params.truncation_side or self._side) == "left"
+        most = (enough + 64) * self._longest_token
+        if keeps_end or max(map(len, texts)) <= most:
+            return self.encode(texts, params.add_special_tokens)
+        check_text(texts)  # in full: what is not text is refused, also where nobody would have looked
+        heads = [head(text, most) for text in texts]
+        batch = self.encode(heads, params.add_special_tokens)
+        short = [i for i, ids in enumerate(batch) if len(ids) < enough and len(heads[i]) < len(texts[i])]
+        if short:
+            in_full = self.encode([texts[i] for i in short], params.add_special_tokens)
+            for i, ids in zip(short, in_full, strict=True):
+                batch[i] = ids
+        return batch
+
+    def _truncate_text(self, ids: list[int], limit: int, params: TokenizationParams) -> list[int]:
+        """To `limit` ids: sparing the special tokens by default, blindly when the caller chose a side."""
+        blindly = params.truncation_side is not None or not params.add_special_tokens
+        return cut(ids, limit, params.truncation_side or self._side, NONE if blindly else self._affixes)
 
     def _encode_roles(
         self, prompts: list[RoleText], params: TokenizationParams, limit: int | None, longest: int | None
@@ -189,30 +241,28 @@ class Tokenizer:
             places = [i for i, prompt in enumerate(prompts) if prompt.role == role]
             room = scribe.room(limit)
             texts = [scribe.prompt + prompts[i].text for i in places]
-            encoded = self._encode_for(texts, params, room, longest)
+            encoded = self._encode_enough(texts, params, room, longest)
             for i, ids in zip(places, encoded, strict=True):
                 kept = ids if room is None else self._truncate_text(ids, room, params)
                 batch[i], unseen[i] = scribe.write(kept, self._max_model_len)
         return batch, unseen
 
     def _encode_pairs(
-        self, pairs: list[Pair], params: TokenizationParams, limit: int | None
+        self, pairs: list[tuple[str, str]], params: TokenizationParams, limit: int | None
     ) -> tuple[list[list[int]], list[int | None]]:
         """Each pair as one prompt with the tokenizer's own separators, and where its type 1 begins.
 
-        Each side is tokenised by itself, every distinct text once: a query is shared by all its documents. What is too
-        long is cut where it is longest, or, where documents have a limit of their own, at the document.
+        Each side is tokenised by itself. What is too long is cut where it is longest, or, where documents have a limit
+        of their own, at the document.
         """
         shorter = cut_second if params.max_tokens_per_doc else cut_pair
-        distinct = list(dict.fromkeys(text for pair in pairs for text in pair))
-        ids = dict(zip(distinct, self.encode(distinct, add_special_tokens=False), strict=True))
+        ids = self._encode_distinct(text for pair in pairs for text in pair)
         batch: list[list[int]] = []
         starts: list[int | None] = []
         for query, document in pairs:
             first, second = ids[query], ids[document]
-            around = (
-                self._pair_affixes if document else self._affixes
-            )  # as transformers has it: no text, no pair
+            # As transformers has it: no text, no pair.
+            around = self._pair_affixes if document else self._affixes
             if limit is not None and params.truncation_side is None and len(around) <= limit:
                 first, second = shorter(first, second, limit - len(around), self._side)
             whole = [*around.prefix, *first, *around.middle, *second, *around.suffix]
@@ -231,9 +281,8 @@ class Tokenizer:
     def _encode_framed(
         self, prompts: list[Framed], params: TokenizationParams, limit: int | None
     ) -> list[list[int]]:
-        """Each prompt, its parts tokenised one by one (every distinct one once), joined, and cut where it may be."""
-        distinct = list(dict.fromkeys(text for prompt in prompts for text in (*prompt.parts, prompt.tail)))
-        ids = dict(zip(distinct, self.encode(distinct, add_special_tokens=False), strict=True))
+        """Each prompt, its parts tokenised one by one, joined, and cut where it may be."""
+        ids = self._encode_distinct(text for prompt in prompts for text in (*prompt.parts, prompt.tail))
         batch = []
         for prompt in prompts:
             around = self._affixes if prompt.specials else NONE
@@ -244,129 +293,22 @@ class Tokenizer:
             batch.append(whole if limit is None else cut(whole, limit, "left"))
         return batch
 
-    def offsets(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
-        """Its ids, and the characters of the text that each stands for, from the first to behind the last."""
-        _check_text([text])
-        own = text.lower() if self._lowercase else text
-        if len(own) != len(text):
-            raise InvalidInput("This text changes its length in lower case: its tokens have no place in it.")
-        encoding = self._backend.encode(own, add_special_tokens=add_special_tokens)
-        return encoding.ids, encoding.offsets
+    def _encode_distinct(self, texts: Iterable[str]) -> dict[str, list[int]]:
+        """Ids of each text by itself, tokenised once however often it comes: a query meets many documents."""
+        distinct = list(dict.fromkeys(texts))
+        return dict(zip(distinct, self.encode(distinct, add_special_tokens=False), strict=True))
 
-    def pieces(self, texts: list[str], add_special_tokens: bool = True) -> list[list[Piece]]:
-        """Each text's tokens, and where in it each stands."""
-        _check_text(texts)
-        whole = []
-        for text in texts:
-            ids, offsets = self.offsets(text, add_special_tokens)
-            around = self._affixes if add_special_tokens else NONE
-            inner = range(len(around.prefix), len(ids) - len(around.suffix))
-            whole.append(
-                [
-                    Piece(token, text[start:stop], start, stop)
-                    if i in inner
-                    else Piece(token, self.tokens([token])[0], None, None)
-                    for i, (token, (start, stop)) in enumerate(zip(ids, offsets, strict=True))
-                ]
-            )
-        return whole
-
-    def shorten(self, texts: list[str], limit: int) -> list[str]:
-        """Each text cut, between characters, so that it has at most `limit` tokens (special ones not counted)."""
-        _check_text(texts)
-        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
-        short = list(texts)
-        for i, encoding in enumerate(encodings):
-            # Cut in the middle of a word, or of a character of several tokens, the rest may be split anew.
-            while len(encoding.ids) > limit:
-                end = min(encoding.offsets[limit - 1][1], encoding.offsets[limit][0], len(short[i]) - 1)
-                short[i] = short[i][:end]
-                encoding = self._backend.encode(short[i], add_special_tokens=False)
-        return short
-
-    def ids_of(self, words: Seq[str]) -> list[int]:
-        """The id of each word, which must be one token."""
-        found = [self._backend.token_to_id(word) for word in words]
-        if None in found:
-            raise ConfigError(f"{words[found.index(None)]!r} is not one token of this model's vocabulary.")
-        return [token for token in found if token is not None]
-
-    def _limit(self, truncate: int | None, longest: int | None) -> int | None:
-        if truncate is None:
-            return None
-        if truncate == -1:
-            return longest
-        if truncate < -1:
+    def _prompt_tokens(self, params: TokenizationParams) -> int:
+        """How many tokens at the beginning are not pooled: the prompt's and those that the tokenizer puts before it."""
+        if not (self._leaves_out_prompts and params.prompt):
+            return 0
+        if params.truncate_prompt_tokens is not None and (params.truncation_side or self._side) == "left":
             raise InvalidParameter(
-                f"truncate_prompt_tokens must be -1 or more, got {truncate}.", "truncate_prompt_tokens"
+                "This model leaves the prompt out of its pooling, so a text with a prompt cannot be cut on the left.",
+                "truncation_side",
             )
-        if longest is not None and truncate > longest:
-            raise InvalidParameter(
-                "truncate_prompt_tokens value is greater than max_model_len. "
-                f"Please request a smaller truncation size. ({truncate} > {longest})",
-                "truncate_prompt_tokens",
-            )
-        return truncate
-
-    def _encode_for(
-        self, texts: list[str], params: TokenizationParams, limit: int | None, longest: int | None
-    ) -> list[list[int]]:
-        """Ids of each text; of a hopelessly long one only as many as decide what happens to it.
-
-        A text far beyond what the model takes would cost seconds. Its beginning decides: more tokens there than
-        the limit are too many, or, cut on the right, all that is kept. Only when the beginning holds few tokens
-        (blanks, long words that become one unknown token) is the rest looked at.
-        """
-        if longest is None:
-            return self.encode(texts, params.add_special_tokens)
-        enough = (limit or longest) + 1
-        keeps_end = limit is not None and (params.truncation_side or self._side) == "left"
-        most = (enough + 64) * self._longest_token
-        if keeps_end or max(map(len, texts)) <= most:
-            return self.encode(texts, params.add_special_tokens)
-        _check_text(texts)  # in full: what is not text is refused, also where nobody would have looked
-        heads = [_head(text, most) for text in texts]
-        batch = self.encode(heads, params.add_special_tokens)
-        short = [i for i, ids in enumerate(batch) if len(ids) < enough and len(heads[i]) < len(texts[i])]
-        if short:
-            for i, ids in zip(
-                short, self.encode([texts[i] for i in short], params.add_special_tokens), strict=True
-            ):
-                batch[i] = ids
-        return batch
-
-    def _truncate_text(self, ids: list[int], limit: int, params: TokenizationParams) -> list[int]:
-        """To `limit` ids: sparing the special tokens by default, blindly when the caller chose a side."""
-        blindly = params.truncation_side is not None or not params.add_special_tokens
-        return cut(ids, limit, params.truncation_side or self._side, NONE if blindly else self._affixes)
-
-    # ── checks ───────────────────────────────────────────────────────────────────────────────────────────
-
-    def _check_vocabulary(self, batch: list[list[int]]) -> None:
-        for i, ids in enumerate(batch):
-            if ids and (max(ids) >= self._vocab_size or min(ids) < 0):
-                bad = next(token for token in ids if not 0 <= token < self._vocab_size)
-                raise TokenOutOfVocabulary(
-                    f"Token id {bad} is out of vocabulary: this model knows ids 0 to {self._vocab_size - 1}; "
-                    "a client that tokenises for another model should send text instead.",
-                    _name(i, batch),
-                )
-
-    def _check_lengths(self, batch: list[list[int]], longest: int | None) -> None:
-        if not batch:
-            raise EmptyInput("You must pass at least one prompt", "input")
-        for i, ids in enumerate(batch):
-            if not ids:
-                raise EmptyInput(
-                    "The prompt has no tokens: send a text or ids that are not empty.", _name(i, batch)
-                )
-            if longest is not None and len(ids) > longest:
-                raise InputTooLong(
-                    f"This model's maximum context length is {longest} tokens. However, your input has at least "
-                    f"{len(ids)} tokens. Please reduce the length of the input prompt, or have it cut by setting "
-                    f"{InputTooLong.REMEDY}.",
-                    _name(i, batch),
-                )
+        (ids,) = self.encode([params.prompt], params.add_special_tokens)
+        return len(ids) - (len(self._affixes.suffix) if params.add_special_tokens else 0)
 
     # ── ids to text ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -384,24 +326,3 @@ class Tokenizer:
     def _is_known(self, token: int) -> bool:
         """Whether the library can be asked about it: it raises for numbers that are not 32-bit."""
         return 0 <= token < self._backend.get_vocab_size(with_added_tokens=True)
-
-
-def _head(text: str, most: int) -> str:
-    """At most `most` characters, ending where a word does, so that its tokens are the whole text's first."""
-    if len(text) <= most:
-        return text
-    end = max(text.rfind(" ", 0, most), text.rfind("\n", 0, most))
-    return text[:end] if end > most // 2 else text
-
-
-def _check_text(texts: list[str]) -> None:
-    """A lone surrogate is a Python str but not text: no UTF-8 stands for it."""
-    for i, text in enumerate(texts):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise InvalidInput("input holds a lone surrogate, which is not text.", _name(i, texts)) from None
-
-
-def _name(index: int, batch: list[str] | list[list[int]]) -> str:
-    return "input" if len(batch) == 1 else f"input[{index}]"

@@ -30,7 +30,7 @@ class Words:
     """May be used from any thread at once: of two that learn a word both are right."""
 
     def __init__(self, backend: tokenizers.Tokenizer, vocabulary: Mapping[str, int]) -> None:
-        """`backend` is one that `fits`; `vocabulary` is its."""
+        """`backend` is one that `fits`; `vocabulary` is its own, with added tokens."""
         self._backend = backend
         self._lowercase = backend.normalizer.lowercase
         # A word that is an entry of the vocabulary is its own longest piece.

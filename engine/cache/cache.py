@@ -9,6 +9,7 @@ from carpool.engine.cache.blocks import Prompt
 from carpool.engine.cache.hashing import block_hashes
 from carpool.engine.cache.paging import Paging
 from carpool.engine.params import Task
+from carpool.engine.stats import CacheStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,15 @@ class Cache:
     def num_tokens(self) -> int:
         """Tokens that it can hold."""
         return self.paging.pool.num_blocks * self.paging.pool.block_size
+
+    @property
+    def stats(self) -> CacheStats:
+        pool = self.paging.pool
+        return CacheStats(pool.queried_tokens, pool.hit_tokens, pool.num_blocks, pool.num_used)
+
+    def forget(self) -> None:
+        """Nothing that has been computed is found any more."""
+        self.paging.pool.forget()
 
     def prompts(
         self,

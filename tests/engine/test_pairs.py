@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 import tiny
 from carpool.engine.errors import ConfigError, InputTooLong, InvalidInput, InvalidParameter
+from carpool.engine.fast_tokenizer import load_fast
 from carpool.engine.framed import Framed
 from carpool.engine.params import TokenizationParams
 from carpool.engine.tokenizer import Tokenizer
@@ -55,7 +56,7 @@ def both(
             _mistral(path)
         else:
             path = checkpoint(family)
-        ours = Tokenizer.load(path, trust_remote_code=False, max_model_len=LONGEST, vocab_size=10**6)
+        ours = Tokenizer.of(load_fast(path, trust_remote_code=False), max_model_len=LONGEST, vocab_size=10**6)
         return ours, AutoTokenizer.from_pretrained(path)
 
     return made
@@ -181,8 +182,8 @@ def test_text_that_is_no_text_is_refused(both: Callable[[str], tuple[Tokenizer, 
 def test_models_without_a_second_type_never_see_one(checkpoint: Callable[[str], Path]) -> None:
     """As RoBERTas with a tokenizer that types its texts: the table of types has one row."""
     path = checkpoint("bert")
-    ours = Tokenizer.load(
-        path, trust_remote_code=False, max_model_len=LONGEST, vocab_size=100, token_types=False
+    ours = Tokenizer.of(
+        load_fast(path, trust_remote_code=False), max_model_len=LONGEST, vocab_size=100, token_types=False
     )
     ((_ids, types),) = prepared(ours, [("the cat", "the mat")])
     assert not any(types)
@@ -191,7 +192,7 @@ def test_models_without_a_second_type_never_see_one(checkpoint: Callable[[str], 
 def test_a_tokenizer_that_keeps_types_to_itself_gives_none(fresh: Callable[[str], Path]) -> None:
     path = fresh("bert")
     tiny.edit_json(path / "tokenizer_config.json", model_input_names=["input_ids", "attention_mask"])
-    ours = Tokenizer.load(path, trust_remote_code=False, max_model_len=LONGEST, vocab_size=100)
+    ours = Tokenizer.of(load_fast(path, trust_remote_code=False), max_model_len=LONGEST, vocab_size=100)
     ((ids, types),) = prepared(ours, [("the cat", "the mat")])
     assert (ids, types) == expected(AutoTokenizer.from_pretrained(path), "the cat", "the mat")
     assert not any(types)
@@ -332,7 +333,7 @@ def test_a_character_of_several_tokens_is_kept_whole_or_not_at_all(
 
 def test_words_for_a_scorer_are_single_tokens(checkpoint: Callable[[str], Path]) -> None:
     path = checkpoint("qwen3_lm")
-    ours = Tokenizer.load(path, trust_remote_code=False, max_model_len=LONGEST, vocab_size=500)
+    ours = Tokenizer.of(load_fast(path, trust_remote_code=False), max_model_len=LONGEST, vocab_size=500)
     assert ours.ids_of(("no", "yes")) == AutoTokenizer.from_pretrained(path).convert_tokens_to_ids(
         ["no", "yes"]
     )
@@ -357,5 +358,5 @@ def test_where_texts_may_be_of_any_length_so_may_truncation(
     for truncate, length in ((200, 200), (-1, 302), (None, 302)):
         found = ours.prepare(text, TokenizationParams(truncate_prompt_tokens=truncate), None)
         assert list(map(len, found.token_ids)) == [length]
-    with pytest.raises(InvalidParameter, match="201 > 200"):
+    with pytest.raises(InvalidParameter, match="greater than max_model_len"):
         ours.prepare(text, TokenizationParams(truncate_prompt_tokens=201), 200)

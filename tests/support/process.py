@@ -68,6 +68,6 @@ def _wait_until_ready(process: Process) -> None:
             with urlopen(f"{process.url}/health/ready", timeout=5) as answer:
                 if answer.status == 200:
                     return
-        except (HTTPError, URLError, ConnectionError):
+        except (HTTPError, URLError, ConnectionError, TimeoutError):  # the last while its fronts come up
             time.sleep(0.1)
     raise AssertionError(f"not ready after {PATIENCE} s: {process.log.read_text()}")
