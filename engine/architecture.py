@@ -78,16 +78,20 @@ _TASKS: Mapping[Kind, tuple[Task, ...]] = {
     "judge": ("token_classify",),
 }
 
-
+_RAW = {"JambaForSequenceClassification"}  # by its name a classifier, and a reward model in the reference
 _OF_TORCH = re.compile(r"torch\.nn\.(modules\.|[A-Z]\w*$)")  # by its full name, or as people write it
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """`tasks` are all that the model can do; the first is what it does when it is not told."""
+    """`tasks` are all that the model can do; the first is what it does when it is not told.
+
+    `activates`: whether classes are probabilities, and no rewards as they are, for those who do not say.
+    """
 
     kind: Kind
     tasks: tuple[Task, ...]
+    activates: bool = True
 
     @property
     def embeds(self) -> bool:
@@ -108,7 +112,7 @@ class Architecture:
         `step_words`: the pooler configuration asks for STEP and names returned_token_ids.
         """
         kind = _kind(architectures, convert, step_words, files)
-        return cls(kind, _TASKS[kind])
+        return cls(kind, _TASKS[kind], kind != "reward" and _RAW.isdisjoint(architectures))
 
 
 def _kind(architectures: tuple[str, ...], convert: Convert, step_words: bool, files: Kind | None) -> Kind:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -16,7 +17,13 @@ from carpool.engine.model_info import Similarity
 from carpool.engine.models.loader import Loaded
 from carpool.engine.params import Task
 from carpool.engine.poolers.bge_m3 import Marks, UnmarkedPool, load_linear
-from carpool.engine.poolers.classify import ClassifyHead, ClassifyPool, TokenClassifyPool, activation_named
+from carpool.engine.poolers.classify import (
+    Activate,
+    ClassifyHead,
+    ClassifyPool,
+    TokenClassifyPool,
+    activation_named,
+)
 from carpool.engine.poolers.dense import activation, load_layer
 from carpool.engine.poolers.embed import EmbedHead, EmbedPool, TokenEmbedPool
 from carpool.engine.poolers.marked import MarkedPool
@@ -189,11 +196,10 @@ def _classify_pools(
     marks: Marks,
 ) -> dict[Task, Pool]:
     pooler, kind = config.pooler_config, architecture.kind
-    named = activation_of(checkpoint.config, num_labels or loaded.backbone.hidden_size)
     head = ClassifyHead(
         loaded.head or nn.Identity(),
-        activation(named) if "." in named else activation_named(named),
-        by_default=pooler.activates if pooler.activates is not None else kind != "reward",
+        _activate(checkpoint, num_labels or loaded.backbone.hidden_size),
+        by_default=architecture.activates if pooler.activates is None else pooler.activates,
         logit_mean=pooler.mean,
         logit_sigma=pooler.logit_sigma or 1.0,
     )
@@ -204,10 +210,17 @@ def _classify_pools(
             raise ConfigError(
                 f"returned_token_ids {list(columns)} go beyond this model's {num_labels} labels."
             )
-        tokens = TokenClassifyPool(head, _step_tag(checkpoint, config, architecture, marks), columns)
+        steps = replace(head, activate=_activate(checkpoint, len(columns))) if columns else head
+        tokens = TokenClassifyPool(steps, _step_tag(checkpoint, config, architecture, marks), columns)
     if "classify" not in architecture.tasks:
         return {"token_classify": tokens}
     return {"classify": ClassifyPool(mode, head, loaded.late), "token_classify": tokens}
+
+
+def _activate(checkpoint: Checkpoint, labels: int) -> Activate:
+    """What makes probabilities of so many logits a row: of one alone a softmax would always be 1."""
+    named = activation_of(checkpoint.config, labels)
+    return activation(named) if "." in named else activation_named(named)
 
 
 def _step_tag(

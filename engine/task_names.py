@@ -33,7 +33,7 @@ TASK_OF_SCORES: Mapping[ScoreType, Task] = {
     "late-interaction": "token_embed",
     "listwise": "token_embed",
 }
-_PLUGIN = "No IOProcessor plugin installed: carpool has no plugins, send texts or token ids."
+_PLUGIN = "No IOProcessor plugin installed. carpool has none: send texts or token ids."
 
 
 def tasks_of(name: str | None, model: ModelInfo) -> tuple[Task, ...]:

@@ -74,7 +74,9 @@ class Backbone:
 
     @property
     def is_causal(self) -> bool:
-        """Whether its attention layers look only backwards by their class's nature."""
+        """Whether its attention layers look only backwards by their class's nature, whatever this one was told."""
+        if getattr(self.module.config.get_text_config(), "use_bidirectional_attention", None) is True:  # type: ignore[union-attr,operator]
+            return True  # Gemma 3, whose layers say what they were told
         natures = [getattr(module, "is_causal", None) for module in self.module.modules()]
         if any(nature is not None for nature in natures):
             return any(natures)

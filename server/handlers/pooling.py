@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from carpool.engine.params import Task
 
 OF_TOKENS: tuple[Task, ...] = ("token_embed", "token_classify")
-NO_PLUGINS = "No IOProcessor plugin installed: carpool has no plugins, send texts or token ids as input."
+NO_PLUGINS = "No IOProcessor plugin installed. carpool has none: send texts or token ids as input."
 
 
 async def create_pooling(request: web.Request) -> web.StreamResponse:

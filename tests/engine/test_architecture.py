@@ -48,6 +48,20 @@ def test_the_most_specific_suffix_says_what_a_model_is_for(name: str, kind: Kind
     assert Architecture.of((name,), "auto").kind == kind
 
 
+@pytest.mark.parametrize(
+    ("name", "activates"),
+    [
+        ("BertForSequenceClassification", True),
+        ("Qwen2ForProcessRewardModel", True),
+        ("Qwen2ForRewardModel", False),
+        ("InternLM2ForRewardModel", False),
+        ("JambaForSequenceClassification", False),
+    ],
+)
+def test_rewards_are_told_as_they_are(name: str, activates: bool) -> None:
+    assert Architecture.of((name,), "auto").activates is activates
+
+
 def test_the_first_name_that_says_anything_counts() -> None:
     assert (
         Architecture.of(("Strange", "BertForSequenceClassification", "BertModel"), "auto").kind == "classify"

@@ -346,7 +346,7 @@ def test_what_the_model_cannot_do_is_said_with_a_way_out(llm: Callable[..., LLM]
         (lambda: llm("bert").encode("a", pooling_task="sparse_embed"),
          "Unsupported task: 'sparse_embed' Supported tasks: embed, token_embed."),
         (lambda: llm("bert").encode("a", pooling_task="plugin"),
-         "No IOProcessor plugin installed: carpool has no plugins, send texts or token ids."),
+         "No IOProcessor plugin installed. carpool has none: send texts or token ids."),
         (lambda: llm("bert").encode("a", pooling_task="generate"),
          "pooling_task='generate' is not one of embed, classify, token_embed, sparse_embed, token_classify, encode, "
          "reward, score."),

@@ -412,8 +412,11 @@ def test_a_process_reward_model_judges_each_step(
     assert close(found, logits[steps])
     assert [row.shape for row in both.rows(["no step", text], "token_classify")] == [(0, 2), (3, 2)]
     good = PoolerConfig(tok_pooling_type="STEP", step_tag_id=tag, returned_token_ids=[1])  # type: ignore[arg-type]
-    (found,) = serve("qwen2_prm", pooler_config=good).rows([text], "token_classify", PLAIN)
+    kept = serve("qwen2_prm", pooler_config=good)
+    (found,) = kept.rows([text], "token_classify", PLAIN)
     assert close(found, logits[steps][:, [1]])
+    (found,) = kept.rows([text], "token_classify")
+    assert close(found, logits[steps][:, [1]].sigmoid())  # of one logit alone there is no softmax
     (found,) = serve("qwen2_prm", pooler_config=PoolerConfig(pooling_type="ALL")).rows(
         [text], "token_classify"
     )
@@ -793,7 +796,7 @@ def test_slices_have_a_bound_that_can_be_set(serve: Callable[..., Engine]) -> No
         engine.pool([LONG])
     for truncate, length in ((-1, 100), (70, 70), (10, 10)):
         assert engine.pool([LONG], truncate_prompt_tokens=truncate).prompt_tokens == length
-    with pytest.raises(InvalidParameter, match="101 > 100"):
+    with pytest.raises(InvalidParameter, match="Please request a smaller truncation size"):
         engine.pool([LONG], truncate_prompt_tokens=101)
 
 

@@ -80,6 +80,18 @@ def test_what_a_model_is_is_read_off_its_modules(
     assert backbone(family).is_causal is causal
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [("Gemma3TextModel", {"use_bidirectional_attention": True}), ("Qwen2Model", {"is_causal": False})],
+)
+def test_a_decoder_that_was_told_to_look_both_ways_is_one_still(kind: str, told: dict[str, bool]) -> None:
+    """Its class's pooling is the last token's, as the reference has it."""
+    model_class = getattr(transformers, kind)
+    with torch.device("meta"):
+        model = model_class(model_class.config_class(num_hidden_layers=1, **told))
+    assert Backbone(model).is_causal
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_layers_attention_is_ours(family: str, backbone: Callable[[str], Backbone]) -> None:
     """A layer that computes its own would see the whole row."""

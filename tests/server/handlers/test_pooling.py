@@ -62,7 +62,7 @@ async def test_a_task_that_the_model_lacks_names_those_it_has(served: Served, ta
 
 async def test_plugins_have_their_own_sentence(served: Served) -> None:
     message = assert_error(await served.post(PATH, {"data": {"a": 1}}), 400, "BadRequestError", "data")
-    assert message.startswith("No IOProcessor plugin installed")
+    assert message.startswith("No IOProcessor plugin installed.")
     asked = {"input": "a", "task": "plugin"}
     assert message == assert_error(await served.post(PATH, asked), 400, "BadRequestError", "task")
     assert (await served.post(PATH, {"data": 1, "input": "a"})).status == 200

@@ -26,7 +26,10 @@ Mode = Literal["cls", "mean", "lasttoken", "weightedmean"]
 
 @dataclass(frozen=True)
 class Stock:
-    """A class of transformers over a folder, eager, one prompt at a time, in the state it was loaded in."""
+    """A class of transformers over a folder, eager, one prompt at a time, in the state it was loaded in.
+
+    `normalize`: to vectors of unit length, and logits to probabilities.
+    """
 
     model: Any
     mode: Mode = "mean"
@@ -44,6 +47,8 @@ class Stock:
         output = copy.deepcopy(self.model)(**inputs)  # some remember the longest text they saw
         if task == "classify":
             logits: Tensor = output.logits[0].float()
+            if not self.normalize:
+                return logits
             return logits.sigmoid() if len(logits) == 1 else logits.softmax(0)
         rows: Tensor = output.last_hidden_state[0].float()
         if task == "embed":
@@ -578,6 +583,7 @@ PADDED: tuple[Member, ...] = (
             1,
             words=lambda: tiny.byte_bpe(before=["<|startoftext|>"], pad="<|pad|>"),
             pad="<|pad|>",
+            normalize=False,
         ),
         note="state-space layers",
     ),
