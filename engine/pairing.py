@@ -1,7 +1,8 @@
 """Pairing: how a checkpoint is to be asked about pairs of texts, and which logits answer. Decided once, at start.
 
 In whose words a pair is put, the first that there is: the user's template, the folder's own (a sentence-transformers
-CrossEncoder), the row of `rerankers` that fits. That there is none of them for a language model is said.
+CrossEncoder), the row of `rerankers` that fits. That there is none of them for a language model is said. Who names the
+words of the answer in the reference's overrides gets what the reference does: its clients write the prompt themselves.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from carpool.engine.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairing:
-    """`scorer` makes a head of a language model's; `sigma` divides what comes out of it."""
+    """`scorer` makes a head of a language model's; `sigma` divides what comes out of it. `overridden`: the user named its
+    words.
+    """
 
     scorer: Scorer | None = None
     reranker: Reranker | None = None
     files: PairFiles | None = None
     sigma: float = 1.0
+    overridden: bool = False
 
     @classmethod
     def of(cls, config: EngineConfig, checkpoint: Checkpoint) -> Pairing:
@@ -57,7 +61,8 @@ class Pairing:
             )
         ):
             scorer, sigma = Scorer(reranker.words, reranker.method, reranker.token_ids), reranker.sigma
-        return cls(scorer=scorer, reranker=reranker, files=files, sigma=sigma)
+        overridden = "classifier_from_token" in config.hf_overrides
+        return cls(scorer=scorer, reranker=reranker, files=files, sigma=sigma, overridden=overridden)
 
     def calibrated(self, config: EngineConfig) -> EngineConfig:
         """`config` with `sigma` in it, unless the user has one."""
@@ -72,6 +77,8 @@ class Pairing:
         """
         if config.chat_template and not (own := chat.for_pairs()).drops_pairs:
             return own
+        if self.overridden:
+            return None
         if self.files is not None and self.files.chat:
             own = chat.of_the_folder.for_pairs(
                 specials=False,
@@ -109,13 +116,18 @@ class Pairing:
                 "--chat-template has no place for a query and a document, which are messages of these two roles: pairs "
                 "are put as they are without it."
             )
-        told = config.hf_overrides.get("is_original_qwen3_reranker")
-        if isinstance(framer, Reranker) and framer.called is not None and not told:
+        if isinstance(framer, Reranker) and framer.called is not None:
             yield (
                 f"Taken for a {framer.name} by its name and class: pairs are put into that family's own prompt. "
                 "--chat-template puts another in its place, --convert embed makes it an embedding model."
             )
-        if framer is None and blunt:
+        if framer is None and blunt and self.overridden and self.reranker is not None:
+            yield (
+                f"With classifier_from_token in --hf-overrides pairs are put as vLLM puts them: both texts, one after the "
+                f"other, for clients that write {self.reranker.name}'s whole prompt themselves. Without it they are put "
+                "into that prompt here, and --chat-template brings another."
+            )
+        elif framer is None and blunt:
             yield (
                 "No prompt is known for pairs of this language model: /score and /rerank give it both texts, one after "
                 "the other, and what it makes of them may mean nothing. Give the prompt that it was trained on with "

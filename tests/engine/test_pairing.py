@@ -184,8 +184,12 @@ def test_a_word_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
 
 def test_words_of_the_users_win_over_the_files(tmp_path: Path) -> None:
     zoo.qwen3_with_files(tmp_path)
-    turned = {"classifier_from_token": ["yes", "no"], "method": "from_2_way_softmax"}
-    assert close(scores(tmp_path, hf_overrides=turned), [1 - score for score in scores(tmp_path)])
+
+    def answered(*words: str) -> list[float]:
+        flags = {"classifier_from_token": list(words), "method": "from_2_way_softmax"}
+        return scores(tmp_path, hf_overrides=flags)
+
+    assert close(answered("yes", "no"), [1 - score for score in answered("no", "yes")])
 
 
 # ── when nobody knows the prompt ─────────────────────────────────────────────────────────────────────────────

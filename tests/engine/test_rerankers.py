@@ -360,12 +360,11 @@ def test_a_template_of_the_users_keeps_its_end_too(served: Callable[[str], Serve
     assert answer.prompt_token_ids == [*whole[: 40 - len(end)], *end]
 
 
-def test_with_the_references_flags_the_prompt_is_there_as_well(
-    served: Callable[[str], Served], tmp_path: Path
-) -> None:
-    """Also where nothing has the family's name."""
+@pytest.mark.parametrize("name", ["somebody/else", "Qwen/Qwen3-Reranker-0.6B"])
+def test_with_the_references_flags_pairs_are_put_as_there(tmp_path: Path, name: str) -> None:
+    """Its clients write the whole prompt themselves: it would be there twice."""
     truth = zoo.qwen3(tmp_path)
-    zoo.named(tmp_path, "somebody/else")
+    zoo.named(tmp_path, name)
     flags = {
         "architectures": ["Qwen3ForSequenceClassification"],
         "classifier_from_token": ["no", "yes"],
@@ -373,29 +372,34 @@ def test_with_the_references_flags_the_prompt_is_there_as_well(
     }
     llm = LLM(str(tmp_path), dtype="float32", cpu_workers=1, hf_overrides=flags)
     card = Qwen3(tmp_path)
+    query, end = "<|im_start|>user\n<Query>: where is the cat?\n", "<|im_end|>\n<|im_start|>assistant\n"
     for document in DOCUMENTS:
-        (answer,) = llm.score(QUERY, document, use_tqdm=False)
-        ids = card.ids(QUERY, document, None, None)
+        (answer,) = llm.score(query, f"<Document>: {document}{end}", use_tqdm=False)
+        ids = card.of(f"{query}<Document>: {document}{end}")
         assert answer.prompt_token_ids == ids
         assert answer.outputs.score == pytest.approx(float(truth("classify", ids)), abs=2e-5)
     llm.close()
+    notices = build(EngineConfig(model=str(tmp_path), hf_overrides=flags, cpu_workers=1)).model.notices
+    assert any("pairs are put as vLLM puts them" in notice for notice in notices)
 
 
-def test_words_that_the_user_names_are_asked_for_in_the_familys_prompt(
-    served: Callable[[str], Served],
-) -> None:
+def test_words_that_the_user_names_answer_in_the_users_template(served: Callable[[str], Served]) -> None:
     one = served("mxbai")
-    flags = {
-        "architectures": ["Qwen2ForSequenceClassification"],
-        "classifier_from_token": ["1", "0"],
-        "method": "from_2_way_softmax",
-    }
-    llm = LLM(str(one.folder), dtype="float32", cpu_workers=1, hf_overrides=flags)
-    (turned,) = llm.score(QUERY, "a", use_tqdm=False)
-    ids, (score,) = one.expected(["a"])
-    assert turned.prompt_token_ids == ids[0]
-    assert turned.outputs.score == pytest.approx(1 - score, abs=2e-5)
-    llm.close()
+    template = tiny_heads.SCORE_TEMPLATE
+
+    def asked(words: list[str]) -> float:
+        flags = {
+            "architectures": ["Qwen2ForSequenceClassification"],
+            "classifier_from_token": words,
+            "method": "from_2_way_softmax",
+        }
+        llm = LLM(str(one.folder), dtype="float32", cpu_workers=1, hf_overrides=flags, chat_template=template)
+        (answer,) = llm.score(QUERY, "a", use_tqdm=False)
+        llm.close()
+        assert answer.prompt_token_ids == one.card.of(f"judge: {QUERY} ? a =")
+        return answer.outputs.score
+
+    assert asked(["1", "0"]) == pytest.approx(1 - asked(["0", "1"]), abs=2e-5)
 
 
 def test_a_calibration_of_the_users_takes_the_place_of_the_familys(served: Callable[[str], Served]) -> None:

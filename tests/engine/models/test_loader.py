@@ -104,6 +104,18 @@ def test_what_lies_beside_the_layers_is_no_fault(
     load(folder)
 
 
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_where_quantized_weights_cannot_be_read_the_original_ones_are_asked_for(
+    method: str, fresh: Callable[[str], Path]
+) -> None:
+    folder = fresh("qwen3")
+    tiny.edit_json(
+        folder / "config.json", quantization_config={"quant_method": method, "bits": 4, "group_size": 32}
+    )
+    with pytest.raises(ConfigError, match=rf"weights are quantized \({method}\): take the original ones"):
+        load(folder)
+
+
 def test_weights_of_another_architecture_under_a_known_name_are_refused(fresh: Callable[[str], Path]) -> None:
     """jina-embeddings-v3 calls itself "xlm-roberta": loaded as one it would be random, and look fine."""
     folder = fresh("xlmr")
