@@ -11,11 +11,12 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
+ATTENTION = ("attention", "attention_amx", "attention_bf16", "attention_f32")
 LINEAR = ("linear", "linear8", "linear8_amx", "linear_amx")
-SOURCES = ("amx", "attention", "attention_amx", "crew", "encoder", *LINEAR, "rows")
+SOURCES = ("amx", *ATTENTION, "crew", "encoder", "level", *LINEAR, "pages", "rows")
 HEADERS = (
-    *("amx", "attention", "crew", "linear", "linear8", "linear_blocks", "linear_shares", "linear_tiles"),
-    *("rows", "transpose", "vector"),
+    *("amx", "attention", "attention_batch", "attention_lanes", "crew"),
+    *("linear", "linear8", "linear_blocks", "linear_shares", "linear_tiles", "rows", "transpose", "vector"),
 )
 # With it kernels/native.py tells a library that was left from before an upgrade.
 TREE = sorted(Path("src/carpool/kernels/cpu").glob("*.[ch]*"))

@@ -83,6 +83,8 @@ def pointer(x: Tensor | None) -> ctypes.c_void_p:
 
 def reach(window: int | None) -> int:
     """A window as Shape has it."""
+    if window is not None and window < 1:
+        raise ValueError(f"a window must be at least 1, got {window}")
     return min(window or 0, _FAR)
 
 
@@ -94,13 +96,15 @@ def check(lacks_memory: int) -> None:
 
 def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `varlen_attention` can take these: [T, N, D] on a CPU, heads contiguous, D a multiple of 16 up to 256."""
-    size = query.shape[2]
+    size, heads, kv_heads = query.shape[2], query.shape[1], key.shape[1]
     return (
         library is not None
         and query.is_cpu
         and query.dtype in (torch.float32, torch.bfloat16)
         and key.dtype == value.dtype == query.dtype
-        and size == value.shape[2]
+        and key.shape[1:] == value.shape[1:] == (kv_heads, size)
+        and kv_heads > 0
+        and heads % kv_heads == 0
         and size % 16 == 0
         and 16 <= size <= 256
         and query.stride()[1:] == key.stride()[1:] == value.stride()[1:] == (size, 1)
@@ -120,8 +124,12 @@ def varlen_attention(
 ) -> Tensor:
     """As `kernels.reference.varlen_attention`, for what `serves`. In bfloat16 the softmax's weights are rounded too."""
     cu_seqlens = cu_seqlens_of(tuple(runs))
+    if not cu_seqlens[-1] == len(query) == len(key) == len(value):
+        raise ValueError(
+            f"{len(query)} queries, {len(key)} keys and {len(value)} values of {cu_seqlens[-1]} tokens"
+        )
     batch = Batch(ctypes.addressof(cu_seqlens), None, None, len(cu_seqlens) - 1)
-    return _attention(query, key, value, batch, scale=scale, causal=causal, window=window, softcap=softcap)
+    return attend(query, key, value, batch, scale=scale, causal=causal, window=window, softcap=softcap)
 
 
 @lru_cache(maxsize=64)  # every layer of a batch asks for the same
@@ -134,7 +142,7 @@ def cu_seqlens_of(runs: tuple[tuple[int, int], ...]) -> ctypes.Array[ctypes.c_in
     return (ctypes.c_int32 * len(bounds))(*bounds)
 
 
-def _attention(
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -172,100 +180,6 @@ def _attention(
     return out
 
 
-# ── keys and values in pages ─────────────────────────────────────────────────────────────────────────────────
-
-
-def serves_pages(key_cache: Tensor, value_cache: Tensor, *rows: Tensor) -> bool:
-    """Whether these caches [P, S, N, D] and rows [T, N, D] of tokens go with each other here: all on a CPU and of one
-    dtype, the caches without gaps and the rows with none within a token.
-    """
-    return (
-        library is not None
-        and key_cache.is_cpu
-        and key_cache.shape == value_cache.shape
-        and key_cache.is_contiguous()
-        and value_cache.is_contiguous()
-        and all(x.is_cpu and x.dtype == key_cache.dtype for x in (value_cache, *rows))
-        and all(x.stride()[1:] == (key_cache.shape[3], 1) for x in rows)
-    )
-
-
-def serves_paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
-    """Whether `paged_attention` can take these."""
-    return serves_pages(key_cache, value_cache, query) and serves(
-        query, key_cache.flatten(0, 1), value_cache.flatten(0, 1)
-    )
-
-
-def paged_attention(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    pages: Tensor,
-    cu_seqlens: Tensor,
-    key_lengths: Tensor,
-    longest: int,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """As its twin, for what `serves_paged_attention`. Leading pages that neighbouring sequences have in common are laid
-    out for the inner loops once.
-    """
-    if not serves_paged_attention(query, key_cache, value_cache) or query.shape[1] % key_cache.shape[2]:
-        raise ValueError(
-            f"{query.dtype} {list(query.shape)} does not fit {key_cache.dtype} {list(key_cache.shape)}"
-        )
-    batch, _tables = paged_batch(len(query), key_cache, pages, cu_seqlens, key_lengths)
-    rows = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
-    return _attention(query, *rows, batch, scale=scale, causal=True, window=window, softcap=softcap)
-
-
-def paged_batch(
-    queries: int, cache: Tensor, pages: Tensor, cu_seqlens: Tensor, key_lengths: Tensor
-) -> tuple[Batch, tuple[Tensor, ...]]:
-    """Sequences whose keys lie in the pages of a cache, and the tables that this points to, to be kept meanwhile.
-
-    Raises ValueError where they are not in there, or their queries are not so many.
-    """
-    bounds, lengths, own = (x.int().contiguous() for x in (cu_seqlens, key_lengths, pages))
-    count = len(bounds) - 1
-    if bounds.ndim != 1 or count < 0 or lengths.shape != (count,) or own.ndim != 2 or len(own) != count:
-        raise ValueError(f"{count} sequences, and pages {list(own.shape)}, {list(lengths.shape)} lengths")
-    tables = bounds, own, lengths
-    batch = Batch(*(x.data_ptr() for x in tables), count, own.shape[1], cache.shape[1])
-    assert library is not None
-    fault = library.carpool_paged_fault(
-        ctypes.byref(batch), ctypes.c_int64(queries), ctypes.c_int64(len(cache))
-    )
-    if fault >= 0:
-        raise ValueError(
-            f"sequence {fault} of {count}: pages {own[fault].tolist()} of {len(cache)} do not hold its "
-            f"{int(lengths[fault])} tokens, or {bounds[fault : fault + 2].tolist()} of {queries} are not the last"
-        )
-    return batch, tables
-
-
-def kv_write(keys: Tensor, values: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
-    """As its twin, for what `serves_pages`."""
-    token = key_cache.shape[2:]
-    fits = keys.shape == values.shape == (len(slots), *token) and slots.dtype == torch.int64
-    if not fits or not serves_pages(key_cache, value_cache, keys, values):
-        raise ValueError(
-            f"{keys.dtype} {list(keys.shape)}, {list(values.shape)} at {slots.dtype} {list(slots.shape)} do not fit "
-            f"{key_cache.dtype} {list(key_cache.shape)}"
-        )
-    assert library is not None
-    element, own = keys.element_size(), slots.contiguous()
-    sizes = (ctypes.c_int64(x) for x in (keys.stride(0) * element, values.stride(0) * element))
-    library.carpool_kv_write(
-        *(pointer(keys), pointer(values), *sizes, pointer(own)),
-        *(ctypes.c_int64(len(keys)), ctypes.c_int64(token.numel() * element)),
-        *(pointer(key_cache), pointer(value_cache), ctypes.c_int64(key_cache.shape[0] * key_cache.shape[1])),
-    )
-
-
 # ── AMX, tried first ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -287,7 +201,7 @@ def _attends_alike() -> bool:
     batch = Batch(ctypes.addressof(bounds), None, None, len(lengths))
     for causal in (False, True):
         how = {"scale": size**-0.5, "causal": causal, "window": None, "softcap": None}
-        mine, other = (_attention(query, key, value, batch, **how, by=by).float() for by in (AMX, AMX - 1))
+        mine, other = (attend(query, key, value, batch, **how, by=by).float() for by in (AMX, AMX - 1))
         if not torch.allclose(mine, other, rtol=2**-6, atol=2**-6):
             return False
     return True

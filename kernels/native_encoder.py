@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carpool.kernels import native, native_linear, native_linear8
+from carpool.kernels import native, native_linear, native_linear8, native_pages
 from carpool.kernels.layout import Kept
 from carpool.kernels.native import ACTIVATIONS, Batch, Shape, cu_seqlens_of, pointer
 from carpool.kernels.panels import Panels
@@ -129,6 +129,8 @@ class Encoder:
         out = torch.empty_like(hidden)
         keeping, own, _tables = self._keeping(kept, tokens)
         cu_seqlens = cu_seqlens_of(tuple(runs) if own is None else own)
+        if kept is not None and kept.past is not None and cu_seqlens[-1] != kept.past.start:
+            raise ValueError(f"{cu_seqlens[-1]} tokens have no past, and others begin with {kept.past.start}")
         batch = Batch(ctypes.addressof(cu_seqlens), None, None, len(cu_seqlens) - 1)
         few = None
         if wanted is not None:
@@ -181,7 +183,7 @@ class Encoder:
         if not all(layer.causal for layer in self._layers):
             raise ValueError("a layer that looks ahead cannot look back at what is kept")
         queries = tokens - past.start
-        batch, tables = native.paged_batch(queries, first, past.pages, past.cu_seqlens, past.key_lengths)
+        batch, tables = native_pages.batch_of(queries, first, past.pages, past.cu_seqlens, past.key_lengths)
         told.start, told.past = past.start, ctypes.addressof(batch)
         runs = () if past.others is None else past.others.runs
         return ctypes.byref(told), runs, (table, slots, batch, tables)

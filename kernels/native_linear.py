@@ -49,6 +49,7 @@ def serves(x: Tensor) -> bool:
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and native.level >= _BFLOAT16))
         and x.device.type == "cpu"
         and x.ndim == 2
+        and x.shape[1] > 0
         and x.stride(1) == 1
     )
 
@@ -128,7 +129,9 @@ def finish_of(
             f"a residual of {residual.dtype} {list(residual.shape)} for {x.dtype} rows [{len(x)}, {width}]"
         )
     for vector in () if norm is None else (norm.weight, norm.bias):
-        if vector is not None and (vector.dtype != torch.float32 or vector.shape != (width,)):
+        if vector is not None and (
+            vector.dtype != torch.float32 or vector.shape != (width,) or not vector.is_contiguous()
+        ):
             raise ValueError(f"a norm of {vector.dtype} {list(vector.shape)} for rows of {width}")
     return Finish(
         None if residual is None else residual.data_ptr(),

@@ -28,12 +28,14 @@ class _Linear(ctypes.Structure):
     )
 
 
+_MOST_INPUTS = (2**31 - 1) // (255 * 127)  # of which the products' sum is sure to be an int32
+
 multiplies = native.library is not None and bool(native.library.carpool_cpu_multiplies_int8())
 
 
 def serves(x: Tensor) -> bool:
     """Whether this CPU multiplies rows [T, in] of x's dtype by 8-bit weights; those are made sure of by `Panels8`."""
-    return multiplies and native_linear.serves(x)
+    return multiplies and native_linear.serves(x) and x.shape[1] <= _MOST_INPUTS
 
 
 def linear(x: Tensor, layer: Panels8, activation: Activation | None = None) -> Tensor:

@@ -63,7 +63,7 @@ def norm_rows(
     _check(x.is_contiguous() and (residual is None or residual.is_contiguous()), x)
     _check(residual is None or (residual.shape == x.shape and residual.dtype == x.dtype), x)
     for vector in (weight, bias):
-        _check(vector is None or (vector.dtype == torch.float32 and vector.shape == x.shape[1:]), x)
+        _check(vector is None or _is_of(vector, x.shape[1:]), x)
     out = torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x) if keep_sum else out
     norm = _Norm(weight.data_ptr(), None if bias is None else bias.data_ptr(), eps, centred)
@@ -88,6 +88,8 @@ def embed_rows(tables: Sequence[Tensor], ids: Sequence[Tensor | None], norm: Nor
         all(own.is_contiguous() and own.shape[1] == width and own.dtype == first.dtype for own in tables),
         first,
     )
+    for vector in (norm.weight, norm.bias):
+        _check(vector is None or _is_of(vector, (width,)), first)
     described = [
         _Table(table.data_ptr(), None if own is None else own.data_ptr(), len(table))
         for table, own in zip(tables, ids, strict=True)
@@ -154,15 +156,21 @@ def pool_rows(
     cut = (widths if plain else torch.full_like(widths, width)).int().contiguous()
     unit = (normalize if plain else torch.zeros_like(normalize)).to(torch.uint8).contiguous()
     bounds, kinds = cu_seqlens.int().contiguous(), modes.to(torch.int8).contiguous()
-    _check(len(kinds) == len(cut) == len(unit) == count and int(bounds[-1]) <= len(hidden), hidden)
+    _check(hidden.ndim == 2 and len(kinds) == len(cut) == len(unit) == count >= 0, hidden)
     out = hidden.new_empty(count, width, dtype=torch.float32)
-    _call(
+    wrong = _call(
         "pool_rows",
         hidden,
-        *(pointer(hidden), pointer(bounds), pointer(kinds), pointer(cut), pointer(unit)),
-        *(count, width, pointer(out)),
+        *(pointer(hidden), ctypes.c_int64(len(hidden)), pointer(bounds), pointer(kinds), pointer(cut)),
+        *(pointer(unit), count, width, pointer(out)),
     )
+    _check(not wrong, hidden)
     return (out, out.new_ones(count)) if plain else reference.finish_rows(out, widths, normalize, output)
+
+
+def _is_of(vector: Tensor, shape: Sequence[int]) -> bool:
+    """Whether a norm's vector is of rows of this shape, and as the kernels read it."""
+    return vector.dtype == torch.float32 and vector.shape == shape and vector.is_contiguous()
 
 
 def _check(holds: bool, x: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from carpool.kernels import cuda_ops, launch, native, native_rows, reference, varlen
+from carpool.kernels import cuda_ops, launch, native, native_pages, native_rows, reference, varlen
 from carpool.kernels.attention import Asked, Choice, Place, choose
 from carpool.kernels.launch import LaunchError
 from carpool.kernels.layout import Layout
@@ -157,8 +157,8 @@ def pool_rows(
 
 def kv_write(keys: Tensor, values: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
     """Into the pages of a cache: `kernels.reference.kv_write`."""
-    own = native.serves_pages(key_cache, value_cache, keys, values)
-    write = native.kv_write if own and not launch.backend.serves(keys.device) else _kv_write
+    own = native_pages.serves(key_cache, value_cache, keys, values)
+    write = native_pages.kv_write if own and not launch.backend.serves(keys.device) else _kv_write
     write(keys, values, slots, key_cache, value_cache)
 
 
@@ -201,6 +201,6 @@ def paged_attention(
     where = pages, cu_seqlens, key_lengths, longest
     plain: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     by = paged_attention_of(query, key_cache, value_cache, softcap=softcap, sinks=sinks).by
-    if by == "native" and native.serves_paged_attention(query, key_cache, value_cache):
-        return native.paged_attention(query, key_cache, value_cache, *where, **plain)
+    if by == "native" and native_pages.serves_attention(query, key_cache, value_cache):
+        return native_pages.paged_attention(query, key_cache, value_cache, *where, **plain)
     return _paged_attention(query, key_cache, value_cache, *where, **plain, sinks=sinks)

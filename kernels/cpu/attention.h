@@ -66,8 +66,15 @@ void carpool_kv_write(const char* keys, const char* values, int64_t k_stride, in
                       int64_t tokens, int64_t bytes, char* key_cache, char* value_cache, int64_t rows);
 }
 
-// The same, by this thread alone.
-void attend_in_tiles(const Shape& shape, const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o,
-                     const Batch& batch);
+// The same of one instruction set, by this thread alone: `avx2` and `avx512` in float32 arithmetic, `lanes` with AVX-512
+// BF16, `tiles` on AMX.
+void attend_in_avx2(const Shape& shape, const float* q, const float* k, const float* v, float* o, const Batch& batch);
+void attend_in_avx2(const Shape& shape, const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o,
+                    const Batch& batch);
+void attend_in_avx512(const Shape& shape, const float* q, const float* k, const float* v, float* o, const Batch& batch);
+void attend_in_avx512(const Shape& shape, const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o,
+                      const Batch& batch);
 void attend_in_lanes(const Shape& shape, const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o,
+                     const Batch& batch);
+void attend_in_tiles(const Shape& shape, const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* o,
                      const Batch& batch);

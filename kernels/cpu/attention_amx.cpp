@@ -1,23 +1,20 @@
 // Attention in bfloat16 on CPUs with AMX. What it computes is attention.cpp's; so is the order of rows.
 //
-// As there, the lanes of a register are queries, up to 32 at a time: scores lie [key][query], a softmax runs down its
-// lane, and weights come out as the pairs of keys that the second product wants. On the left of both products stand the
-// keys [16 keys][32 of head_size] and the values turned [16 of head_size][32 keys]: laid out as tiles once for each head
-// of keys, zeros where a head or a sequence ends within one.
+// Lanes are queries (attention_lanes.h): scores lie [key][query], and weights come out as the pairs of keys that the
+// second product wants. On the left of both products stand the keys [16 keys][32 of head_size] and the values turned [16
+// of head_size][32 keys]: laid out as tiles once for each head of keys, zeros where a head or a sequence ends within one.
 //
 // Scores of KEYS keys at a time stay in the first-level cache; what came before is scaled down when a larger score turns
 // up. Up to KEYS keys there is one such block, and no scaling.
 #include "amx.h"
-#include "attention.h"
-#include "transpose.h"
+#include "attention_lanes.h"
 
 #include <new>
 
 namespace {
 
-constexpr int QUERIES = 2 * SIDE;  // a block: floats from one key's scores to the next key's
-constexpr int KEYS = 256;          // a block: 32 KB of scores
-constexpr int HEAD = 256;          // the largest size
+constexpr int KEYS = 256;  // a block: 32 KB of scores
+constexpr int HEAD = 256;  // the largest size
 
 // Shorter sequences leave most of a tile empty. Counted in instructions, not measured: 8 tokens of 32 are 256 products
 // of AVX-512, which cost less than laying out their tiles; 16 are 1,024, which cost more.
@@ -80,14 +77,8 @@ struct Block {
     int count;
 
     void find(const Shape& s, int past, int first, int rows) {
-        const int group = s.heads / s.kv_heads, size = s.head_size;
         count = rows;
-        for (int i = 0, token = first / group, head = first % group; i < count; i++) {
-            places[i] = past + token;
-            from[i] = token * s.q_stride + head * size, to[i] = token * s.o_stride + head * size;
-            if (++head == group) head = 0, token++;
-        }
-        std::fill(places + count, places + QUERIES, places[count - 1]);
+        find_rows(s, past, first, count, QUERIES, places, from, to);
         std::fill(top, top + QUERIES, std::numeric_limits<float>::lowest());  // finite: less itself it is 0
         std::fill(total, total + QUERIES, 0.0f);
     }
@@ -124,22 +115,6 @@ struct Block {
         }
     }
 
-    // Which of 16 queries see key j.
-    FOR_AMX static __mmask16 who_sees(const Shape& s, int j, int length, __m512i place) {
-        __mmask16 sees = j < length ? 0xffff : 0;
-        if (s.causal) sees &= _mm512_cmpge_epi32_mask(place, _mm512_set1_epi32(j));
-        if (s.window) sees &= _mm512_cmplt_epi32_mask(place, _mm512_set1_epi32(j + s.window));
-        if (s.window) sees &= _mm512_cmpgt_epi32_mask(place, _mm512_set1_epi32(j - s.window));
-        return sees;
-    }
-
-    FOR_AMX static __m512 capped(const Shape& s, __m512 x) {
-        const vec wide = (vec)x * (s.scale / s.softcap);
-        const vec e = exp_(-2.0f * abs_(wide));
-        const vec tanh = (1.0f - e) / (1.0f + e);
-        return (__m512)((ivec)(tanh * s.softcap) | ((ivec)wide & int32_t(0x80000000)));
-    }
-
     // Scores of keys that not all of these queries see, where one does not.
     FOR_AMX void hide(const Shape& s, int j, int keys, int length) {
         const Range all = {visible(s, places[WIDE * SIDE - 1], length).begin, visible(s, places[0], length).end};
@@ -166,8 +141,9 @@ struct Block {
     // Scores of `keys` keys from j on are capped and hidden, and what came before them is scaled to the largest.
     FOR_AMX void rank(const Shape& s, int j, int keys, int length) {
         if (s.softcap != 0)
-            for (int i = 0; i < keys * QUERIES; i += LANES)
-                _mm512_store_ps(scores + i, capped(s, _mm512_load_ps(scores + i)));
+            for (int i = 0; i < keys * QUERIES; i += QUERIES)
+                for (int n = i; n < i + WIDE * LANES; n += LANES)
+                    _mm512_store_ps(scores + n, capped(s, _mm512_load_ps(scores + n)));
         hide(s, j, keys, length);
         for (int w = 0; w < WIDE; w++) {
             const __m512 before = _mm512_load_ps(top + w * SIDE);
@@ -181,11 +157,6 @@ struct Block {
                 _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), less));
             }
         }
-    }
-
-    // From scores to powers of two.
-    FOR_AMX static __m512 power(const Shape& s) {
-        return _mm512_set1_ps((s.softcap != 0 ? 1.0f : s.scale) * 1.44269504f);
     }
 
     // Scores of 32 keys, the block's i-th and those behind it, become weights, and count in `total`.
@@ -226,15 +197,7 @@ struct Block {
     FOR_AMX void write(uint16_t* o, int size) {
         for (int w = 0; w < WIDE; w++) {
             const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_load_ps(total + w * SIDE));
-            for (int d = 0; d < size; d += SIDE) {
-                ivec r[SIDE];
-                for (int i = 0; i < SIDE; i++)
-                    r[i] = (ivec)_mm512_mul_ps(_mm512_load_ps(result + (d + i) * QUERIES + w * SIDE), inverse);
-                transpose(r);
-                for (int i = 0; i < std::min(SIDE, count - w * SIDE); i++)
-                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(o + to[w * SIDE + i] + d),
-                                        (__m256i)_mm512_cvtneps_pbh((__m512)r[i]));
-            }
+            put_lanes(result + w * SIDE, inverse, size, count - w * SIDE, to + w * SIDE, o);
         }
     }
 

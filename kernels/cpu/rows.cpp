@@ -1,5 +1,5 @@
 // What is done to rows around the products: embeddings, norms, gates, rotary positions, pooling. For x86-64 CPUs with AVX2 or
-// AVX-512, chosen at run time. The torch twins are in kernels/reference.py, the Python face is kernels/native_rows.py.
+// AVX-512, chosen at run time. The torch twins are in kernels/reference/, the Python face is kernels/native_rows.py.
 // Plain C ABI, single-threaded, as attention.cpp.
 //
 // Rows are float32 or bfloat16 and contiguous; their width is a multiple of 16. Arithmetic is float32 either way.
@@ -48,9 +48,11 @@ struct Table {
 
 // Whether each table has the rows that the tokens ask for.
 bool are_there(const Table* tables, int number, int64_t tokens) {
-    for (int n = 0; n < number; n++)
+    for (int n = 0; n < number; n++) {
+        if (!tables[n].ids && tokens && tables[n].count < 1) return false;
         for (int64_t t = 0; tables[n].ids && t < tokens; t++)
             if (tables[n].ids[t] < 0 || tables[n].ids[t] >= tables[n].count) return false;
+    }
     return true;
 }
 
@@ -98,6 +100,11 @@ INLINE void turn(const T* x, int64_t stride, int tokens, int heads, int size, in
 
 enum Pool { CLS, LAST, MEAN };
 
+// Whether these sequences stand one behind the other among so many rows.
+bool are_among(int64_t rows, const int32_t* cu_seqlens, int sequences) {
+    return cu_seqlens[0] >= 0 && cu_seqlens[sequences] <= rows && std::is_sorted(cu_seqlens, cu_seqlens + sequences + 1);
+}
+
 // Each sequence's first row, last row or mean, its first `widths` components, the others 0, of unit length if so told;
 // zeros for one of no tokens. out float32 [sequences, width].
 template <int W, typename T>
@@ -111,7 +118,7 @@ INLINE void pool(const T* hidden, const int32_t* cu_seqlens, const int8_t* modes
         for (int t = begin; t < end; t++)
             for (int i = 0; i < width; i += W)
                 store(out + i, load<W>(out + i) + load<W>(hidden + int64_t(t) * width + i));
-        const int kept = std::min(widths[b], width);
+        const int kept = std::clamp(widths[b], 0, width);
         std::memset(out + kept, 0, (width - kept) * sizeof(float));
         float factor = 1.0f / std::max(end - begin, 1);
         if (normalize[b]) {
@@ -169,10 +176,13 @@ AT_BOTH_LEVELS(pool, pool)
                                  const float* cosines, const float* sines, T* out, int level) { \
         rotary_at(level, x, stride, tokens, heads, size, turned, cosines, sines, out); \
     } \
-    void carpool_pool_rows_##suffix(const T* hidden, const int32_t* cu_seqlens, const int8_t* modes, \
-                                    const int32_t* widths, const uint8_t* normalize, int sequences, int width, \
-                                    float* out, int level) { \
+    /* hidden [rows, width]. 1, and nothing done, if a sequence is not among them. */ \
+    int carpool_pool_rows_##suffix(const T* hidden, int64_t rows, const int32_t* cu_seqlens, const int8_t* modes, \
+                                   const int32_t* widths, const uint8_t* normalize, int sequences, int width, \
+                                   float* out, int level) { \
+        if (!are_among(rows, cu_seqlens, sequences)) return 1; \
         pool_at(level, hidden, cu_seqlens, modes, widths, normalize, sequences, width, out); \
+        return 0; \
     }
 
 extern "C" {

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from carpool.kernels import crew, native, native_linear, native_linear8, reference, twins_cpu
+from carpool.kernels import crew, native, native_linear, native_linear8, native_pages, reference, twins_cpu
 from carpool.kernels.panels import Panels
 from carpool.kernels.panels8 import Panels8
 from carpool.kernels.reference import Activation
@@ -173,7 +173,7 @@ def test_attention_to_pages_is_that_within_whole_prompts() -> None:
         whole = native.varlen_attention(query, key, value, [(length, 1)], scale=0.2, causal=True, window=50)
         queries.append(query[length - last :])
         expected.append(whole[length - last :])
-    mine = native.paged_attention(
+    mine = native_pages.paged_attention(
         torch.cat(queries),
         caches[0],
         caches[1],
@@ -404,7 +404,7 @@ def attend() -> None:
     ("file", "there", "instead", "check", "found"),
     [
         ("linear_amx.cpp", "TILE, 2 * TILE, 2 * DEPTH}", "TILE, 2 * TILE, DEPTH}", multiply, "<="),
-        ("attention_amx.cpp", "j < length ? 0xffff : 0", "0xffff", attend, "<="),
+        ("attention_amx.cpp", "who_sees(s, j + i, length,", "who_sees(s, j + i, 1 << 30,", attend, "<="),
         ("linear_amx.cpp", "const Tiles tiles;", "", multiply, "used while none are configured"),
         (
             "linear8_amx.cpp",

@@ -149,7 +149,7 @@ def test_what_spills_is_seen() -> None:
         "v[i] = p[i]; for (int k = 0; k < n; ++k) for (int i = 0; i < 300; ++i) v[i] += v[(i * 7 + 1) % 300] * p[k]; "
         "for (int i = 0; i < 300; ++i) p[i] = v[i]; }"
     )
-    used = compiled(source, [Instance(Kernel("f", "f.cu", (), 1024, 64), ())], 90)["f"]
+    used = compiled(source, [Instance(Kernel("f", "f.cu", "float* p, int n", 1024, 64), ())], 90)["f"]
     assert used.stack + used.spilled > 0
 
 
@@ -160,7 +160,7 @@ _GLOBAL = re.compile(
 )
 
 
-def written() -> dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]]:
+def written() -> dict[str, tuple[str, tuple[str, ...], str]]:
     """In the sources: each kernel's file, template letters and parameters."""
     found = {}
     for path in sorted(cuda_table.FOLDER.glob("*.cu*")):
@@ -170,7 +170,7 @@ def written() -> dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]]:
             found[name] = (
                 path.name,
                 tuple(letter.split()[-1] for letter in letters.split(", ") if letter),
-                tuple(plain.split(", ")),
+                plain,
             )
     return found
 

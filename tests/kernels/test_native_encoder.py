@@ -16,7 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from carpool.kernels import native, native_encoder, native_linear, native_linear8, native_rows, twins_cpu
+from carpool.kernels import (
+    native,
+    native_encoder,
+    native_linear,
+    native_linear8,
+    native_pages,
+    native_rows,
+    twins_cpu,
+)
 from carpool.kernels.layout import Kept, Layout, Past
 from carpool.kernels.panels import Panels
 from carpool.kernels.panels8 import Panels8
@@ -123,7 +131,7 @@ def one_by_one(
             query, key = (native_rows.rotary(x, *angles[one.angles]) for x in (query, key))
         kind: dict[str, Any] = {"scale": one.scale, "window": one.window, "softcap": one.softcap}
         if kept is not None:
-            native.kv_write(key.contiguous(), value, kept.slots, *kept.layers[number])
+            native_pages.kv_write(key.contiguous(), value, kept.slots, *kept.layers[number])
         past = None if kept is None else kept.past
         start, own_runs = len(hidden), runs
         if past is not None:
@@ -133,7 +141,7 @@ def one_by_one(
         )
         if kept is not None and past is not None:
             tables: Any = past.pages, past.cu_seqlens, past.key_lengths, past.longest
-            back = native.paged_attention(query[start:], *kept.layers[number], *tables, **kind)
+            back = native_pages.paged_attention(query[start:], *kept.layers[number], *tables, **kind)
             mixed = torch.cat((mixed, back))
         attended = of(one.out).linear_norm(mixed.flatten(1), one.out, hidden, one.attended, added=one.added)
         between = normed(attended, one.between)
@@ -273,6 +281,17 @@ def test_pages_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=why):
             encoder(hidden, [(5, 1)], kept=kept)
+
+
+@pytest.mark.parametrize("start", [-2, 2])
+def test_tokens_between_those_with_a_past_and_those_without_are_refused(start: int) -> None:
+    layers = [today(torch.float32, [Panels], norms={"before"}, activation="silu", causal=True)]
+    own, page = 5 - start, torch.zeros(2, 8, 2, 32)
+    past = Past(start, own, torch.tensor([[0]]), torch.tensor([0, own]), torch.tensor([own]), None)
+    with pytest.raises(ValueError, match=f"0 tokens have no past, and others begin with {start}"):
+        native_encoder.Encoder(layers, torch.float32)(
+            randn(5, 48), [(5, 1)], kept=Kept(((page, page),), torch.arange(5), past)
+        )
 
 
 def test_angles_that_do_not_fit_are_refused() -> None:

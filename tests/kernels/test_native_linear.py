@@ -267,11 +267,18 @@ def test_no_tokens_give_none() -> None:
         lambda: native_linear.linear_norm(
             randn(4, 64), layer(32, 64), None, norm_of(64, centred=True, bias=False)
         ),
+        lambda: native_linear.linear_norm(
+            randn(4, 64), layer(32, 64), None, Norm(torch.ones(64)[::2], None, 1e-6, centred=True)
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(call: Callable[[], Tensor]) -> None:
     with pytest.raises(ValueError, match=r"layer|residual|norm"):
         call()
+
+
+def test_rows_of_no_inputs_are_left_to_torch() -> None:
+    assert not native_linear.serves(torch.empty(16, 0))
 
 
 def test_a_cpu_that_does_not_multiply_bfloat16_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

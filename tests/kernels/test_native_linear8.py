@@ -215,6 +215,13 @@ def test_what_does_not_fit_is_refused(call: Callable[[], Tensor]) -> None:
 
 
 @needs_integers
+def test_a_product_that_an_int32_may_not_hold_is_not_made() -> None:
+    assert 255 * 127 * 66_304 < 2**31 < 255 * 127 * 66_320
+    assert native_linear8.serves(torch.empty(1, 66_304))
+    assert not native_linear8.serves(torch.empty(1, 66_320))
+
+
+@needs_integers
 def test_a_cpu_that_does_not_multiply_integers_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native_linear8.serves(randn(4, 64))
     monkeypatch.setattr(native, "level", 2)

@@ -135,6 +135,12 @@ def test_a_row_that_is_not_there_is_refused(wrong: int) -> None:
         native_rows.embed_rows([randn(5, 16)], [torch.tensor([0, wrong])], norm)
 
 
+def test_a_table_of_no_rows_has_none_for_all_tokens() -> None:
+    norm = twins_cpu.Norm(torch.ones(16), None, 1e-6, centred=True)
+    with pytest.raises(IndexError, match="beyond its table"):
+        native_rows.embed_rows([randn(5, 16), torch.empty(0, 16)], [torch.tensor([0]), None], norm)
+
+
 @each_level
 @given(rows=st.integers(1, 5), width=widths, dtype=dtypes, activation=activations, first=st.booleans())
 @few
@@ -196,7 +202,7 @@ def test_pooling_equals_its_twin(
     def each(values: st.SearchStrategy[int], kind: torch.dtype) -> Tensor:
         return torch.tensor(data.draw(st.lists(values, min_size=count, max_size=count)), dtype=kind)
 
-    modes, kept = each(st.integers(0, 2), torch.int8), each(st.integers(0, width), torch.int32)
+    modes, kept = each(st.integers(0, 2), torch.int8), each(st.integers(-width, 2 * width), torch.int32)
     normalize = each(st.integers(0, 1), torch.bool)
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     hidden = randn(sum(lengths), width, dtype=dtype)
@@ -245,11 +251,23 @@ def test_a_number_that_is_none_stays_one() -> None:
     assert torch.isfinite(normed[[0, 2]]).all()
 
 
+EVERY_SECOND = torch.ones(32)[::2]
+
+
+def norm_of(weight: Tensor) -> twins_cpu.Norm:
+    return twins_cpu.Norm(weight, None, 1e-6, centred=True)
+
+
 @pytest.mark.parametrize(
     "call",
     [
-        lambda x: native_rows.pool_rows(
-            x[:, :32].contiguous(), torch.tensor([0, 5]), *torch.tensor([[2], [32], [1]])
+        *(
+            lambda x, bounds=bounds: native_rows.pool_rows(
+                x[:, :32].contiguous(),
+                torch.tensor(bounds),
+                *torch.tensor([[2], [32], [1]]).expand(3, len(bounds) - 1),
+            )
+            for bounds in ((0, 5), (0, 9, 4), (-1, 2), (0, 3, 2, 4))
         ),
         lambda x: native_rows.norm_rows(x, None, torch.ones(40), None, 1e-6, centred=True),
         lambda x: native_rows.norm_rows(
@@ -257,6 +275,13 @@ def test_a_number_that_is_none_stays_one() -> None:
         ),
         lambda x: native_rows.norm_rows(
             x[:, :32].contiguous(), None, torch.ones(16), None, 0.0, centred=True
+        ),
+        lambda x: native_rows.norm_rows(x[:, :16].contiguous(), None, EVERY_SECOND, None, 0.0, centred=True),
+        lambda x: native_rows.embed_rows(
+            [x[:, :16].contiguous()], [torch.tensor([0])], norm_of(EVERY_SECOND)
+        ),
+        lambda x: native_rows.embed_rows(
+            [x[:, :32].contiguous()], [torch.tensor([0])], norm_of(torch.ones(16))
         ),
         lambda x: native_rows.gated(x, "silu"),
         lambda x: native_rows.gated(x[:, :32].half(), "silu"),

@@ -1,6 +1,6 @@
 """Every operation of `kernels.cuda_ops`: called with chosen arguments, its results compared with float64.
 
-The float64 side is written here anew, sequence by sequence, and shares no code with kernels/reference.py.
+The float64 side is written here anew, sequence by sequence, and shares no code with kernels/reference/.
 """
 
 from __future__ import annotations

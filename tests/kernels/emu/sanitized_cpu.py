@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from carpool.kernels import native, native_encoder, native_linear, native_linear8, native_rows
+from carpool.kernels import native, native_encoder, native_linear, native_linear8, native_pages, native_rows
 from carpool.kernels.panels import Panels
 from carpool.kernels.panels8 import Panels8
 from carpool.kernels.twins_cpu import EncoderLayer, Norm
@@ -37,7 +37,7 @@ def attend(dtype: torch.dtype) -> None:
         pages[:, 0] = 0
         cache = torch.randn(len(lengths) * 5, 13, kv_heads, size).to(dtype)
         bounds = torch.tensor([0, *lengths]).cumsum(0)
-        native.paged_attention(
+        native_pages.paged_attention(
             query.contiguous(), cache, cache, pages, bounds, torch.tensor(lengths), max(lengths), scale=0.1
         )
 
@@ -47,7 +47,7 @@ def write_pages(dtype: torch.dtype) -> None:
     for heads, size in ((1, 16), (3, 80)):
         keys = torch.randn(3, 2 * heads, size).to(dtype)[:, :heads]
         caches = [torch.zeros(4, 5, heads, size, dtype=dtype) for _ in range(2)]
-        native.kv_write(keys, keys, torch.tensor([19, -1, 0]), *caches)
+        native_pages.kv_write(keys, keys, torch.tensor([19, -1, 0]), *caches)
 
 
 def multiply(dtype: torch.dtype) -> None:

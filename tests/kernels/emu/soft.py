@@ -15,7 +15,8 @@ from emu import build
 CPU = Path(native.__file__).with_name("cpu")
 # The last three for the encoder alone, which calls all of them.
 SOURCES = (
-    *("amx.cpp", "attention.cpp", "attention_amx.cpp", "crew.cpp", "linear_amx.cpp"),
+    *("amx.cpp", "level.cpp", "crew.cpp", "pages.cpp", "linear_amx.cpp"),
+    *("attention.cpp", "attention_amx.cpp", "attention_bf16.cpp", "attention_f32.cpp"),
     *("linear8.cpp", "linear8_amx.cpp"),
     *("encoder.cpp", "linear.cpp", "rows.cpp"),
 )

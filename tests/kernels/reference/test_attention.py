@@ -1,9 +1,8 @@
-"""The reference kernels against loops so plain that they cannot be wrong."""
+"""Attention against loops so plain that they cannot be wrong."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,18 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from carpool.kernels import reference
-from carpool.kernels.reference import (
-    attention_to_first,
-    cut_and_normalize,
-    disentangled_attention,
-    varlen_attention,
-)
-
-Method = Callable[[Tensor, Tensor], Tensor]
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from carpool.kernels.reference import attention_to_first, disentangled_attention, varlen_attention
+from near import rand
 
 
 def spread(runs: list[tuple[int, int]]) -> list[int]:
@@ -91,8 +80,10 @@ def test_attention_is_what_the_plain_loop_says(
     bias = None if biased is None else 2 * rand(heads, 2 * (max(lengths) + biased) - 1, seed=4)
     sinks = rand(heads, seed=5) if sinking else None
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(reference, "_SHORT", threshold)  # so that both roads are taken by short sequences
-        patched.setattr(reference, "_SCORES", held)
+        patched.setattr(
+            reference.scores, "_SHORT", threshold
+        )  # so that both roads are taken by short sequences
+        patched.setattr(reference.scores, "_SCORES", held)
         out = varlen_attention(
             query,
             key,
@@ -146,61 +137,7 @@ def test_of_long_texts_only_a_part_of_the_scores_is_held(monkeypatch: pytest.Mon
         rows_of=(4 - torch.arange(-2999, 3000)).clamp(0, 7),
     )  # fmt: skip
     assert sum(sizes) == 2 * 2 * 3000 * 3000
-    assert max(sizes) <= reference._SCORES
-
-
-# ── contents and positions ───────────────────────────────────────────────────────────────────────────────────
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    runs=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 3)), min_size=1, max_size=4),
-    heads=st.integers(1, 3),
-    span=st.integers(1, 9),
-    farther=st.integers(0, 2),
-    keys=st.booleans(),
-    queries=st.booleans(),
-    held=st.sampled_from([1, 20, 1 << 22]),
-)
-def test_disentangled_attention_is_what_the_plain_loop_says(
-    runs: list[tuple[int, int]], heads: int, span: int, farther: int, keys: bool, queries: bool, held: int
-) -> None:
-    lengths = spread(runs)
-    query, key, value = (2 * rand(sum(lengths), heads, 4, seed=i) for i in range(3))
-    by_key = rand(2 * span, heads, 4, seed=4) if keys else None
-    by_query = rand(2 * span, heads, 4, seed=5) if queries else None
-    reach = max(lengths) + farther
-    rows_of = (span - torch.arange(1 - reach, reach)).clamp(0, 2 * span - 1)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(reference, "_SCORES", held)
-        out = disentangled_attention(
-            query,
-            key,
-            value,
-            runs,
-            scale=0.7,
-            rows_of=rows_of,
-            position_keys=by_key,
-            position_queries=by_query,
-        )
-    expected = torch.empty_like(query, dtype=torch.float64)
-    start = 0
-    for length in lengths:
-        own = range(start, start + length)
-        for i in own:
-            for head in range(heads):
-                scores = []
-                for j in own:
-                    row = min(max(span + i - j, 0), 2 * span - 1)
-                    score = query[i, head] @ key[j, head]
-                    if by_key is not None:
-                        score = score + query[i, head] @ by_key[row, head]
-                    if by_query is not None:
-                        score = score + key[j, head] @ by_query[row, head]
-                    scores.append(0.7 * score.double())
-                expected[i, head] = torch.stack(scores).softmax(0) @ value[own, head].double()
-        start += length
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert max(sizes) <= reference.scores._SCORES
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -226,77 +163,6 @@ def test_the_inputs_are_not_written_to() -> None:
     varlen_attention(query, key, value, [(3, 2)], scale=1.0, causal=True, window=2, softcap=3.0)
     for x, copy in zip((query, key, value), copies, strict=True):
         assert torch.equal(x, copy)
-
-
-# ── pooling ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-ONE_BY_ONE: dict[Method, Callable[[Tensor], Any]] = {
-    reference.pool_cls: lambda rows: rows[0],
-    reference.pool_last: lambda rows: rows[-1],
-    reference.pool_sum: lambda rows: rows.sum(0),
-    reference.pool_mean: lambda rows: rows.mean(0),
-    reference.pool_mean_sqrt_len: lambda rows: rows.sum(0) / math.sqrt(len(rows)),
-    reference.pool_weighted_mean: lambda rows: (
-        sum(i * row for i, row in enumerate(rows, 1)) / sum(range(1, len(rows) + 1))
-    ),
-    reference.pool_max: lambda rows: rows.max(0).values,
-}
-
-
-@pytest.mark.parametrize("method", ONE_BY_ONE, ids=lambda method: method.__name__)
-@settings(max_examples=40, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=10),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    below_zero=st.booleans(),
-)
-def test_pooling_is_what_each_sequence_gives_alone(
-    method: Method, lengths: list[int], dtype: torch.dtype, below_zero: bool
-) -> None:
-    hidden = rand(sum(lengths), 6).to(dtype)
-    if below_zero:  # a maximum that starts from zero would show here
-        hidden = -hidden.abs() - 1
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    pooled = method(hidden, cu_seqlens)
-    expected = torch.stack([ONE_BY_ONE[method](rows) for rows in torch.split(hidden.double(), lengths)])
-    assert pooled.dtype == torch.float32
-    torch.testing.assert_close(pooled.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_mean_of_many_16_bit_rows_is_summed_in_float32() -> None:
-    hidden = torch.ones(5000, 1, dtype=torch.bfloat16)  # a bfloat16 sum stops growing at 256
-    assert reference.pool_mean(hidden, torch.tensor([0, 5000], dtype=torch.int32)).item() == 1.0
-
-
-def test_segment_ids_name_the_owner_of_each_token() -> None:
-    assert reference.segment_ids(torch.tensor([0, 2, 3, 6], dtype=torch.int32)).tolist() == [0, 0, 1, 2, 2, 2]
-
-
-# ── finishing ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 5), st.booleans()), min_size=1, max_size=8),
-    st.sampled_from([0.0, 1e-20, 1, 1e15]),
-)
-def test_each_row_is_cut_then_normalised_by_its_own_wish(rows: list[tuple[int, bool]], size: float) -> None:
-    vectors = rand(len(rows), 5) * size
-    before = vectors.clone()
-    widths, normalize = torch.tensor([w for w, _ in rows]), torch.tensor([n for _, n in rows])
-    finished = cut_and_normalize(vectors, widths, normalize)
-    assert torch.equal(vectors, before), "the input is not written to"
-    for row, vector, (width, wish) in zip(finished.double(), vectors.double(), rows, strict=True):
-        kept = vector[:width]
-        expected = kept / kept.norm().clamp_min(1e-12) if wish else kept
-        torch.testing.assert_close(row[:width], expected, rtol=1e-5, atol=1e-30)
-        assert (row[width:] == 0).all()
-
-
-def test_one_rows_nan_is_not_another_rows_problem() -> None:
-    vectors = torch.tensor([[1.0, 0.0], [float("nan"), 1.0], [0.0, 2.0]])
-    finished = cut_and_normalize(vectors, torch.tensor([2, 2, 2]), torch.tensor([True, True, True]))
-    assert finished[[0, 2]].tolist() == [[1.0, 0.0], [0.0, 1.0]]
 
 
 @pytest.mark.parametrize("kind", ["plain", "causal", "window", "softcap", "bias", "sinks", "grouped"])
