@@ -30,13 +30,15 @@ class Place(NamedTuple):
 class Asked(NamedTuple):
     """What a layer asks for, as far as not all of them do it: directions, windows and grouped heads they all do.
 
-    softcap, bias, sinks: whether it does; `unseen`: whether some tokens are not to be looked at.
+    softcap, bias, sinks: whether it does; `grouped`: whether heads share their keys; `unseen`: whether some tokens are
+    not to be looked at.
     """
 
     dtype: torch.dtype
     head_size: int
     value_size: int
     softcap: bool = False
+    grouped: bool = False
     bias: bool = False
     sinks: bool = False
     unseen: bool = False
@@ -128,7 +130,9 @@ def _native_lacks(place: Place, asked: Asked) -> str | None:
     """Why our C++ does not serve, in words; None if it does."""
     if place.native is None:
         return "no native kernels"
-    extras = [word for word in asked.extras if word in ("bias", "sinks")]
+    extras = ["bias on grouped heads"] if asked.bias and asked.grouped else []
+    if asked.sinks:
+        extras.append("sinks")
     if asked.dtype not in _NATIVE:
         extras.append(str(asked.dtype).removeprefix("torch."))
     if asked.head_size % 16 or asked.head_size > _WIDEST or asked.value_size != asked.head_size:

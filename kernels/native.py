@@ -13,6 +13,7 @@ from functools import lru_cache
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,12 @@ LEVELS = ("none", "AVX2", "AVX-512", "AVX-512 BF16", "AMX BF16")  # what `carpoo
 AVX512, AMX = 2, 4
 _FAR = 1 << 30  # tokens: no text is as long, and a place in one plus this is still an int
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}  # as kernels/cpu/vector.h has them
+
+
+class Bias(ctypes.Structure):
+    """As kernels/cpu/attention.h has it."""
+
+    _fields_ = (("table", ctypes.c_void_p), ("stride", ctypes.c_int64), ("middle", ctypes.c_int64))
 
 
 class Shape(ctypes.Structure):
@@ -38,6 +45,7 @@ class Shape(ctypes.Structure):
         ("softcap", ctypes.c_float),
         ("causal", ctypes.c_int),
         ("window", ctypes.c_int),
+        ("bias", Bias),
     )
 
 
@@ -121,15 +129,37 @@ def varlen_attention(
     causal: bool = False,
     window: int | None = None,
     softcap: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """As `kernels.reference.varlen_attention`, for what `serves`. In bfloat16 the softmax's weights are rounded too."""
+    """As `kernels.reference.varlen_attention`, for what `serves`; with a bias each head has keys of its own.
+
+    In bfloat16 the softmax's weights are rounded too.
+    """
     cu_seqlens = cu_seqlens_of(tuple(runs))
     if not cu_seqlens[-1] == len(query) == len(key) == len(value):
         raise ValueError(
             f"{len(query)} queries, {len(key)} keys and {len(value)} values of {cu_seqlens[-1]} tokens"
         )
     batch = Batch(ctypes.addressof(cu_seqlens), None, None, len(cu_seqlens) - 1)
-    return attend(query, key, value, batch, scale=scale, causal=causal, window=window, softcap=softcap)
+    own = None if bias is None else bias.float().contiguous()
+    if own is not None:
+        check_bias(own, query.shape[1], key.shape[1], runs)
+    kind: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+    return attend(query, key, value, batch, **kind, bias=own)
+
+
+def check_bias(bias: Tensor, heads: int, kv_heads: int, runs: Sequence[tuple[int, int]]) -> None:
+    """Raises ValueError unless this is [N, 2M - 1] for so many heads and these runs."""
+    longest = max((length for length, _ in runs), default=0)
+    if kv_heads != heads or len(bias) != heads or bias.shape[1] % 2 == 0 or bias.shape[1] < 2 * longest - 1:
+        raise ValueError(
+            f"a bias {list(bias.shape)} for {heads} heads, {kv_heads} of keys, and {longest} tokens"
+        )
+
+
+def described_bias(bias: Tensor) -> Bias:
+    """float32 [N, 2M - 1], contiguous; it has to outlive the call."""
+    return Bias(bias.data_ptr(), bias.shape[1], bias.shape[1] // 2)
 
 
 @lru_cache(maxsize=64)  # every layer of a batch asks for the same
@@ -152,9 +182,13 @@ def attend(
     causal: bool,
     window: int | None,
     softcap: float | None,
+    bias: Tensor | None = None,
     by: int | None = None,
 ) -> Tensor:
-    """query [T, N, D], rows of keys and values [., N_kv, D] → [T, N, D]. By the kernel of another level, if named."""
+    """query [T, N, D], rows of keys and values [., N_kv, D], bias as `described_bias` has it → [T, N, D].
+
+    By the kernel of another level, if named.
+    """
     assert library is not None
     out = torch.empty(query.shape, dtype=query.dtype)
     shape = Shape(
@@ -166,6 +200,7 @@ def attend(
         softcap or 0.0,
         causal,
         reach(window),
+        Bias() if bias is None else described_bias(bias),
     )
     is_float = query.dtype == torch.float32
     kernel = library.carpool_attention_f32 if is_float else library.carpool_attention_bf16

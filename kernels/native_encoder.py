@@ -48,7 +48,7 @@ class _Layer(ctypes.Structure):
         *((name, _Product) for name in ("joint", "out", "up", "down")),
         *((name, _Norm) for name in ("before", "query", "key", "attended", "between", "done")),
         ("attention", Shape),
-        *((name, ctypes.c_int) for name in ("angles", "gate", "activation", "added")),
+        *((name, ctypes.c_int) for name in ("biased", "angles", "gate", "activation", "added")),
     )
 
 
@@ -110,8 +110,9 @@ class Encoder:
         angles: Sequence[tuple[Tensor, Tensor]] = (),
         kept: Kept | None = None,
         wanted: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """[T, H] → [T, H], rows contiguous.
+        """[T, H] → [T, H], rows contiguous; so is `bias`, and float32.
 
         With `kept`, whose layers are these, keys and values go into their pages, and those of tokens with a past come
         from there. With `wanted`, int64 [R], other tokens are NaN, and not computed behind the last attention.
@@ -138,7 +139,8 @@ class Encoder:
                 raise ValueError(f"{wanted.dtype} {list(wanted.shape)} are not the numbers of tokens")
             few = ctypes.byref(_Wanted(wanted.data_ptr(), len(wanted)))
         fault = run(
-            *(self._described, len(self), self._turning(angles, tokens), pointer(hidden), tokens),
+            *(self._described, len(self), self._turning(angles, tokens), self._leaning(bias, runs)),
+            *(pointer(hidden), tokens),
             *(ctypes.byref(batch), keeping, few, pointer(room)),
             *(ctypes.c_int64(self._widest), ctypes.c_int64(self._other), pointer(out), native.level),
         )
@@ -158,6 +160,17 @@ class Encoder:
             raise ValueError(f"{len(angles)} tables of angles for layers that take {self._tables}")
         pairs = (_Angles(one.data_ptr(), two.data_ptr(), one.shape[1]) for one, two in angles)
         return (_Angles * len(angles))(*pairs)
+
+    def _leaning(self, bias: Tensor | None, runs: Sequence[tuple[int, int]]) -> Any:
+        """What the kernel is told of a bias; it does not hold it."""
+        biased = [layer for layer in self._layers if layer.biased]
+        if not biased:
+            return None
+        if bias is None or bias.dtype != torch.float32 or not _is_plain(bias):
+            raise ValueError("layers that are biased want a bias, float32 and contiguous")
+        for layer in biased:
+            native.check_bias(bias, *layer.all_heads[:2], runs)
+        return ctypes.byref(native.described_bias(bias))
 
     def _keeping(
         self, kept: Kept | None, tokens: int
@@ -180,8 +193,8 @@ class Encoder:
         past = kept.past
         if past is None:
             return ctypes.byref(told), None, (table, slots)
-        if not all(layer.causal for layer in self._layers):
-            raise ValueError("a layer that looks ahead cannot look back at what is kept")
+        if not all(layer.causal and not layer.biased for layer in self._layers):
+            raise ValueError("a layer that looks ahead, or is biased, cannot look back at what is kept")
         queries = tokens - past.start
         batch, tables = native_pages.batch_of(queries, first, past.pages, past.cu_seqlens, past.key_lengths)
         told.start, told.past = past.start, ctypes.addressof(batch)
@@ -201,6 +214,7 @@ class Encoder:
             self._product(layer.down),
             *map(_norm, norms),
             Shape(heads, kv_heads, size, *strides, *kind),
+            layer.biased,
             -1 if layer.angles is None else layer.angles,
             *(_GATES[layer.gate_first], ACTIVATIONS[layer.activation], layer.added),
         )

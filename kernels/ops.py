@@ -62,6 +62,7 @@ def attention_of(
         head_size=query.shape[2],
         value_size=value.shape[2],
         softcap=softcap is not None,
+        grouped=query.shape[1] != key.shape[1],
         bias=bias is not None,
         sinks=sinks is not None,
         unseen=bool(row.unseen),
@@ -93,7 +94,7 @@ def varlen_attention(
         case "cupy":
             return packed_attention(query, key, value, row.cu_seqlens, row.longest, **whole, seen=row.seen)
         case "native" if native.serves(query, key, value):
-            out = native.varlen_attention(query, key, value, row.runs, **plain, softcap=softcap)
+            out = native.varlen_attention(query, key, value, row.runs, **plain, softcap=softcap, bias=bias)
         case _:
             out = reference.varlen_attention(query, key, value, row.runs, **whole)
     for own, seen in row.partly_seen():

@@ -132,7 +132,7 @@ class EncoderLayer:
     `query` and `key` are norms of each head of theirs, and both are turned by the `angles` of that number. With
     `gate_first`, true or false, `up` makes twice as much: one half goes through the activation, and is multiplied with
     the other. If the residual is `added` last, `attended` and `done` are norms of what `out` and `down` make alone.
-    `scale`, `causal`, `window` and `softcap` as `varlen_attention` has them.
+    `scale`, `causal`, `window` and `softcap` as `varlen_attention` has them; `biased`: so it does the encoder's `bias`.
     """
 
     joint: Panels | Panels8
@@ -155,6 +155,7 @@ class EncoderLayer:
     causal: bool = False
     window: int | None = None
     softcap: float | None = None
+    biased: bool = False
 
     @property
     def all_heads(self) -> tuple[int, int, int]:
@@ -168,11 +169,13 @@ def encoder(
     layers: Sequence[EncoderLayer],
     runs: Sequence[tuple[int, int]],
     angles: Sequence[tuple[Tensor, Tensor]] = (),
+    bias: Tensor | None = None,
 ) -> Tensor:
     """[T, H] → [T, H] through all layers, of the sequences that `runs` of (length, count) are. Nothing is kept, and all
     is wanted.
 
-    `angles`: cosines and sines, float32 [T, R] each, by which a layer may turn R columns of query and key.
+    `angles`: cosines and sines, float32 [T, R] each, by which a layer may turn R columns of query and key. `bias`: one
+    for all layers that are biased, as `varlen_attention` has it.
     """
     for layer in layers:
         joint = _linear(_norm(hidden, layer.before), layer.joint)
@@ -182,7 +185,8 @@ def encoder(
         if layer.angles is not None:
             query, key = (rotary(x, *angles[layer.angles]) for x in (query, key))
         kind: dict[str, Any] = {"scale": layer.scale, "causal": layer.causal, "window": layer.window}
-        mixed = varlen_attention(query, key, value, runs, **kind, softcap=layer.softcap)
+        kind |= {"softcap": layer.softcap, "bias": bias if layer.biased else None}
+        mixed = varlen_attention(query, key, value, runs, **kind)
         attended = _linear_norm(mixed.flatten(1), layer.out, hidden, layer.attended, layer.added)
         wide = _wide(_norm(attended, layer.between), layer)
         hidden = _linear_norm(wide, layer.down, attended, layer.done, layer.added)

@@ -25,7 +25,7 @@ void in_parts(Kernel<T> kernel, int64_t least, const Shape& s, const T* q, const
     share(parts, [&](int i) {
         const int first = s.kv_heads * i / parts, count = s.kv_heads * (i + 1) / parts - first;
         const int group = s.heads / s.kv_heads;
-        Shape part = s;
+        Shape part = s.from_head(first * group);
         part.heads = group * count, part.kv_heads = count;
         kernel(part, q + first * group * size, k + first * size, v + first * size, o + first * group * size, batch);
     });

@@ -3,11 +3,29 @@
 
 #include "vector.h"
 
+// Float32 [heads, stride], for heads that have keys of their own: what is added to the score of a key that stands d tokens
+// behind its query is table[., middle + d]. Without a table nothing is.
+struct Bias {
+    const float* table;
+    int64_t stride, middle;
+};
+
 struct Shape {
     int heads, kv_heads, head_size;
     int64_t q_stride, k_stride, v_stride, o_stride;  // elements from one token to the next
     float scale, softcap;                            // softcap 0: none
     int causal, window;                              // window 0: none; a token sees those less than `window` away
+    Bias bias;
+
+    // What a score is still to be multiplied with once it is capped and biased.
+    float left_to_scale() const { return softcap != 0 || bias.table ? 1.0f : scale; }
+
+    // The same for heads from the n-th on.
+    Shape from_head(int n) const {
+        Shape rest = *this;
+        if (bias.table) rest.bias.table += n * bias.stride;
+        return rest;
+    }
 };
 
 // Whose tokens are whose. Queries stand one sequence behind the other; so do keys and values, unless they are in pages:

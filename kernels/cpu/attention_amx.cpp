@@ -138,12 +138,18 @@ struct Block {
         return _mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3]));
     }
 
-    // Scores of `keys` keys from j on are capped and hidden, and what came before them is scaled to the largest.
+    // Scores of `keys` keys from j on are capped, biased and hidden, and what came before them is scaled to the largest.
     FOR_AMX void rank(const Shape& s, int j, int keys, int length) {
         if (s.softcap != 0)
             for (int i = 0; i < keys * QUERIES; i += QUERIES)
                 for (int n = i; n < i + WIDE * LANES; n += LANES)
                     _mm512_store_ps(scores + n, capped(s, _mm512_load_ps(scores + n)));
+        if (s.bias.table)
+            for (int i = 0; i < std::min(keys, length - j); i++)
+                for (int w = 0; w < WIDE; w++) {
+                    float* at = scores + i * QUERIES + w * SIDE;
+                    _mm512_store_ps(at, biased(s, _mm512_load_ps(at), j + i, places[0] + w * SIDE, count - w * SIDE));
+                }
         hide(s, j, keys, length);
         for (int w = 0; w < WIDE; w++) {
             const __m512 before = _mm512_load_ps(top + w * SIDE);
@@ -231,15 +237,16 @@ FOR_AMX void attend_sequence(const Shape& s, const uint16_t* q, const uint16_t* 
     for (int kv = 0; kv < s.kv_heads; kv++) {
         lay_keys(laid, s, k + kv * size, at, begin, length);
         lay_values(laid, s, v + kv * size, at, begin, length);
+        const Shape own = s.from_head(kv * group);
         const uint16_t* head_q = q + kv * group * size;
         uint16_t* head_o = o + kv * group * size;
         for (int first = 0; first < queries * group; first += QUERIES) {
             const int rows = std::min(QUERIES, queries * group - first);
             const int past = length - queries;
             if (rows > SIDE)
-                (new (memory) Block<2>)->attend(s, laid, head_q, head_o, past, first, rows, length);
+                (new (memory) Block<2>)->attend(own, laid, head_q, head_o, past, first, rows, length);
             else
-                (new (memory) Block<1>)->attend(s, laid, head_q, head_o, past, first, rows, length);
+                (new (memory) Block<1>)->attend(own, laid, head_q, head_o, past, first, rows, length);
         }
     }
 }

@@ -25,6 +25,7 @@ INLINE void attend_run(const Shape& s, Path& path, const T* q, const T* k, const
                        int first, int end, int from, int to, int64_t* at) {
     const int group = s.heads / s.kv_heads, size = s.head_size;
     for (int kv = 0; kv < s.kv_heads; kv++) {
+        const Shape own = s.from_head(kv * group);
         int laid = 0;  // from this token on
         for (int b = first; b < end; b++) {
             const int64_t start = batch.cu_seqlens[b] + from;
@@ -38,8 +39,8 @@ INLINE void attend_run(const Shape& s, Path& path, const T* q, const T* k, const
             if (kv == 0 || end - first > 1)
                 for (int j = fresh; j < length; j++) at[j] = batch.row(b, j);
             path.lay(s, k + kv * size, v + kv * size, at, fresh, length);
-            path.attend(s, q + start * s.q_stride + kv * group * size, o + start * s.o_stride + kv * group * size, past,
-                        queries, length);
+            path.attend(own, q + start * s.q_stride + kv * group * size, o + start * s.o_stride + kv * group * size,
+                        past, queries, length);
         }
     }
 }

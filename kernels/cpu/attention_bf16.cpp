@@ -74,12 +74,12 @@ FOR_BF16 inline void products(const uint16_t* const* rows, int64_t step, const i
         for (int w = 0; w < WIDE; w++) _mm512_storeu_ps(out + n * QUERIES + w * LANES, acc[n][w]);
 }
 
-// Softmax of scores [keys][QUERIES] from key `begin` to `end`, both even, of WIDE registers of queries at rising
-// `places`: every second row becomes the pairs of its and the next row's weights, not divided by their sums yet. 1 over
+// Softmax of scores [keys][QUERIES] from key `begin` to `end`, both even, of `count` queries at rising `places` in WIDE
+// registers: every second row becomes the pairs of its and the next row's weights, not divided by their sums yet. 1 over
 // those goes to `inverse`.
 template <int WIDE>
-FOR_BF16 inline void softmax_lanes(const Shape& s, float* scores, const int32_t* places, int begin, int end, int length,
-                                   __m512* inverse) {
+FOR_BF16 inline void softmax_lanes(const Shape& s, float* scores, const int32_t* places, int count, int begin, int end,
+                                   int length, __m512* inverse) {
     const __m512 low = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     const Range all_see = {visible(s, places[WIDE * LANES - 1], length).begin, visible(s, places[0], length).end};
     __m512 top[WIDE], total[WIDE];
@@ -91,9 +91,10 @@ FOR_BF16 inline void softmax_lanes(const Shape& s, float* scores, const int32_t*
             float* at = scores + int64_t(j) * QUERIES + w * LANES;
             __m512 x = _mm512_loadu_ps(at);
             if (s.softcap != 0) x = capped(s, x);
+            if (s.bias.table && j < length) x = biased(s, x, j, places[0] + w * LANES, count - w * LANES);
             const __m512i place = _mm512_loadu_si512(places + w * LANES);
             if (masked) x = _mm512_mask_mov_ps(low, who_sees(s, j, length, place), x);
-            if (masked || s.softcap != 0) _mm512_storeu_ps(at, x);
+            if (masked || s.softcap != 0 || s.bias.table) _mm512_storeu_ps(at, x);
             top[w] = _mm512_max_ps(top[w], x);
         }
     }
@@ -130,7 +131,7 @@ FOR_BF16 void attend_lanes(const Shape& s, const uint16_t* q, const uint16_t* co
         products<WIDE>(rows, 2, queries, QUERIES, size / 2, scores + int64_t(j) * QUERIES);
     }
     __m512 inverse[WIDE];
-    softmax_lanes<WIDE>(s, scores, places, begin, end, length, inverse);
+    softmax_lanes<WIDE>(s, scores, places, count, begin, end, length, inverse);
     auto weights = reinterpret_cast<const int32_t*>(scores + int64_t(begin) * QUERIES);
     for (int d = 0; d < size; d += KEYS) {
         const uint16_t* columns[KEYS];

@@ -18,12 +18,17 @@ INLINE V power_of_e(V x) {
         return exp_(x);
 }
 
-// Scores of one query, in place: scaled, capped, masked to what it sees, exponentials; returns 1 / their sum.
+// Scores of the query at `place`, in place: scaled, capped, biased, masked to what it sees, exponentials; returns 1 / their
+// sum.
 template <int W>
-INLINE float softmax_row(const Shape& s, float* row, Range keys, int begin, int end) {
+INLINE float softmax_row(const Shape& s, float* row, int place, Range keys, int begin, int end) {
     if (s.softcap != 0)
         for (int j = keys.begin; j < keys.end; j++) row[j] = s.softcap * std::tanh(row[j] * s.scale / s.softcap);
-    const float factor = s.softcap != 0 ? 1.0f : s.scale;
+    if (s.bias.table) {
+        const float *bias = s.bias.table + s.bias.middle - place, scale = s.softcap != 0 ? 1.0f : s.scale;
+        for (int j = keys.begin; j < keys.end; j++) row[j] = row[j] * scale + bias[j];
+    }
+    const float factor = s.left_to_scale();
     const float low = -std::numeric_limits<float>::infinity();
     for (int j = begin; j < keys.begin; j++) row[j] = low;
     for (int j = keys.end; j < end; j++) row[j] = low;
@@ -127,7 +132,8 @@ struct Float32 {
             }
             float inverse[ROWS];
             for (int n = 0; n < ROWS; n++)
-                inverse[n] = softmax_row<W>(s, row[n], visible(s, past + token[n], length), begin, end);
+                inverse[n] =
+                    softmax_row<W>(s, row[n], past + token[n], visible(s, past + token[n], length), begin, end);
             const int last = std::min(end, length);
             int d = 0;
             for (; d + 2 * W <= size; d += 2 * W) values_block<W, 2, ROWS>(row, values, size, begin, last, result, d);

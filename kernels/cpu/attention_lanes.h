@@ -38,10 +38,19 @@ FOR_BF16 inline __m512 capped(const Shape& s, __m512 x) {
     return (__m512)((ivec)(tanh * s.softcap) | ((ivec)wide & int32_t(0x80000000)));
 }
 
-// What is left to do to scores: from those to powers of two.
-FOR_BF16 inline __m512 power(const Shape& s) {
-    return _mm512_set1_ps((s.softcap != 0 ? 1.0f : s.scale) * 1.44269504f);
+// 16 scores of key j, capped ones or products, biased: those of the first `count` of 16 queries in a row, the first of
+// them at `place`.
+FOR_BF16 inline __m512 biased(const Shape& s, __m512 x, int j, int place, int count) {
+    // In the table they stand the other way round, the last query's first.
+    const __mmask16 there = 0xffff << (LANES - std::min(count, LANES));
+    const __m512i turned = _mm512_set_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 bias = _mm512_maskz_loadu_ps(there, s.bias.table + s.bias.middle + j - place - (LANES - 1));
+    const __m512 scale = _mm512_set1_ps(s.softcap != 0 ? 1.0f : s.scale);
+    return _mm512_fmadd_ps(x, scale, _mm512_permutexvar_ps(turned, bias));
 }
+
+// What is left to do to scores: from those to powers of two.
+FOR_BF16 inline __m512 power(const Shape& s) { return _mm512_set1_ps(s.left_to_scale() * 1.44269504f); }
 
 // Results [size][QUERIES] of 16 lanes, times what each is still to be multiplied by, to the rows `to` of the first `count`.
 FOR_BF16 inline void put_lanes(const float* result, __m512 factor, int size, int count, const int64_t* to, uint16_t* o) {

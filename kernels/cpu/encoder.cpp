@@ -26,6 +26,7 @@ struct EncoderLayer {
     Product joint, out, up, down;  // [heads + 2 kv_heads, width], [width, heads], [wide, width], [width, wide]
     Norm before, query, key, attended, between, done;
     Shape attention;       // over what `joint` makes
+    int biased;            // whether by the encoder's bias
     int angles;            // by which query and key are turned; -1: they are not
     int gate, activation;  // a Gate: then half of `up`'s outputs go into `down`, and through which Activation
     int added;
@@ -158,8 +159,9 @@ void fill_with_nan(float* to, int64_t count) { std::fill_n(to, count, std::numer
 void fill_with_nan(uint16_t* to, int64_t count) { std::fill_n(to, count, uint16_t(0x7fc0)); }
 
 template <typename T>
-int encode(const EncoderLayer* layers, int count, const Angles* angles, const T* x, int tokens, const Batch* batch,
-           const Kept* kept, const Wanted* wanted, T* room, int64_t widest, int64_t other, T* out, int level) {
+int encode(const EncoderLayer* layers, int count, const Angles* angles, const Bias* bias, const T* x, int tokens,
+           const Batch* batch, const Kept* kept, const Wanted* wanted, T* room, int64_t widest, int64_t other, T* out,
+           int level) {
     const FinishOf<T>* plain = nullptr;
     if (wanted && !wanted->are_among(tokens)) return -1;
     T* rows = room;  // what `joint` makes and, when attention has read it, what `up` does
@@ -175,7 +177,9 @@ int encode(const EncoderLayer* layers, int count, const Angles* angles, const T*
         };
         if (multiply(l.joint, plain, normed(l.before, x), tokens, rows, level)) return 1;
         place_heads(l, angles, rows, tokens, level);
-        if (attend<T>(l.attention, rows, tokens, batch, kept, kept ? kept->pages + 2 * i : nullptr, read, level))
+        Shape shape = l.attention;
+        if (l.biased) shape.bias = *bias;
+        if (attend<T>(shape, rows, tokens, batch, kept, kept ? kept->pages + 2 * i : nullptr, read, level))
             return 1;
         const T* mixed = read;
         if (few) {
@@ -206,19 +210,19 @@ int encode(const EncoderLayer* layers, int count, const Angles* angles, const T*
 
 extern "C" {
 
-// x [tokens, width] → out, of the same shape and apart from it, through `count` layers, one at least. `batch` has all
-// tokens, or those before the ones that have a past; `kept` is null where nothing is. With `wanted` the other rows of out
-// are NaN. `room` has tokens * (widest + other + width) elements: `widest` is the most that `joint` or `up` make, `other`
-// the most that any but `down` reads. bfloat16 from level AVX512_BF16 on. Returned is what `in_memory` does, or -1, and
-// nothing done, where a token is wanted that there is not.
-int carpool_encoder_f32(const EncoderLayer* layers, int count, const Angles* angles, const float* x, int tokens,
-                        const Batch* batch, const Kept* kept, const Wanted* wanted, float* room, int64_t widest,
-                        int64_t other, float* out, int level) {
-    return encode(layers, count, angles, x, tokens, batch, kept, wanted, room, widest, other, out, level);
+// x [tokens, width] → out, of the same shape and apart from it, through `count` layers, one at least. `bias` is of those
+// that are biased, null where none is. `batch` has all tokens, or those before the ones that have a past; `kept` is null
+// where nothing is. With `wanted` the other rows of out are NaN. `room` has tokens * (widest + other + width) elements:
+// `widest` is the most that `joint` or `up` make, `other` the most that any but `down` reads. bfloat16 from level
+// AVX512_BF16 on. Returned is what `in_memory` does, or -1, and nothing done, where a token is wanted that there is not.
+int carpool_encoder_f32(const EncoderLayer* layers, int count, const Angles* angles, const Bias* bias, const float* x,
+                        int tokens, const Batch* batch, const Kept* kept, const Wanted* wanted, float* room,
+                        int64_t widest, int64_t other, float* out, int level) {
+    return encode(layers, count, angles, bias, x, tokens, batch, kept, wanted, room, widest, other, out, level);
 }
-int carpool_encoder_bf16(const EncoderLayer* layers, int count, const Angles* angles, const uint16_t* x, int tokens,
-                         const Batch* batch, const Kept* kept, const Wanted* wanted, uint16_t* room, int64_t widest,
-                         int64_t other, uint16_t* out, int level) {
-    return encode(layers, count, angles, x, tokens, batch, kept, wanted, room, widest, other, out, level);
+int carpool_encoder_bf16(const EncoderLayer* layers, int count, const Angles* angles, const Bias* bias, const uint16_t* x,
+                         int tokens, const Batch* batch, const Kept* kept, const Wanted* wanted, uint16_t* room,
+                         int64_t widest, int64_t other, uint16_t* out, int level) {
+    return encode(layers, count, angles, bias, x, tokens, batch, kept, wanted, room, widest, other, out, level);
 }
 }

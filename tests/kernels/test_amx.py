@@ -130,6 +130,7 @@ def check_attention(lengths: list[int], heads: tuple[int, int], size: int, **how
     causal=st.booleans(),
     window=st.one_of(st.none(), st.integers(1, 70)),
     softcap=st.sampled_from([None, 5.0]),
+    biased=st.booleans(),
 )
 @few
 def test_attention_equals_its_twin(
@@ -139,8 +140,12 @@ def test_attention_equals_its_twin(
     causal: bool,
     window: int | None,
     softcap: float | None,
+    biased: bool,
 ) -> None:
-    check_attention(lengths, heads, size, scale=size**-0.5, causal=causal, window=window, softcap=softcap)
+    how: dict[str, Any] = {"causal": causal, "window": window, "softcap": softcap}
+    if biased and heads[0] == heads[1]:
+        how["bias"] = 3 * randn(heads[0], 2 * max(lengths) - 1)
+    check_attention(lengths, heads, size, scale=size**-0.5, **how)
 
 
 @pytest.mark.parametrize("rising", [True, False])

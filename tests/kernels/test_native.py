@@ -46,6 +46,7 @@ def make(
     causal=st.booleans(),
     window=st.one_of(st.none(), st.integers(1, 70)),
     softcap=st.sampled_from([None, 5.0]),
+    beyond=st.one_of(st.none(), st.integers(0, 3)),
 )
 @settings(max_examples=60, deadline=None)
 def test_attention_equals_its_twin(
@@ -57,11 +58,15 @@ def test_attention_equals_its_twin(
     causal: bool,
     window: int | None,
     softcap: float | None,
+    beyond: int | None,
 ) -> None:
+    """`beyond`: how much further than the longest text a bias goes; None is no bias."""
     query, key, value = make(lengths, *heads, size, dtype)
     runs = [(length, 1) for length in lengths]
     assert native.serves(query, key, value)
-    how = {"scale": size**-0.5, "causal": causal, "window": window, "softcap": softcap}
+    how: dict[str, Any] = {"scale": size**-0.5, "causal": causal, "window": window, "softcap": softcap}
+    if beyond is not None and heads[0] == heads[1]:
+        how["bias"] = 3 * torch.randn(heads[0], 2 * (max(lengths) + beyond) - 1)
     exact = reference.varlen_attention(query.float(), key.float(), value.float(), runs, **how)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "level", level)
@@ -99,6 +104,14 @@ def test_long_texts_equal_their_twin_alone_and_in_company(
 
 
 @needs_native
+@pytest.mark.parametrize("shape", [(2, 15), (2, 18), (1, 17)])
+def test_a_bias_that_does_not_fit_is_refused(shape: tuple[int, int]) -> None:
+    query, key, value = make([5, 9], 2, 2, 32, torch.float32)
+    with pytest.raises(ValueError, match="a bias"):
+        native.varlen_attention(query, key, value, [(5, 1), (9, 1)], scale=1.0, bias=torch.zeros(shape))
+
+
+@needs_native
 def test_what_it_cannot_take_goes_to_the_twin() -> None:
     query, key, value = make([5, 9], 2, 2, 24, torch.float32)
 
@@ -108,9 +121,13 @@ def test_what_it_cannot_take_goes_to_the_twin() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("asks", [{"bias": torch.ones(2, 27) * torch.arange(27)}, {"sinks": torch.ones(2)}])
-def test_what_it_knows_nothing_of_goes_to_the_twin(asks: dict[str, Any]) -> None:
-    query, key, value = make([5, 9], 2, 2, 32, torch.float32)
+@pytest.mark.parametrize(
+    ("heads", "asks"),
+    [(1, {"bias": torch.ones(2, 27) * torch.arange(27)}), (2, {"sinks": torch.ones(2)})],
+    ids=["a bias on heads that share their keys", "sinks"],
+)
+def test_what_it_knows_nothing_of_goes_to_the_twin(heads: int, asks: dict[str, Any]) -> None:
+    query, key, value = make([5, 9], 2, heads, 32, torch.float32)
 
     assert native.serves(query, key, value)
     out = ops.varlen_attention(query, key, value, laid_out([5, 9]), scale=1.0, **asks)

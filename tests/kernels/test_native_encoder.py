@@ -110,6 +110,7 @@ def one_by_one(
     runs: list[tuple[int, int]],
     angles: Sequence[tuple[Tensor, Tensor]] = (),
     kept: Kept | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """By the native kernels of its parts."""
 
@@ -137,7 +138,13 @@ def one_by_one(
         if past is not None:
             start, own_runs = past.start, [] if past.others is None else list(past.others.runs)
         mixed = native.varlen_attention(
-            query[:start], key[:start], value[:start], own_runs, causal=one.causal, **kind
+            query[:start],
+            key[:start],
+            value[:start],
+            own_runs,
+            causal=one.causal,
+            bias=bias if one.biased else None,
+            **kind,
         )
         if kept is not None and past is not None:
             tables: Any = past.pages, past.cu_seqlens, past.key_lengths, past.longest
@@ -161,7 +168,9 @@ def one_by_one(
     shape=st.sampled_from([(32, 64, 16), (48, 16, 48), (64, 224, 32)]),
     kinds=st.lists(st.sampled_from(KINDS), min_size=4, max_size=4),
     activation=st.sampled_from([None, "gelu", "gelu_tanh", "silu"]),
-    attention=st.fixed_dictionaries({}, optional={"window": st.just(3), "softcap": st.just(5.0)}),
+    attention=st.fixed_dictionaries(
+        {}, optional={"window": st.just(3), "softcap": st.just(5.0), "biased": st.just(True)}
+    ),
 )
 @few
 def test_it_is_its_layers_one_after_the_other_to_the_bit(
@@ -178,11 +187,16 @@ def test_it_is_its_layers_one_after_the_other_to_the_bit(
         for i in range(3)
     ]
     hidden = randn(sum(length * count for length, count in runs), width).to(dtype)
-    before = hidden.clone()
+    before, bias = hidden.clone(), bias_for(layers, runs)
     for count in (1, 2, 3):
         encoder = native_encoder.Encoder(layers[:count], dtype)
-        assert torch.equal(encoder(hidden, runs), one_by_one(hidden, layers[:count], runs))
+        made = one_by_one(hidden, layers[:count], runs, bias=bias)
+        assert torch.equal(encoder(hidden, runs, bias=bias), made)
     assert torch.equal(hidden, before)
+
+
+def bias_for(layers: list[EncoderLayer], runs: list[tuple[int, int]]) -> Tensor:
+    return 3 * randn(layers[0].heads, 2 * max(length for length, _ in runs) + 1)
 
 
 norms_of = st.sets(st.sampled_from(["before", "query", "key", "attended", "between", "done"]))
@@ -336,16 +350,26 @@ def test_a_layer_of_today_computes_what_its_twin_does(
     assert (mine - twins).norm() <= 1e-4 * twins.norm()
 
 
-@given(runs=runs_of, kind=st.sampled_from(KINDS))
+@given(runs=runs_of, kind=st.sampled_from(KINDS), biased=st.booleans())
 @few
-def test_it_computes_what_its_twin_does(runs: list[tuple[int, int]], kind: Any) -> None:
-    layers = [layer(32, 64, torch.float32, [kind], seed=i) for i in range(2)]
-    hidden = randn(sum(length * count for length, count in runs), 32)
-    mine = native_encoder.Encoder(layers, torch.float32)(hidden, runs)
+def test_it_computes_what_its_twin_does(runs: list[tuple[int, int]], kind: Any, biased: bool) -> None:
+    layers = [layer(32, 64, torch.float32, [kind], seed=i, biased=biased) for i in range(2)]
+    hidden, bias = randn(sum(length * count for length, count in runs), 32), bias_for(layers, runs)
+    mine = native_encoder.Encoder(layers, torch.float32)(hidden, runs, bias=bias)
     # Where a number lies between two levels of 8 bits, the last bit of a sum decides.
     bound = 2e-5 if kind is Panels else 2e-2
-    twins = twins_cpu.encoder(hidden, layers, runs)
+    twins = twins_cpu.encoder(hidden, layers, runs, bias=bias)
     assert (mine - twins).norm() <= bound * twins.norm()
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [None, torch.zeros(2, 9).double(), torch.zeros(2, 18)[:, ::2], torch.zeros(2, 7), torch.zeros(3, 9)],
+)
+def test_a_bias_that_does_not_fit_is_refused(bias: Tensor | None) -> None:
+    layers = [layer(32, 64, torch.float32, [Panels], biased=biased) for biased in (False, True)]
+    with pytest.raises(ValueError, match="bias"):
+        native_encoder.Encoder(layers, torch.float32)(randn(5, 32), [(5, 1)], bias=bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,18 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetLayer, MPNetSelfAttention
 
 from carpool.engine.models.attention import packed_attention, under_way
 from carpool.engine.models.patches.layer import PackedLayer, become
 
 
 class PackedEncoder(PackedLayer, MPNetEncoder):  # type: ignore[misc]
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> BaseModelOutput:
+        bias = self.compute_position_bias(hidden_states)
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, position_bias=bias)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
     def compute_position_bias(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         """[N, 2M - 1] by distance, where the stock layer has [1, N, T, T]."""
         buckets = self.relative_position_bucket(under_way().distances(x.device))
         bias: Tensor = self.relative_attention_bias(buckets)
         return bias.t()
+
+
+class Packed(PackedLayer, MPNetLayer):  # type: ignore[misc]
+    def forward(self, hidden_states: Tensor, position_bias: Tensor) -> Tensor:
+        """hidden_states [1, T, H] → [1, T, H], where the stock layer has a tuple: so surgery knows it for BERT's."""
+        (attended,) = self.attention(hidden_states, position_bias=position_bias)
+        done: Tensor = self.output(self.intermediate(attended), attended)
+        return done
 
 
 class PackedSelfAttention(PackedLayer, MPNetSelfAttention):  # type: ignore[misc]
@@ -39,4 +54,4 @@ class PackedSelfAttention(PackedLayer, MPNetSelfAttention):  # type: ignore[misc
 
 
 def apply(backbone: nn.Module) -> None:
-    become(backbone, (PackedEncoder, PackedSelfAttention))
+    become(backbone, (PackedEncoder, Packed, PackedSelfAttention))

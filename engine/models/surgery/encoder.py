@@ -48,17 +48,21 @@ class Encoder(nn.Module):
         self.sources = tuple(sources)
         self.tables = sorted({source for source in sources if source is not None})
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self, hidden: Tensor, *args: Any, position_bias: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         row = under_way()
+        bias = None if position_bias is None else position_bias.float().contiguous()
         angles = self._angles(hidden, args, kwargs)
         kept = None if row.kept is None else self._kept(row.kept)
         if not (row.unseen or watched()) and (row.kept is None or kept is not None):
             last: Any = self.layers[-1]
             wanted = row.wanted if row.wanted is not None and narrowed(*last.behind) else None
             tables = [(cosines[0], sines[0]) for cosines, sines in angles.values()]
-            return self.run(hidden[0], row.runs, tables, kept, wanted)[None]
+            return self.run(hidden[0], row.runs, tables, kept, wanted, bias=bias)[None]
         for layer, source in zip(self.layers, self.sources, strict=True):
-            hidden = layer(hidden) if source is None else layer(hidden, angles[source])
+            told = () if source is None else (angles[source],)
+            hidden = layer(hidden, *told, position_bias=bias)
         return hidden
 
     def _kept(self, kept: Kept) -> Kept | None:

@@ -22,7 +22,7 @@ from carpool.engine.models.surgery.joint_linear import FirstLinear, NextLinear
 from carpool.engine.models.surgery.linear_gelu import LinearGelu
 from carpool.engine.models.surgery.native_linear import NativeLinear
 from carpool.engine.models.surgery.packed_linear import PackedLinear
-from carpool.engine.models.surgery.rehearsal import Rehearsal, small_batch, weights_of
+from carpool.engine.models.surgery.rehearsal import Given, Rehearsal, small_batch, weights_of
 from carpool.engine.models.surgery.residual_norm import ResidualNorm
 from carpool.kernels import twins_cpu
 
@@ -33,7 +33,7 @@ _MAY_CHANGE_16_BIT = 0.1
 
 
 class EncoderLayer(nn.Module):
-    """hidden [1, T, H] → [1, T, H]. What else it is given says nothing to a packed row."""
+    """hidden [1, T, H] → [1, T, H]. Of what else it is given a packed row minds a bias by distance alone."""
 
     def __init__(
         self,
@@ -44,15 +44,19 @@ class EncoderLayer(nn.Module):
         size: int,
         kind: Mapping[str, Any],
     ) -> None:
-        """`joint` makes query, key and value, all as wide, in heads of `size`; `kind` of attention as `over` has it."""
+        """`joint` makes query, key and value, all as wide, in heads of `size`. `kind` of attention as `over` has it,
+        with a bias if it is to take those that it is given.
+        """
         super().__init__()
         self.joint, self.out, self.up, self.down = joint, out, up, down
-        self.size, self.kind = size, dict(kind)
+        self.size, self.biased = size, kind["bias"] is not None
+        self.kind = {name: value for name, value in kind.items() if name != "bias"}
 
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *_: Any, position_bias: Tensor | None = None, **__: Any) -> Tensor:
         heads: Tensor = self.joint(hidden).view(hidden.shape[1], 3, -1, self.size)
         query, key, value = heads.unbind(1)
-        mixed = over(self, query, key, value, row_of(self), **self.kind)
+        bias = position_bias if self.biased else None
+        mixed = over(self, query, key, value, row_of(self), **self.kind, bias=bias)
         attended: Tensor = self.out(mixed.reshape(hidden.shape), hidden)
         done: Tensor = self.down(self.up(attended), attended)
         return done
@@ -78,6 +82,7 @@ class EncoderLayer(nn.Module):
             done=self.down.norm,
             activation=up.gelu,
             heads=joint.out_features // 3 // self.size,
+            biased=self.biased,
             **{name: self.kind[name] for name in ("scale", "window", "softcap")},
         )
 
@@ -130,21 +135,23 @@ def _straight(path: str, module: nn.Module, rehearsal: Rehearsal) -> EncoderLaye
     """The module as one of these, if it holds what they do and computes the same."""
     if path not in rehearsal.given or type(module) in _OURS:
         return None
-    ours = _outermost(module)
+    heard = _outermost(module)
+    ours = _ended(heard)
     joints = [part for part in ours if isinstance(part, FirstLinear)]
     norms = [part for part in ours if isinstance(part, ResidualNorm)]
     ups = [part for part in ours if isinstance(part, _UPS)]
-    if (len(joints), len(norms), len(ups)) != (1, 2, 1):
+    whole = (len(joints), len(norms), len(ups)) == (1, 2, 1)
+    if not whole or any(isinstance(part, nn.LayerNorm) for part in ours):
         return None
     joint, (out, down), (up,) = joints[0], norms, ups
     if len(joint.widths) != 3 or len(set(joint.widths)) != 1:
         return None
-    if weights_of(module) != weights_of(joint, out, up, down):  # it has something else to compute
+    if weights_of(module) != weights_of(*heard):  # it has something else to compute
         return None
     try:
         with calls() as made:
             before = rehearsal.play(path, module)
-        if not _plain(made) or made[0].heads * made[0].size != joint.widths[0]:
+        if not _plain(made, rehearsal.given[path]) or made[0].heads * made[0].size != joint.widths[0]:
             return None
         candidate = EncoderLayer(joint.linear, out, up, down, made[0].size, made[0].kind)
         return candidate if agree(rehearsal.play(path, candidate), before) else None
@@ -156,10 +163,25 @@ def _outermost(module: nn.Module) -> list[nn.Module]:
     """What of ours it holds, in order, without what is within that."""
     found: list[nn.Module] = []
     for child in module.children():
-        found += [child] if isinstance(child, _OURS) else _outermost(child)
+        known = isinstance(child, _OURS) or type(child) is nn.LayerNorm
+        found += [child] if known else _outermost(child)
     return found
 
 
-def _plain(made: list[Call]) -> bool:
-    """Whether it attends once, to both sides, and by what it is given alone."""
-    return len(made) == 1 and not made[0].causal and not made[0].biased and made[0].kind["sinks"] is None
+def _ended(ours: list[nn.Module]) -> list[nn.Module]:
+    """The same, a product and the LayerNorm behind it as one: MPNet has them in different modules."""
+    found: list[nn.Module] = []
+    for part in ours:
+        behind = bool(found) and isinstance(found[-1], NativeLinear)
+        if behind and isinstance(part, nn.LayerNorm) and part.bias is not None:
+            part = ResidualNorm(found.pop(), part)
+        found.append(part)
+    return found
+
+
+def _plain(made: list[Call], given: Given) -> bool:
+    """Whether it attends once, to both sides, and by what it is given alone, biased or not."""
+    if len(made) != 1 or made[0].causal or made[0].kind["sinks"] is not None:
+        return False
+    own, told = made[0].kind["bias"], given.kwargs.get("position_bias")
+    return told is None if own is None else told is not None and torch.equal(own, told)

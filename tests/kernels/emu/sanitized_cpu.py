@@ -25,13 +25,14 @@ LENGTHS = ([1], [33, 1, 6], [17, 64, 65])
 
 def attend(dtype: torch.dtype) -> None:
     """Packed and in pages, to the last token of each tensor."""
-    for lengths, size, (heads, kv_heads) in product(LENGTHS, (16, 48, 256), ((1, 1), (6, 2))):
+    for lengths, size, (heads, kv_heads) in product(LENGTHS, (16, 48, 256), ((1, 1), (2, 2), (6, 2))):
         row = torch.randn(sum(lengths), heads + 2 * kv_heads, size).to(dtype)
         query, key, value = row.split([heads, kv_heads, kv_heads], dim=1)  # type: ignore[no-untyped-call]
         runs = [(length, 1) for length in lengths]
+        bias = torch.randn(heads, 2 * max(lengths) - 1) if heads == kv_heads else None
         for causal, window in ((False, None), (True, None), (False, 5), (True, 40)):
             native.varlen_attention(
-                query, key, value, runs, scale=0.1, causal=causal, window=window, softcap=3.0
+                query, key, value, runs, scale=0.1, causal=causal, window=window, softcap=3.0, bias=bias
             )
         pages = torch.arange(len(lengths) * 5, dtype=torch.int32).view(-1, 5)
         pages[:, 0] = 0

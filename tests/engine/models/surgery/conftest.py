@@ -33,9 +33,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     run = native_encoder.Encoder.__call__
 
-    def counted(self: native_encoder.Encoder, *given: Any) -> Tensor:
+    def counted(self: native_encoder.Encoder, *given: Any, **named: Any) -> Tensor:
         calls.append(len(self))
-        return run(self, *given)
+        return run(self, *given, **named)
 
     monkeypatch.setattr(native_encoder.Encoder, "__call__", counted)
     return calls

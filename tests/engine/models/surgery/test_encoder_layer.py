@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from building import backbone, built
@@ -17,6 +18,7 @@ from carpool.engine.packing import pack_ids
 from carpool.kernels import native
 
 pytestmark = pytest.mark.skipif(native.level < 1, reason="no native kernels, and no layers of theirs")
+BIAS = "encoder.relative_attention_bias.weight"
 BATCH = pack_ids([[5, 6, 7], [8], list(range(10, 40))], torch.device("cpu"))
 
 
@@ -52,6 +54,29 @@ def test_in_any_arithmetic(config: dict[str, str], checkpoint: Callable[[str], P
     assert parts.model.surgery["encoder_layer"] == 2
     whole = hidden(backbone(built(checkpoint("xlmr"), surgery=False))).float()
     assert float((hidden(backbone(parts)).float() - whole).norm() / whole.norm()) < 0.05
+
+
+@pytest.mark.skipif(native.level < 3, reason="no AVX-512 BF16 here, or not built")
+@pytest.mark.parametrize("config", [{"dtype": "float32"}, {"dtype": "bfloat16"}], ids=str)
+def test_a_bias_by_distance_is_that_of_the_batch(
+    config: dict[str, str], broad: Callable[[str], Path], ran: list[int]
+) -> None:
+    """MPNet's, where a product and its LayerNorm stand in different modules."""
+    folder = broad("mpnet")
+    weights = load_file(folder / "model.safetensors")
+    weights[BIAS] = 20 * weights[BIAS][:, :2].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    parts = built(folder, **config)
+    assert parts.model.surgery["encoder_layer"] == 2
+    whole = backbone(built(folder, surgery=False))
+    for batch in (BATCH, pack_ids([[9, 8, 7, 6]], torch.device("cpu"))):
+        ran.clear()
+        with torch.inference_mode():
+            mine, theirs = (one.forward(batch).float() for one in (backbone(parts), whole))
+        assert ran == [2]
+        assert float((mine - theirs).norm() / theirs.norm()) < (
+            1e-5 if config["dtype"] == "float32" else 0.05
+        )
 
 
 def test_a_model_of_one_layer_is_not_taken_for_it(crooked: Backbone) -> None:
