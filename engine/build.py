@@ -24,7 +24,7 @@ from carpool.engine.errors import ConfigError
 from carpool.engine.fast_tokenizer import end_notice, load_fast
 from carpool.engine.hub import locate
 from carpool.engine.listwise import MARKS, Listwise
-from carpool.engine.memory import bound_primitive_cache, keep_buffers
+from carpool.engine.memory import bound_primitive_caches, keep_buffers
 from carpool.engine.model_info import ModelInfo
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.model import Model
@@ -68,7 +68,7 @@ class Parts(parcel.Parts):
 
 def build(config: EngineConfig) -> Parts:
     """Load and check the model. Raises ConfigError with one sentence if it cannot be served as asked."""
-    bound_primitive_cache()
+    bound_primitive_caches()
     folder = locate(config.model, config.revision, config.download_dir)
     plan = Blueprint.of(config, folder)
     with threads.spread(plan.checkpoint.path) if plan.device.type == "cpu" else nullcontext():

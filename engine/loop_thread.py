@@ -69,7 +69,7 @@ class LoopThread:
         return self.run(_all(calls, at_once))
 
     def close(self, last: Coroutine[Any, Any, object] | None = None) -> None:
-        """Run `last`, tell those who still wait, then end the loop and its thread. Nothing, if done before.
+        """Tell those who still wait, run `last`, then end the loop and its thread. Nothing, if done before.
 
         Garbage may be collected in any thread, the loop's own included, which cannot wait for itself; and in a forked
         process, where there is nothing to end.
@@ -97,15 +97,17 @@ class LoopThread:
 
 
 async def _finish(last: Coroutine[Any, Any, object] | None) -> None:
-    """`last`, and then no more of all else: what waits for a thread would never hear of it."""
+    """No more of what is under way, or what waits for a thread would never hear of it; then `last`, which finds nobody
+    to tell in words of its own.
+    """
     try:
-        if last is not None:
-            await last
-    finally:
         rest = asyncio.all_tasks() - {asyncio.current_task()}
         for task in rest:
             task.cancel()
         await asyncio.gather(*rest, return_exceptions=True)
+    finally:
+        if last is not None:
+            await last
 
 
 async def _all(calls: Seq[Callable[[], Coroutine[Any, Any, T]]], at_once: int) -> list[T]:

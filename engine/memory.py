@@ -14,12 +14,14 @@ _EVERY_S = 5.0  # a trim costs 1 to 3 ms, and as much again when batches come to
 _PRIMITIVES = "16"  # a batch needs a handful at a time, and the next batch, of another length, needs others
 
 
-def bound_primitive_cache() -> None:
-    """oneDNN keeps compiled code for the last 1,024 shapes it met, some 100 KB each; nearly every batch is a new shape.
+def bound_primitive_caches() -> None:
+    """oneDNN keeps compiled code for the last 1,024 shapes it met, some 100 KB each, and torch's layer above it does so
+    once more, in each thread, 280 KB each; nearly every batch is a new shape.
 
-    It reads the environment at its first operation, so this comes before; a value that is set already is left.
+    They read the environment at their first operation, so this comes before; a value that is set already is left.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _PRIMITIVES)
+    for capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(capacity, _PRIMITIVES)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # as malloc.h has them

@@ -24,8 +24,6 @@ class Paging:
             raise ValueError(f"a chunk of {max_chunk_tokens} tokens gets nowhere")
         self.pool = pool
         self.max_chunk_tokens = max_chunk_tokens
-        # While it waits for blocks, none are given to those that could do without.
-        self._starved: Sequence | None = None
 
     def holds(self, tokens: int) -> bool:
         """Whether a prompt of that many tokens can be kept in the cache, when nothing else is."""
@@ -41,30 +39,9 @@ class Paging:
 
     def drop(self, seq: Sequence) -> None:
         """It is done, was given up, or starts again from nothing."""
-        self.forget(seq)
         if seq.table is not None:
             self.pool.free(seq.table)
             seq.table = None
-
-    def forget(self, seq: Sequence) -> None:
-        """It waits no longer."""
-        if self._starved is seq:
-            self._starved = None
-
-    def allocate(self, seq: Sequence, upto: int, behind: BlockTable | None, needed: bool) -> bool:
-        """Give it a table, unless there are too few blocks or another, who needs them more, waits for some."""
-        assert seq.prompt is not None
-        table = None
-        # With nothing in the cache it could have had its blocks: it is not among those that are looked at just now.
-        if self._starved in (None, seq) or not self.pool.num_used:
-            table = self.pool.allocate(seq.prompt, upto, behind)
-        if table is None:
-            if needed and self._starved is None:
-                self._starved = seq
-            return False
-        self.forget(seq)
-        seq.table, seq.computed, seq.cached = table, table.cached, table.cached
-        return True
 
 
 class Boarding:
@@ -75,6 +52,9 @@ class Boarding:
         self._paging = paging
         self._budget = budget
         self._chunked = False
+        # Whether one went without blocks that it needs. Those behind it get none, so that enough come free; who stands
+        # before it by the next batch has them first, or a patient prompt would keep urgent ones waiting.
+        self._starving = False
         self._tables: list[BlockTable] = []  # of those that come with one, by their place among the prefixes
         self._prefixes = Prefixes(paging.pool.block_size) if paging else None
 
@@ -111,10 +91,22 @@ class Boarding:
             count = self._chunk(paging, left, room)
         else:
             count = left if left <= self._bounded(room) else 0
-        if count and paging.allocate(seq, past + count, behind, needed=long):
+        if count and self._allocate(paging, seq, past + count, behind, needed=long):
             self._chunked = self._chunked or count < left
             return count
         return 0 if long else self._whole(seq, room)
+
+    def _allocate(
+        self, paging: Paging, seq: Sequence, upto: int, behind: BlockTable | None, needed: bool
+    ) -> bool:
+        """Give it a table, unless there are too few blocks or one before it, who needs them more, waits for some."""
+        assert seq.prompt is not None
+        table = None if self._starving else paging.pool.allocate(seq.prompt, upto, behind)
+        if table is None:
+            self._starving = self._starving or needed
+            return False
+        seq.table, seq.computed, seq.cached = table, table.cached, table.cached
+        return True
 
     def _chunk(self, paging: Paging, left: int, room: int) -> int:
         """Of `left` tokens those that ride, with at most a chunk's in all."""

@@ -97,12 +97,24 @@ async def forever() -> None:
 
 
 def test_who_waits_when_it_is_closed_is_told(loop: LoopThread) -> None:
-    """Also one whose coroutine waits for a thread, which would have nobody to tell once the loop has stopped."""
+    """Also one whose coroutine waits for a thread, which would have nobody to tell once the loop has stopped; and one
+    who would hear of it from the last wish, in other words.
+    """
     proceed = threading.Event()
+    promised: list[asyncio.Future[None]] = []
     told: list[str] = []
 
     async def busy() -> None:
         await asyncio.get_running_loop().run_in_executor(None, proceed.wait, 20)
+
+    async def served() -> None:
+        promised.append(asyncio.get_running_loop().create_future())
+        await promised[0]
+
+    async def stop() -> None:
+        if not promised[0].done():
+            promised[0].set_exception(OSError("The server stopped."))
+        await asyncio.sleep(0.01)
 
     def call(coroutine: Callable[[], Coroutine[Any, Any, None]]) -> None:
         with pytest.raises(RuntimeError) as caught:
@@ -113,16 +125,16 @@ def test_who_waits_when_it_is_closed_is_told(loop: LoopThread) -> None:
         await asyncio.sleep(0.001)
         return len(asyncio.all_tasks()) - 1
 
-    callers = [threading.Thread(target=call, args=(one,), daemon=True) for one in (busy, forever)]
+    callers = [threading.Thread(target=call, args=(one,), daemon=True) for one in (busy, forever, served)]
     for caller in callers:
         caller.start()
-    while loop.run(under_way()) < 2:
+    while loop.run(under_way()) < 3:
         pass
-    loop.close(nothing())
+    loop.close(stop())
     for caller in callers:
         caller.join(10)
     proceed.set()
-    assert told == ["This LLM was closed before it could answer."] * 2
+    assert told == ["This LLM was closed before it could answer."] * 3
 
 
 def test_nothing_is_run_once_it_is_closed(loop: LoopThread) -> None:

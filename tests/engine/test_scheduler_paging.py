@@ -295,6 +295,27 @@ def test_who_waits_for_blocks_is_not_kept_waiting_by_those_who_can_do_without() 
     pytest.fail("it starves")
 
 
+def test_who_waits_for_blocks_keeps_them_from_nobody_who_comes_first() -> None:
+    """A patient prompt as long as the cache, and urgent ones, of which two fit at a time: two workers run them."""
+    scheduler = scheduler_of(12, tokens=16)
+    urgent = [sequence([i] * 20) for i in range(9)]
+    scheduler.add(urgent[0])
+    flying = scheduler.schedule(0.0)
+    assert flying is not None
+    patient = sequence(list(range(48)))
+    patient.priority = 1
+    scheduler.add(patient)
+    assert scheduler.schedule(0.0) is None, "it waits for the first"
+    for seq in urgent[1:]:
+        scheduler.add(seq)
+    beside = scheduler.schedule(0.0)
+    assert beside is not None
+    assert urgent[1] in beside.sequences
+    scheduler.landed(flying)
+    scheduler.landed(beside)
+    assert run(scheduler)[-1].sequences == (patient,)
+
+
 def test_a_prompt_as_long_as_the_cache_is_run_and_one_longer_is_refused() -> None:
     scheduler = scheduler_of(16, tokens=20, chunk=16)
     most = sequence(list(range(64)))
