@@ -138,7 +138,7 @@ class AsyncEngine:
     async def tokenize(self, texts: list[str], params: TokenizationParams) -> list[list[int]]:
         """Ids of each text, whatever their number."""
         encode = partial(self._loaded().tokenizer.encode, texts, params.add_special_tokens)
-        return await self._off_loop(encode, sum(map(len, texts)) > INLINE_CHARS)
+        return await self._off_loop(encode, is_long(texts))
 
     def tokens(self, token_ids: list[int]) -> list[str]:
         """The vocabulary's entry for each id."""
@@ -155,7 +155,7 @@ class AsyncEngine:
     async def pieces(self, texts: list[str], add_special_tokens: bool) -> list[list[Piece]]:
         """Each text's tokens, and where in it each stands."""
         find = partial(self._loaded().tokenizer.pieces, texts, add_special_tokens)
-        return await self._off_loop(find, sum(map(len, texts)) > INLINE_CHARS)
+        return await self._off_loop(find, is_long(texts))
 
     async def detokenize(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
         """Text of the ids, unknown ones skipped."""

@@ -25,6 +25,7 @@ Prompts = list[str] | list[list[int]] | list[tuple[str, str]] | list[Framed] | l
 
 INLINE_CHARS = 4_000  # tokenised on the loop: under half a millisecond, less than a trip to a thread
 _INLINE_IDS = 20_000
+_INLINE_PROMPTS = 500  # however short: each has its list, its names, its checks
 
 
 class Known(Protocol):
@@ -124,6 +125,8 @@ def is_long(prompts: Prompts) -> bool:
     """Whether preparing them takes so long that it is better done off the loop."""
     if not prompts:
         return False
+    if len(prompts) > _INLINE_PROMPTS:
+        return True
     if isinstance(prompts[0], Framed):
         return sum(len(part) for prompt in prompts for part in prompt.parts) > INLINE_CHARS
     if isinstance(prompts[0], tuple):

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from carpool.engine.preparation import Prompts
 
 
+_SHORT = 4_000  # characters: at most a millisecond
+
+
 class Tokenizer:
     """Wraps a fast tokenizer. All methods may be called from any thread at once."""
 
@@ -111,7 +114,9 @@ class Tokenizer:
         return [next(others) if ids is None else [*around.prefix, *ids, *around.suffix] for ids in known]
 
     def _by_library(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-        if len(texts) == 1:  # here and now: a batch goes to the library's threads, and is waited for
+        # A short text here and now: a batch goes to the library's threads, and is waited for. But only meanwhile others
+        # can run Python, and a long text takes seconds.
+        if len(texts) == 1 and len(texts[0]) <= _SHORT:
             return [self._backend.encode(texts[0], add_special_tokens=add_special_tokens).ids]
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
@@ -122,7 +127,8 @@ class Tokenizer:
         own = text.lower() if self._lowercase else text
         if len(own) != len(text):
             raise InvalidInput("This text changes its length in lower case: its tokens have no place in it.")
-        encoding = self._backend.encode(own, add_special_tokens=add_special_tokens)
+        # A batch of one, as in `_by_library`; not the fast one, which knows no places.
+        [encoding] = self._backend.encode_batch([own], add_special_tokens=add_special_tokens)
         return encoding.ids, encoding.offsets
 
     def pieces(self, texts: list[str], add_special_tokens: bool = True) -> list[list[Piece]]:

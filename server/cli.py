@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from threading import Timer
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import structlog
@@ -31,6 +32,7 @@ log = structlog.get_logger()
 USAGE_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130  # what a shell says of one whom Ctrl-C ended
+LEAVE_SECONDS = 5.0  # for threads to end once all is answered or given up
 SUMMARY = """\
 usage: carpool serve [MODEL] [options]
        carpool serve --help
@@ -108,7 +110,21 @@ def _run(config: ServerConfig) -> bool:
     from carpool.engine.async_engine import AsyncEngine
     from carpool.server.lifespan import serve
 
-    return uvloop.run(serve(config, AsyncEngine(config.engine)))
+    async def served() -> bool:
+        asked_to_stop = await serve(config, AsyncEngine(config.engine))
+        _end_in_any_case(0 if asked_to_stop else FAILURE)
+        return asked_to_stop
+
+    return uvloop.run(served())
+
+
+def _end_in_any_case(status: int) -> None:
+    """A thread may be busy yet with what nobody waits for any more, such as a text of many megabytes or a template that
+    never ends, and Python would wait for it.
+    """
+    end = Timer(LEAVE_SECONDS, os._exit, [status])
+    end.daemon = True
+    end.start()
 
 
 def _say_what_was_passed_over(sources: Sequence[Settings]) -> None:

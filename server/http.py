@@ -144,9 +144,16 @@ class Connection(RequestHandler):
     def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
-        """aiohttp sends an HTTPException from outside the middleware (a strange `Expect:`) as plain text."""
+        """aiohttp sends an HTTPException from outside the middleware (a strange `Expect:`) as plain text.
+
+        What nobody has read of a body it reads away, for a sender that is to see its answer. Of a compressed one that
+        would be unpacked, for seconds without a pause: kilobytes can stand for gigabytes. It is dropped as it comes.
+        """
         if isinstance(resp, web.HTTPException):
             resp = refuse_malformed(self._app, resp)
+        if "Content-Encoding" in request.headers and not request.content.is_eof():
+            resp.force_close()
+            self.close()  # from here on nothing is parsed
         return super().finish_response(request, resp, start_time)
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 ELSEWHERE = "other"  # endpoint of all paths we do not serve: metrics and logs repeat no client's words
+SERVER = "carpool"  # aiohttp would tell its version and Python's
 CLIENT_GONE = 499  # nobody receives it; a status for the books
 
 
@@ -53,6 +54,7 @@ async def front_door(request: web.Request, handler: Handler) -> web.StreamRespon
         failure = failure_of(error)
         response = _refuse(app, error, failure, request[REQUEST_ID])
     response.headers["X-Request-Id"] = request[REQUEST_ID]
+    response.headers["Server"] = SERVER
     if app[CONFIG].allowed_origins:
         cors.mark(request, response, app[CONFIG])
     if isinstance(response, Sliced):
@@ -141,6 +143,7 @@ def refuse_malformed(app: web.Application, error: BaseException) -> web.Response
     failure = failure_of(error)
     response = _refuse(app, error, failure, request_id)
     response.headers["X-Request-Id"] = request_id
+    response.headers["Server"] = SERVER
     response.force_close()
     app[METRICS].request_done(ELSEWHERE, failure.status, 0.0)
     log.info("malformed request", status=failure.status, reason=type(error).__name__, request_id=request_id)

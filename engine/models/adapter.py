@@ -6,7 +6,6 @@ harmless is refused where it is set, and so is a tensor that no rule here explai
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -18,7 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from carpool.engine.errors import ConfigError
+from carpool.engine.errors import ConfigError, first_line
+from carpool.engine.json_file import parsed
 from carpool.engine.models.lora import Delta
 
 _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"}
@@ -53,6 +53,11 @@ _BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 _PREFIX = re.compile(r"^base_model\.model\.")
 _MATRIX = re.compile(r"^(.+)\.(lora_A|lora_B)(?:\.default)?\.weight$")
 _TABLE = re.compile(r"^(.+)\.(lora_embedding_A|lora_embedding_B)(?:\.default)?$")
+# A pattern with many ways to fit is tried in all of them, for longer than anyone waits, and nobody else runs meanwhile.
+_WAYS = re.compile(r"[*+?{(]")
+_MOST_WAYS = 4
+_NESTED = re.compile(r"\)[*+{]")
+_LONGEST_PATTERN = 1000
 _SAVED = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer)(?=\.)")
 
 
@@ -95,7 +100,7 @@ def read_peft(name: str, folder: Path) -> Adapter:
 def _read_config(name: str, folder: Path) -> Mapping[str, Any]:
     path = folder / "adapter_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parsed(path)
     except FileNotFoundError:
         raise refusal(name, f"{folder} has no adapter_config.json, so it is not a PEFT folder") from None
     except (OSError, ValueError) as error:
@@ -131,7 +136,7 @@ def _read_tensors(name: str, folder: Path) -> dict[str, Tensor]:
                 raise ValueError(f"{pickled.name} holds more than tensors")
             return tensors
     except Exception as error:  # safetensors, pickle and zip each have their own
-        raise refusal(name, f"its weights cannot be read ({error})") from error
+        raise refusal(name, f"its weights cannot be read ({first_line(error)})") from error
     raise refusal(name, f"{folder} has neither adapter_model.safetensors nor adapter_model.bin")
 
 
@@ -157,6 +162,10 @@ def _delta(name: str, path: str, pair: Mapping[str, Tensor], config: Mapping[str
 
 def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """The value of the first pattern that fits the layer's whole name, or its end behind a dot."""
+    for pattern in patterns or {}:
+        ways = len(_WAYS.findall(pattern))
+        if len(pattern) > _LONGEST_PATTERN or ways > _MOST_WAYS or _NESTED.search(pattern):
+            raise re.error(f"the pattern {pattern[:60]!r} can fit in too many ways")
     fitting: Iterable[Any] = (
         value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", path)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ from carpool.server.slices import ITEM, Array, Text, in_good_time
 
 if TYPE_CHECKING:
     from carpool.engine.outputs import Piece
+
+TURN = 100  # lists of ids that are made text before others have theirs
 
 
 async def create_tokens(request: web.Request) -> web.StreamResponse:
@@ -104,7 +107,11 @@ async def decode(request: web.Request) -> web.StreamResponse:
     served_name(request.app, asked.model)
     engine = request.app[ENGINE]
     skip = asked.skip_special_tokens is not False
-    texts = [await engine.detokenize(token_ids, skip) for token_ids in asked.texts()]
+    texts = []
+    for number, token_ids in enumerate(asked.texts()):
+        if number % TURN == 0:
+            await asyncio.sleep(0)
+        texts.append(await engine.detokenize(token_ids, skip))
     return await json_around(HOLE, list_array(texts))
 
 

@@ -306,6 +306,26 @@ def test_a_hopelessly_long_text_is_not_read_to_the_end(monkeypatch: pytest.Monke
 # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_long_text_leaves_python_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's `encode` keeps Python's lock until it is done: seconds, in which nobody else is served."""
+
+    class Backend:
+        def __init__(self, backend: tokenizers.Tokenizer) -> None:
+            self._backend = backend
+
+        def __getattr__(self, name: str) -> object:
+            assert name != "encode"
+            return getattr(self._backend, name)
+
+    tokenizer = make("bert", max_model_len=10_000)
+    text = "cat " * 2_000
+    ids, (whole, places) = tokenizer.encode([text]), tokenizer.offsets(text)
+    monkeypatch.setattr(tokenizer, "_words", None)
+    monkeypatch.setattr(tokenizer, "_backend", Backend(tokenizer._backend))
+    assert tokenizer.encode([text]) == ids == [whole]
+    assert tokenizer.offsets(text) == (whole, places)
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_saved_truncation_and_padding_are_cleared(family: str, checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint(family)

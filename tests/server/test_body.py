@@ -6,8 +6,11 @@ import asyncio
 import gzip
 import json
 import zlib
+from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.compression_utils import ZLibDecompressor
 
 from carpool.server import body
 from carpool.server.config import ServerConfig
@@ -75,6 +78,55 @@ async def test_a_compressed_body_counts_at_its_full_size() -> None:
         bomb = gzip.compress(b" " * (64 << 20))
         answer = await server.post(EMBEDDINGS, bomb, headers={"Content-Encoding": "gzip"})
         assert_error(answer, 413, "PayloadTooLargeError")
+
+
+@pytest.mark.parametrize(
+    ("config", "status"), [(ServerConfig(max_body_size=100), 413), (ServerConfig(api_key=("key",)), 401)]
+)
+async def test_what_is_refused_is_not_unpacked_any_further(
+    config: ServerConfig, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpacked = 0
+
+    class Counting(ZLibDecompressor):
+        def decompress_sync(self, data: Any, max_length: int = 0) -> bytes:
+            nonlocal unpacked
+            piece = super().decompress_sync(data, max_length)
+            unpacked += len(piece)
+            return piece
+
+    monkeypatch.setattr("aiohttp.http_parser.ZLibDecompressor", Counting)
+    async with serving(config) as server:
+        bomb = gzip.compress(b" " * (16 << 20))
+        answer = await server.post(EMBEDDINGS, bomb, headers={"Content-Encoding": "gzip"})
+        assert (answer.status, answer.headers["Connection"]) == (status, "close")
+        await asyncio.sleep(0.1)  # what comes after the answer
+    assert 0 < unpacked < 4 << 20
+
+
+async def test_others_have_their_turn_while_a_body_is_unpacked(served: Served) -> None:
+    bomb = gzip.compress(b" " * (32 << 20) + JSON)
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    read = body._read
+
+    async def watched(request: web.Request, limit: int) -> bytes:
+        other = asyncio.ensure_future(others())
+        try:
+            return await read(request, limit)
+        finally:
+            other.cancel()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(body, "_read", watched)
+        assert (await served.post(EMBEDDINGS, bomb, headers={"Content-Encoding": "gzip"})).status == 200
+    assert turns >= 32
 
 
 async def test_a_body_at_the_limit_passes() -> None:

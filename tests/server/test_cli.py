@@ -158,6 +158,23 @@ def test_standard_streams_that_were_closed_are_opened_before_a_socket_takes_thei
         assert (done.returncode, said.read()) == (0, "/dev/null")
 
 
+@pytest.mark.parametrize(("asked_to_stop", "status"), [(True, 0), (False, 1)])
+def test_a_thread_that_never_ends_does_not_keep_the_process(asked_to_stop: bool, status: int) -> None:
+    code = f"""if True:
+        import asyncio, sys, threading, types
+        from carpool.server import cli
+        async def serve(*_):
+            asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)
+            return {asked_to_stop}
+        for name, face in (("engine.async_engine", "AsyncEngine"), ("server.lifespan", "serve")):
+            sys.modules["carpool." + name] = types.SimpleNamespace(**{{face: serve}})
+        cli.LEAVE_SECONDS = 0.1
+        sys.modules["carpool.engine.async_engine"].AsyncEngine = lambda config: None
+        sys.exit(cli.run(["serve"], {{}}))
+    """
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == status
+
+
 def test_an_impatient_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> int:
         raise KeyboardInterrupt

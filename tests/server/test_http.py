@@ -41,6 +41,7 @@ HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/js
 async def test_malformed_http_is_a_400_in_the_shape(served: Served, packet: bytes) -> None:
     answer = await served.raw(packet)  # returns once the server has hung up
     assert assert_error(answer, 400, "BadRequestError") == "The request is not valid HTTP."
+    assert answer.headers["Server"] == "carpool"
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,26 @@ async def test_without_keys_any_key_passes(served: Served) -> None:
     assert answer.status == 200
 
 
+async def test_no_spelling_of_a_path_goes_around_the_key() -> None:
+    paths = ("/%69nfo", "//info", "/./info", "/health/../info", "/health/%2e%2e/info", "/health%2f..%2finfo")
+    more = (
+        "/docs/..%2finfo",
+        "/info;x",
+        "/INFO",
+        "/info/",
+        "http://a/info",
+        "/info#/health",
+        "/health;/../info",
+    )
+    async with serving(ServerConfig(api_key=("key",))) as server:
+        for path in (*paths, *more):
+            for method in ("GET", "HEAD", "POST"):
+                answer = await server.raw(
+                    f"{method} {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode(), wait=0
+                )
+                assert answer.status in (401, 404), (method, path)
+
+
 async def test_a_key_that_is_not_ascii_works() -> None:
     async with serving(ServerConfig(api_key=("schlüssel",))) as server:
         assert (await server.get("/v1/models", headers=bearer("schlüssel"))).status == 200
@@ -68,7 +88,8 @@ async def test_a_key_that_is_not_ascii_works() -> None:
 
 @pytest.mark.parametrize("path", ["/v1/models", "/health", "/nope"])
 async def test_the_request_id_comes_back_on_every_answer(served: Served, path: str) -> None:
-    assert (await served.get(path, headers={"X-Request-Id": "mine-1"})).headers["X-Request-Id"] == "mine-1"
+    answer = await served.get(path, headers={"X-Request-Id": "mine-1"})
+    assert (answer.headers["X-Request-Id"], answer.headers["Server"]) == ("mine-1", "carpool")
     for bad in ("", "x" * 129, "ünicode"):
         fresh = (await served.get(path, headers={"X-Request-Id": bad})).headers["X-Request-Id"]
         assert re.fullmatch("[0-9a-f]{32}", fresh)

@@ -33,6 +33,7 @@ def write(folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor]
         ({"alpha_pattern": {r"layers\.0\.q": 2, "q": 5}}, 2 / 4),
         ({"alpha_pattern": {"^layers.0.q": 2}}, 2 / 4),
         ({"alpha_pattern": {"^q": 2, "k": 7}}, 8 / 4),
+        ({"alpha_pattern": {r"layers?\.(0|1)\..*": 2}}, 2 / 4),
     ],
 )
 def test_scaling_is_as_peft_has_it(tmp_path: Path, config: dict[str, Any], scaling: float) -> None:
@@ -94,6 +95,9 @@ def test_embeddings_and_saved_modules_are_told_apart(tmp_path: Path) -> None:
         ({"r": float("inf")}, "of which rank and lora_alpha"),
         ({"rank_pattern": {"[": 4}}, "of which rank and lora_alpha"),
         ({"alpha_pattern": [4]}, "of which rank and lora_alpha"),
+        ({"rank_pattern": {"(((.*)*)*)*!": 4}}, "in too many ways"),
+        ({"rank_pattern": {".*.*.*.*.*!": 4}}, "in too many ways"),
+        ({"alpha_pattern": {"q|" * 1000: 4}}, "in too many ways"),
     ],
 )
 def test_what_is_more_than_lora_or_less_is_refused(

@@ -48,6 +48,10 @@ async def test_the_engine_is_told(path: str, body: Any, change: Change, text: st
             "Both 'lora_name' and 'lora_path' must be provided.",
             None,
         ),
+        (LOAD, {"lora_name": "a\n2026 forged", "lora_path": "/a"}, "printable", "lora_name"),
+        (LOAD, {"lora_name": "a\x1b[2J", "lora_path": "/a"}, "printable", "lora_name"),
+        (LOAD, {"lora_name": "a" * 257, "lora_path": "/a"}, "at most 256", "lora_name"),
+        (LOAD, {"lora_name": "a", "lora_path": "/a\x1b[2J"}, "printable", "lora_path"),
         (LOAD, {"lora_name": "m", "lora_path": "/a"}, "m is the model's own name.", "lora_name"),
         (
             LOAD,

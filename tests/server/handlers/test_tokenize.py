@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -148,6 +149,28 @@ async def test_ids_are_decoded_text_by_text(served: Served) -> None:
     assert (await served.post("/decode", {"ids": [[97], ["98", 99.0], []]})).json == ["a", "bc", ""]
     kept = {"ids": [101, 97], "skip_special_tokens": False}
     assert (await served.post("/decode", kept)).json == ["ea"]
+
+
+async def test_others_have_their_turn_between_many_lists_of_ids(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns, seen = 0, set()
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def watched(*_: object) -> str:
+        seen.add(turns)
+        return ""
+
+    monkeypatch.setattr(served.engine, "detokenize", watched)
+    other = asyncio.ensure_future(others())
+    assert len((await served.post("/decode", {"ids": [[97]] * 1000})).json) == 1000
+    other.cancel()
+    assert len(seen) >= 10
 
 
 @pytest.mark.parametrize(
