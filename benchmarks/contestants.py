@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -156,6 +157,7 @@ def _sentence_transformers(model: str, dtype: str, batch_size: int | None, threa
 
 def _openvino(model: str, dtype: str, batch_size: int | None, threads: int) -> Embed:
     """sentence-transformers, with the model exported to OpenVINO when it is loaded."""
+    import_module("optimum.intel")  # where it is missing, sentence-transformers raises something else
     from sentence_transformers import SentenceTransformer
 
     precision = {"bfloat16": "bf16", "float32": "f32"}[dtype]

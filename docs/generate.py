@@ -39,7 +39,10 @@ def ignored_list() -> str:
 
 
 def refused_table() -> str:
-    rows = [f"| `--{name.replace('_', '-')}` | {REFUSED[name]} |" for name in sorted(REFUSED)]
+    flags: dict[str, list[str]] = {}  # by what is said of them
+    for name in sorted(REFUSED):
+        flags.setdefault(REFUSED[name], []).append(f"`--{name.replace('_', '-')}`")
+    rows = [f"| {', '.join(names)} | {instead} |" for instead, names in flags.items()]
     return "\n".join(["| flag | instead |", "|---|---|", *rows])
 
 
