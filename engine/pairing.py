@@ -24,8 +24,9 @@ from carpool.engine.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairing:
-    """`scorer` makes a head of a language model's; `sigma` divides what comes out of it. `overridden`: the user named its
-    words.
+    """`scorer` makes a head of a language model's; `sigma` divides what comes out of it.
+
+    `overridden`: the user named its words.
     """
 
     scorer: Scorer | None = None
@@ -123,9 +124,9 @@ class Pairing:
             )
         if framer is None and blunt and self.overridden and self.reranker is not None:
             yield (
-                f"With classifier_from_token in --hf-overrides pairs are put as vLLM puts them: both texts, one after the "
-                f"other, for clients that write {self.reranker.name}'s whole prompt themselves. Without it they are put "
-                "into that prompt here, and --chat-template brings another."
+                "With classifier_from_token in --hf-overrides pairs are put as vLLM puts them: both texts, one after "
+                f"the other, for clients that write {self.reranker.name}'s whole prompt themselves. Without it they "
+                "are put into that prompt here, and --chat-template brings another."
             )
         elif framer is None and blunt:
             yield (

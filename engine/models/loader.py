@@ -308,13 +308,13 @@ class Loader:
             )
 
     def _without(self, checkpoint: Checkpoint) -> str:
-        """How the sentence on what went wrong ends where the checkpoint's own code, or whole weights, would be needed; else
-        empty.
+        """How the sentence on what went wrong ends where whole weights, or the checkpoint's own code, would be needed;
+        else empty.
         """
         packed = checkpoint.config.get("quantization_config")
         if isinstance(packed, dict):
             how = packed.get("quant_method", "a method of its own")
-            return f". Its weights are quantized ({how}): take the original ones, which --quantization int8 makes small."
+            return f". Its weights are quantized ({how}): take the original ones, and --quantization int8 on a CPU."
         if self.trust_remote_code or not checkpoint.own_code:
             return ""
         return f". It was published with code of its own ({checkpoint.own_code}), and cannot be served without it."
