@@ -29,6 +29,7 @@ async def serve(config: ServerConfig, engine: AsyncEngine) -> bool:
     began = perf_counter()
     stop = _stop_signal()
     async with _front(config, engine) as front:
+        log.info("loading", url=front.url, model=config.model_names[0])  # minutes, where it has to be fetched
         loading = asyncio.ensure_future(engine.start())
         await asyncio.wait((loading, stop), return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():

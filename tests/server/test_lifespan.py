@@ -62,7 +62,18 @@ async def until(condition: Any) -> None:
             await asyncio.sleep(0.005)
 
 
-async def test_it_listens_before_it_has_loaded() -> None:
+async def test_it_listens_before_it_has_loaded_and_says_so() -> None:
+    engine = FakeEngine(state="starting")
+    engine.loaded.clear()
+    with capture_logs() as lines:
+        async with alive(local(), engine) as (served, _):
+            await until(lambda: "loading" in [line["event"] for line in lines])
+            assert "ready" not in [line["event"] for line in lines]
+            engine.loaded.set()
+            await until(lambda: "ready" in [line["event"] for line in lines])
+
+
+async def test_it_answers_that_it_is_not_ready_while_it_loads() -> None:
     engine = FakeEngine(state="starting")
     engine.loaded.clear()
     async with alive(local(), engine) as (served, _):
