@@ -104,6 +104,19 @@ def test_what_lies_beside_the_layers_is_no_fault(
     load(folder)
 
 
+def test_a_pickle_that_runs_code_is_not_read_nor_is_it_said_how_to(fresh: Callable[[str], Path]) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (print, ("run",))
+
+    folder = fresh("bert")
+    torch.save({**load_file(folder / "model.safetensors"), "x": Evil()}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="could run code: have it saved as safetensors") as refused:
+        load(folder)
+    assert "weights_only" not in str(refused.value)
+
+
 @pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_where_quantized_weights_cannot_be_read_the_original_ones_are_asked_for(
     method: str, fresh: Callable[[str], Path]
