@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from carpool.engine.admission import admit
+from carpool.engine.bounds import check_text
 from carpool.engine.changes import Change
 from carpool.engine.config import EngineConfig
 from carpool.engine.core import Core
@@ -206,6 +207,7 @@ class AsyncEngine:
             request = replace(request, params=replace(params, embed_dtype="float32"))  # slices are averaged
             ready = told(parts, request, Prepared(slices.token_ids))
         now = time.monotonic()
+        # Seconds from here on: the engine may be another process.
         left = None if terms.deadline is None else terms.deadline - now
         if left is not None and left <= 0:
             raise DeadlineExceeded("The request's deadline passed before it could run.")
@@ -268,6 +270,14 @@ class AsyncEngine:
         template: str | None,
         template_kwargs: Mapping[str, Any] | None,
     ) -> Plan | ListPlan:
+        for side, texts in (("queries", queries), ("documents", documents)):
+            try:
+                check_text(texts)  # here, where it is known whose each is
+            except InvalidInput as error:
+                alone = len(texts) == 1
+                raise error.blaming(
+                    [side] if alone else [f"{side}[{i}]" for i in range(len(texts))]
+                ) from None
         longest = parts.model.max_model_len
         for name in ("max_tokens_per_query", "max_tokens_per_doc"):
             limit = getattr(tokenization, name)

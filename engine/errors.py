@@ -127,12 +127,10 @@ class Undone(InferenceFailed):
 def first_line(error: Exception) -> str:
     """What an error says, without what libraries append; its class's name if it says nothing.
 
-    A first line that ends in a colon has the next one to say what it announces. Of a pickle that holds more than tensors
-    torch says how to run it all the same: that is not handed on.
+    A first line that ends in a colon has the next one to say what it announces. Of a pickle that holds more than
+    tensors torch says how to run it all the same: that is not handed on.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if "weights_only" in lines[0] or "Weights only" in lines[0]:
-        return (
-            "it is a pickle that holds more than tensors, and could run code: have it saved as safetensors"
-        )
+        return "it is a pickle that holds more than tensors, and could run code: have it saved as safetensors"
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

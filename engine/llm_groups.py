@@ -90,8 +90,8 @@ def grouped(
     groups: dict[tuple[bool, PoolingParams, Terms], Group] = {}
     for i, (prompt, own, asked) in enumerate(zip(prompts, params, terms, strict=True)):
         kind = (isinstance(prompt, str), own, asked)
-        if kind not in groups:
-            groups[kind] = Group(own, cut_as_told(tokenization, own), asked, alone=len(prompts) == 1)
-        groups[kind].prompts.append(prompt)
-        groups[kind].places.append(i)
+        if (group := groups.get(kind)) is None:
+            group = groups[kind] = Group(own, cut_as_told(tokenization, own), asked, alone=len(prompts) == 1)
+        group.prompts.append(prompt)
+        group.places.append(i)
     return list(groups.values())

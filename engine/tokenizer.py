@@ -240,6 +240,7 @@ class Tokenizer:
         self, prompts: list[RoleText], params: TokenizationParams, limit: int | None, longest: int | None
     ) -> tuple[list[list[int]], list[int | None]]:
         """Each query and document as its scribe writes it, and from where on its tokens are not looked at."""
+        check_text([prompt.text for prompt in prompts])  # by their places, not those among their role's
         batch: list[list[int]] = [[]] * len(prompts)
         unseen: list[int | None] = [None] * len(prompts)
         for role in dict.fromkeys(prompt.role for prompt in prompts):

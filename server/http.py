@@ -151,7 +151,8 @@ class Connection(RequestHandler):
         """
         if isinstance(resp, web.HTTPException):
             resp = refuse_malformed(self._app, resp)
-        if "Content-Encoding" in request.headers and not request.content.is_eof():
+        packed = request.headers.get("Content-Encoding", "identity").strip().lower() != "identity"
+        if packed and not request.content.is_eof():
             resp.force_close()
             self.close()  # from here on nothing is parsed
         return super().finish_response(request, resp, start_time)

@@ -54,10 +54,13 @@ _PREFIX = re.compile(r"^base_model\.model\.")
 _MATRIX = re.compile(r"^(.+)\.(lora_A|lora_B)(?:\.default)?\.weight$")
 _TABLE = re.compile(r"^(.+)\.(lora_embedding_A|lora_embedding_B)(?:\.default)?$")
 # A pattern with many ways to fit is tried in all of them, for longer than anyone waits, and nobody else runs meanwhile.
-_WAYS = re.compile(r"[*+?{(]")
+_WAYS = re.compile(r"\(\?:|[*+?{(]")
 _MOST_WAYS = 4
+_ENDLESS = re.compile(r"[*+{]")  # each multiplies the time by the name's length
+_MOST_ENDLESS = 2
 _NESTED = re.compile(r"\)[*+{]")
 _LONGEST_PATTERN = 1000
+_LONGEST_NAME = 256
 _SAVED = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer)(?=\.)")
 
 
@@ -162,9 +165,11 @@ def _delta(name: str, path: str, pair: Mapping[str, Tensor], config: Mapping[str
 
 def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """The value of the first pattern that fits the layer's whole name, or its end behind a dot."""
+    if patterns and len(path) > _LONGEST_NAME:
+        raise re.error(f"a name of {len(path)} characters is too long for patterns")
     for pattern in patterns or {}:
-        ways = len(_WAYS.findall(pattern))
-        if len(pattern) > _LONGEST_PATTERN or ways > _MOST_WAYS or _NESTED.search(pattern):
+        endless = len(_ENDLESS.findall(pattern)) > _MOST_ENDLESS or _NESTED.search(pattern)
+        if endless or len(_WAYS.findall(pattern)) > _MOST_WAYS or len(pattern) > _LONGEST_PATTERN:
             raise re.error(f"the pattern {pattern[:60]!r} can fit in too many ways")
     fitting: Iterable[Any] = (
         value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", path)

@@ -205,7 +205,7 @@ class Loader:
             again, its_account = self._pretrained(auto, checkpoint, config, weights, options)
             if not its_account.missing:
                 model, account = again, its_account
-        account.check(self._without(checkpoint))
+        account.check(_quantized(checkpoint) or self._without(checkpoint))
         model.eval()
         for weight in model.parameters():
             weight.requires_grad_(False)
@@ -245,9 +245,9 @@ class Loader:
                 # One of the oldest classes, which has a table of layers by it. The probe will say that it is one.
                 model, info = load(attn_implementation="eager")
         except Exception as error:  # transformers raises whatever went wrong inside
-            raise ConfigError(
-                f"The model in {checkpoint.path} cannot be loaded: {first_line(error)}{self._without(checkpoint)}"
-            ) from error
+            why = first_line(error)
+            remedy = (_quantized(checkpoint) if "quantiz" in why else "") or self._without(checkpoint)
+            raise ConfigError(f"The model in {checkpoint.path} cannot be loaded: {why}{remedy}") from error
         # A head that is replayed does use BERT's pooler.
         heedless = auto in (AutoModel, AutoModelForTextEncoding, AutoModelForTokenClassification)
         return model, Account.of(model, info, reads_pooler=not heedless)
@@ -308,16 +308,19 @@ class Loader:
             )
 
     def _without(self, checkpoint: Checkpoint) -> str:
-        """How the sentence on what went wrong ends where whole weights, or the checkpoint's own code, would be needed;
-        else empty.
-        """
-        packed = checkpoint.config.get("quantization_config")
-        if isinstance(packed, dict):
-            how = packed.get("quant_method", "a method of its own")
-            return f". Its weights are quantized ({how}): take the original ones, and --quantization int8 on a CPU."
+        """How the sentence on what went wrong ends where the checkpoint's own code would be needed; else empty."""
         if self.trust_remote_code or not checkpoint.own_code:
             return ""
         return f". It was published with code of its own ({checkpoint.own_code}), and cannot be served without it."
+
+
+def _quantized(checkpoint: Checkpoint) -> str:
+    """How it ends where whole weights would be needed; else empty."""
+    packed = checkpoint.config.get("quantization_config")
+    if not isinstance(packed, dict):
+        return ""
+    how = packed.get("quant_method", "a method of its own")
+    return f". Its weights are quantized ({how}): take the original ones, and --quantization int8 on a CPU."
 
 
 def _class_pooling(full: PreTrainedModel) -> tuple[PoolingMode | None, bool]:

@@ -226,6 +226,22 @@ def test_texts_too_long_are_named_by_their_side(serve: Callable[..., Engine]) ->
     assert refused.value.param == "queries"
 
 
+@pytest.mark.parametrize("family", ["bert_cross", "bert"])
+@pytest.mark.parametrize("limit", [0, 3])
+def test_text_that_is_no_text_is_named_by_its_side(
+    family: str, limit: int, serve: Callable[..., Engine]
+) -> None:
+    """Texts that are alike are tokenised once: its place among the others is not its own."""
+    for query, documents, param in (
+        ("a", ["b", "b", "c\ud800"], "documents[2]"),
+        ("a", ["\ud800"], "documents"),
+        ("a\ud800", ["b", "b"], "queries"),
+    ):
+        with pytest.raises(InvalidInput, match="lone surrogate") as refused:
+            serve(family).score([query], documents, max_tokens_per_doc=limit)
+        assert refused.value.param == param
+
+
 def test_classifiers_of_several_labels_and_of_tokens_do_not_score(serve: Callable[..., Engine]) -> None:
     for family in ("bert_3", "bert_tokens", "qwen2_reward"):
         with pytest.raises(UnsupportedTask, match="does not support Score API"):

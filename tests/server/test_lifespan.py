@@ -66,7 +66,7 @@ async def test_it_listens_before_it_has_loaded_and_says_so() -> None:
     engine = FakeEngine(state="starting")
     engine.loaded.clear()
     with capture_logs() as lines:
-        async with alive(local(), engine) as (served, _):
+        async with alive(local(), engine) as (_, _):
             await until(lambda: "loading" in [line["event"] for line in lines])
             assert "ready" not in [line["event"] for line in lines]
             engine.loaded.set()

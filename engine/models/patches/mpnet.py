@@ -14,6 +14,7 @@ from carpool.engine.models.patches.layer import PackedLayer, become
 
 class PackedEncoder(PackedLayer, MPNetEncoder):  # type: ignore[misc]
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> BaseModelOutput:
+        """hidden_states [1, T, H]. Its layers may have become one, and give a tensor each."""
         bias = self.compute_position_bias(hidden_states)
         for layer in self.layer:
             hidden_states = layer(hidden_states, position_bias=bias)

@@ -135,8 +135,8 @@ def _straight(path: str, module: nn.Module, rehearsal: Rehearsal) -> EncoderLaye
     """The module as one of these, if it holds what they do and computes the same."""
     if path not in rehearsal.given or type(module) in _OURS:
         return None
-    heard = _outermost(module)
-    ours = _ended(heard)
+    parts = _outermost(module)
+    ours = _with_norms(parts)
     joints = [part for part in ours if isinstance(part, FirstLinear)]
     norms = [part for part in ours if isinstance(part, ResidualNorm)]
     ups = [part for part in ours if isinstance(part, _UPS)]
@@ -146,7 +146,7 @@ def _straight(path: str, module: nn.Module, rehearsal: Rehearsal) -> EncoderLaye
     joint, (out, down), (up,) = joints[0], norms, ups
     if len(joint.widths) != 3 or len(set(joint.widths)) != 1:
         return None
-    if weights_of(module) != weights_of(*heard):  # it has something else to compute
+    if weights_of(module) != weights_of(*parts):  # it has something else to compute
         return None
     try:
         with calls() as made:
@@ -168,10 +168,10 @@ def _outermost(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _ended(ours: list[nn.Module]) -> list[nn.Module]:
+def _with_norms(parts: list[nn.Module]) -> list[nn.Module]:
     """The same, a product and the LayerNorm behind it as one: MPNet has them in different modules."""
     found: list[nn.Module] = []
-    for part in ours:
+    for part in parts:
         behind = bool(found) and isinstance(found[-1], NativeLinear)
         if behind and isinstance(part, nn.LayerNorm) and part.bias is not None:
             part = ResidualNorm(found.pop(), part)

@@ -30,6 +30,7 @@ def write(folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor]
         ({}, 8 / 4),
         ({"use_rslora": True}, 8 / 2),
         ({"r": 9, "rank_pattern": {"q": 4}}, 8 / 4),
+        ({"r": 9, "rank_pattern": {r"(?:.*\.)?(?:q|v)": 4}}, 8 / 4),
         ({"alpha_pattern": {r"layers\.0\.q": 2, "q": 5}}, 2 / 4),
         ({"alpha_pattern": {"^layers.0.q": 2}}, 2 / 4),
         ({"alpha_pattern": {"^q": 2, "k": 7}}, 8 / 4),
@@ -60,7 +61,7 @@ def test_a_pickle_that_runs_code_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").unlink()
     torch.save({"x": Evil()}, tmp_path / "adapter_model.bin")
     with pytest.raises(
-        ConfigError, match="its weights cannot be read .it is a pickle that .* could run code"
+        ConfigError, match=r"its weights cannot be read .it is a pickle that .* could run code"
     ):
         read_peft("mine", tmp_path)
 
@@ -98,7 +99,7 @@ def test_embeddings_and_saved_modules_are_told_apart(tmp_path: Path) -> None:
         ({"rank_pattern": {"[": 4}}, "of which rank and lora_alpha"),
         ({"alpha_pattern": [4]}, "of which rank and lora_alpha"),
         ({"rank_pattern": {"(((.*)*)*)*!": 4}}, "in too many ways"),
-        ({"rank_pattern": {".*.*.*.*.*!": 4}}, "in too many ways"),
+        ({"rank_pattern": {".*.*.*!": 4}}, "in too many ways"),
         ({"alpha_pattern": {"q|" * 1000: 4}}, "in too many ways"),
     ],
 )
