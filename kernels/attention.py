@@ -28,7 +28,8 @@ class Place(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What a layer asks for, as far as not all of them do it: directions, windows and grouped heads they all do.
+    """What a layer asks for, as far as not all of them do it: they all do directions, windows and, without a bias,
+    grouped heads.
 
     softcap, bias, sinks: whether it does; `grouped`: whether heads share their keys; `unseen`: whether some tokens are
     not to be looked at.

@@ -151,7 +151,8 @@ def varlen_attention(
 def check_bias(bias: Tensor, heads: int, kv_heads: int, runs: Sequence[tuple[int, int]]) -> None:
     """Raises ValueError unless this is [N, 2M - 1] for so many heads and these runs."""
     longest = max((length for length, _ in runs), default=0)
-    if kv_heads != heads or len(bias) != heads or bias.shape[1] % 2 == 0 or bias.shape[1] < 2 * longest - 1:
+    shaped = bias.is_cpu and bias.ndim == 2 and len(bias) == heads == kv_heads
+    if not shaped or bias.shape[1] % 2 == 0 or bias.shape[1] < 2 * longest - 1:
         raise ValueError(
             f"a bias {list(bias.shape)} for {heads} heads, {kv_heads} of keys, and {longest} tokens"
         )

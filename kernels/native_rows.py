@@ -18,7 +18,7 @@ _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 class _Norm(ctypes.Structure):
-    """As rows.cpp has it."""
+    """As rows.h has it."""
 
     _fields_ = (
         ("weight", ctypes.c_void_p),

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -183,9 +184,10 @@ def test_so_is_attention(
     row = randn(sum(lengths), heads[0] + 2 * heads[1], 64, dtype=dtype)
     query, key, value = row.split([heads[0], heads[1], heads[1]], dim=1)  # type: ignore[no-untyped-call]
     runs = [(length, 1) for length in lengths]
-    alone, shared = alone_and_shared(
-        lambda: native.varlen_attention(query, key, value, runs, scale=0.125, causal=causal, window=window)
-    )
+    how: dict[str, Any] = {"scale": 0.125, "causal": causal, "window": window}
+    if heads[0] == heads[1]:
+        how["bias"] = randn(heads[0], 2 * max(lengths) - 1, dtype=torch.float32)
+    alone, shared = alone_and_shared(lambda: native.varlen_attention(query, key, value, runs, **how))
     assert torch.equal(alone, shared)
 
 

@@ -82,16 +82,23 @@ def test_attention_equals_its_twin(
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("window", [None, 2, 65, 500])
+@pytest.mark.parametrize(("window", "biased"), [(None, False), (2, True), (65, False), (500, True)])
 def test_long_texts_equal_their_twin_alone_and_in_company(
-    level: int, dtype: torch.dtype, causal: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+    level: int,
+    dtype: torch.dtype,
+    causal: bool,
+    window: int | None,
+    biased: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Long enough that keys are copied and windowed queries go piece by piece: 384 are one, 385 one and a bit."""
     monkeypatch.setattr(native, "level", level)
     lengths = [5, 385, 1001, 384, 770]
-    query, key, value = make(lengths, 4, 2, 32, dtype)
+    query, key, value = make(lengths, 4, 4 if biased else 2, 32, dtype)
     runs = [(length, 1) for length in lengths]
     how: dict[str, Any] = {"scale": 32**-0.5, "causal": causal, "window": window}
+    if biased:
+        how["bias"] = 3 * torch.randn(4, 2 * max(lengths) - 1)
     exact = reference.varlen_attention(query.float(), key.float(), value.float(), runs, **how)
     mine = native.varlen_attention(query, key, value, runs, **how)
 
@@ -104,8 +111,8 @@ def test_long_texts_equal_their_twin_alone_and_in_company(
 
 
 @needs_native
-@pytest.mark.parametrize("shape", [(2, 15), (2, 18), (1, 17)])
-def test_a_bias_that_does_not_fit_is_refused(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shape", [(2, 15), (2, 18), (1, 17), (2, 17, 3), (2,)])
+def test_a_bias_that_does_not_fit_is_refused(shape: tuple[int, ...]) -> None:
     query, key, value = make([5, 9], 2, 2, 32, torch.float32)
     with pytest.raises(ValueError, match="a bias"):
         native.varlen_attention(query, key, value, [(5, 1), (9, 1)], scale=1.0, bias=torch.zeros(shape))
