@@ -14,7 +14,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from carpool.engine.admission import admit
-from carpool.engine.bounds import check_text
 from carpool.engine.changes import Change
 from carpool.engine.config import EngineConfig
 from carpool.engine.core import Core
@@ -36,7 +35,7 @@ from carpool.engine.preparation import INLINE_CHARS, Built, is_long, needs_slici
 from carpool.engine.preparation import Prompts as Prompts
 from carpool.engine.prepared import Prepared
 from carpool.engine.request import Request
-from carpool.engine.scoring import Plan, pair_prompts, plan, taking_part
+from carpool.engine.scoring import Plan, check_texts, pair_prompts, plan, taking_part
 from carpool.engine.slicing import Slices
 from carpool.engine.stats import CacheStats, Observer, ResultStats, State
 from carpool.engine.terms import Terms
@@ -270,14 +269,7 @@ class AsyncEngine:
         template: str | None,
         template_kwargs: Mapping[str, Any] | None,
     ) -> Plan | ListPlan:
-        for side, texts in (("queries", queries), ("documents", documents)):
-            try:
-                check_text(texts)  # here, where it is known whose each is
-            except InvalidInput as error:
-                alone = len(texts) == 1
-                raise error.blaming(
-                    [side] if alone else [f"{side}[{i}]" for i in range(len(texts))]
-                ) from None
+        check_texts(queries, documents)
         longest = parts.model.max_model_len
         for name in ("max_tokens_per_query", "max_tokens_per_doc"):
             limit = getattr(tokenization, name)

@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from carpool.engine.bounds import check_text
 from carpool.engine.errors import EmptyInput, InvalidInput, InvalidParameter, UnsupportedTask
 from carpool.engine.framed import Framed
 from carpool.engine.late_interaction import Role, RoleText
@@ -121,6 +122,15 @@ def plan(
             return _plan_of_pairs(pair_prompts(model, pairs, framer, kwargs))
         case "bi-encoder" | "late-interaction":
             return _plan_of_sides(model, queries, documents)
+
+
+def check_texts(queries: list[str], documents: list[str]) -> None:
+    """Raise InvalidInput for what is not text, naming whose it is: later, texts that are alike are one."""
+    for side, texts in (("queries", queries), ("documents", documents)):
+        try:
+            check_text(texts)
+        except InvalidInput as error:
+            raise error.blaming(_names(side, texts)) from None
 
 
 def _check_sides(queries: Seq[str], documents: Seq[str]) -> None:

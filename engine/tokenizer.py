@@ -20,15 +20,13 @@ from carpool.engine.framed import Framed
 from carpool.engine.late_interaction import LateInteraction, Role, RoleText
 from carpool.engine.outputs import Piece
 from carpool.engine.params import Side, TokenizationParams
+from carpool.engine.preparation import INLINE_CHARS
 from carpool.engine.prepared import Prepared
 from carpool.engine.roles import Scribe
 from carpool.engine.words import Words
 
 if TYPE_CHECKING:
     from carpool.engine.preparation import Prompts
-
-
-_SHORT = 4_000  # characters: at most a millisecond
 
 
 class Tokenizer:
@@ -116,7 +114,7 @@ class Tokenizer:
     def _by_library(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         # A short text here and now: a batch goes to the library's threads, and is waited for. But only meanwhile others
         # can run Python, and a long text takes seconds.
-        if len(texts) == 1 and len(texts[0]) <= _SHORT:
+        if len(texts) == 1 and len(texts[0]) <= INLINE_CHARS:
             return [self._backend.encode(texts[0], add_special_tokens=add_special_tokens).ids]
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
