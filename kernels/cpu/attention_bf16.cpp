@@ -50,10 +50,11 @@ FOR_BF16 void turn_queries(const uint16_t* from, const int64_t* at, int count, i
         }
 }
 
-// Products of KEYS rows of `size` bfloat16, or of pairs `row_stride` apart, with WIDE registers of queries' pairs.
+// Products of KEYS rows of `count` pairs of bfloat16, `step` apart, with WIDE registers of queries' pairs. Each lane's
+// largest goes to `top`, where it is wanted: they are in registers here.
 template <int WIDE>
 FOR_BF16 inline void products(const uint16_t* const* rows, int64_t step, const int32_t* queries, int64_t query_step,
-                              int count, float* out) {
+                              int count, float* out, __m512* top = nullptr) {
     __m512 acc[KEYS][WIDE];
     for (auto& row : acc)
         for (auto& sum : row) sum = _mm512_setzero_ps();
@@ -72,33 +73,44 @@ FOR_BF16 inline void products(const uint16_t* const* rows, int64_t step, const i
     for (int n = 0; n < KEYS; n++)
 #pragma GCC unroll 2
         for (int w = 0; w < WIDE; w++) _mm512_storeu_ps(out + n * QUERIES + w * LANES, acc[n][w]);
+    if (!top) return;
+#pragma GCC unroll 2
+    for (int w = 0; w < WIDE; w++) {
+        top[w] = acc[0][w];
+#pragma GCC unroll 8
+        for (int n = 1; n < KEYS; n++) top[w] = _mm512_max_ps(top[w], acc[n][w]);
+    }
 }
 
-// Softmax of scores [keys][QUERIES] from key `begin` to `end`, both even, of `count` queries at rising `places` in WIDE
-// registers: every second row becomes the pairs of its and the next row's weights, not divided by their sums yet. 1 over
-// those goes to `inverse`.
+FOR_BF16 inline __m512 lowest() { return _mm512_set1_ps(-std::numeric_limits<float>::infinity()); }
+
+// Scores [keys][QUERIES] from key `begin` to `end`, of `count` queries at rising `places`: capped, biased, and -infinity
+// where a query does not see the key. Each lane's largest goes to `top`.
 template <int WIDE>
-FOR_BF16 inline void softmax_lanes(const Shape& s, float* scores, const int32_t* places, int count, int begin, int end,
-                                   int length, __m512* inverse) {
-    const __m512 low = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    const Range all_see = {visible(s, places[WIDE * LANES - 1], length).begin, visible(s, places[0], length).end};
-    __m512 top[WIDE], total[WIDE];
-    for (int w = 0; w < WIDE; w++) top[w] = low, total[w] = _mm512_setzero_ps();
-    for (int j = begin; j < end; j++) {
-        const bool masked = j < all_see.begin || j >= all_see.end;
+FOR_BF16 inline void settle(const Shape& s, float* scores, const int32_t* places, int count, int begin, int end,
+                            int length, __m512* top) {
+    for (int w = 0; w < WIDE; w++) top[w] = lowest();
+    for (int j = begin; j < end; j++)
 #pragma GCC unroll 2
         for (int w = 0; w < WIDE; w++) {
             float* at = scores + int64_t(j) * QUERIES + w * LANES;
             __m512 x = _mm512_loadu_ps(at);
             if (s.softcap != 0) x = capped(s, x);
             if (s.bias.table && j < length) x = biased(s, x, j, places[0] + w * LANES, count - w * LANES);
-            const __m512i place = _mm512_loadu_si512(places + w * LANES);
-            if (masked) x = _mm512_mask_mov_ps(low, who_sees(s, j, length, place), x);
-            if (masked || s.softcap != 0 || s.bias.table) _mm512_storeu_ps(at, x);
+            x = _mm512_mask_mov_ps(lowest(), who_sees(s, j, length, _mm512_loadu_si512(places + w * LANES)), x);
+            _mm512_storeu_ps(at, x);
             top[w] = _mm512_max_ps(top[w], x);
         }
-    }
+}
+
+// Softmax of settled scores, whose largest are `top`, from key `begin` to `end`, both even: every second row becomes the
+// pairs of its and the next row's weights, not divided by their sums yet. 1 over those goes to `inverse`.
+template <int WIDE>
+FOR_BF16 inline void softmax_lanes(const Shape& s, float* scores, const __m512* top, int begin, int end,
+                                   __m512* inverse) {
     const __m512 factor = power(s);
+    __m512 total[WIDE];
+    for (int w = 0; w < WIDE; w++) total[w] = _mm512_setzero_ps();
     for (int j = begin; j < end; j += 2)
 #pragma GCC unroll 2
         for (int w = 0; w < WIDE; w++) {
@@ -125,13 +137,21 @@ FOR_BF16 void attend_lanes(const Shape& s, const uint16_t* q, const uint16_t* co
     turn_queries(q, from, count, size, queries);
     const int begin = visible(s, places[0], length).begin & ~1;
     const int last = visible(s, places[count - 1], length).end, end = round_up(last, 2);
+    const Range all_see = {visible(s, places[count - 1], length).begin, visible(s, places[0], length).end};
+    const bool as_they_are = s.softcap == 0 && !s.bias.table;
+    __m512 top[WIDE], inverse[WIDE];
+    for (int w = 0; w < WIDE; w++) top[w] = lowest();
     for (int j = begin; j < last; j += KEYS) {
         const uint16_t* rows[KEYS];
         for (int n = 0; n < KEYS; n++) rows[n] = keys[std::min(j + n, last - 1)];
-        products<WIDE>(rows, 2, queries, QUERIES, size / 2, scores + int64_t(j) * QUERIES);
+        const int stop = std::min(j + KEYS, end);
+        __m512 of_block[WIDE];
+        products<WIDE>(rows, 2, queries, QUERIES, size / 2, scores + int64_t(j) * QUERIES, of_block);
+        if (!as_they_are || j < all_see.begin || stop > all_see.end)
+            settle<WIDE>(s, scores, places, count, j, stop, length, of_block);
+        for (int w = 0; w < WIDE; w++) top[w] = _mm512_max_ps(top[w], of_block[w]);
     }
-    __m512 inverse[WIDE];
-    softmax_lanes<WIDE>(s, scores, places, count, begin, end, length, inverse);
+    softmax_lanes<WIDE>(s, scores, top, begin, end, inverse);
     auto weights = reinterpret_cast<const int32_t*>(scores + int64_t(begin) * QUERIES);
     for (int d = 0; d < size; d += KEYS) {
         const uint16_t* columns[KEYS];
