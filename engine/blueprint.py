@@ -49,10 +49,19 @@ class Blueprint:
 
     @property
     def worker_cpus(self) -> tuple[tuple[int, ...], ...]:
-        """The CPUs that each worker is bound to, () if they float. The thread of a GPU waits most of the time."""
-        if self.device.type != "cpu" or not self.config.pin_workers:
+        """The CPUs that each worker has to itself while all have work, () if they float.
+
+        That of a GPU waits most of the time. Where they are fewer than cores they float unless it is asked for: which
+        core has nothing else to do, the system knows.
+        """
+        pinned, cores = self.config.pin_workers, Cores.here()
+        if (
+            self.device.type != "cpu"
+            or pinned is False
+            or (pinned is None and self.workers < len(cores.cpus))
+        ):
             return ()
-        return Cores.here().each(self.workers)
+        return cores.each(self.workers)
 
     @classmethod
     def of(cls, config: EngineConfig, folder: Path) -> Blueprint:

@@ -226,8 +226,10 @@ class EngineConfig:
         None,
         "Threads that each run batches on a CPU; by default one a core, as far as a container's quota goes.",
     )
-    pin_workers: bool = option(
-        False, "Bind each of them to a core of its own, on a machine with nothing else to do."
+    pin_workers: bool | None = option(
+        None,
+        "Bind each of them to a core of its own, or none ever; by default only while all of them have work, and if "
+        "they are as many as cores.",
     )
     gpu_memory_utilization: float | None = option(
         None, "Most of a GPU's memory to take, as a part of 1; nothing is taken ahead of need."

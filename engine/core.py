@@ -96,7 +96,8 @@ class Core:
             model.batch_tokens or model.max_num_batched_tokens,
             len(parts.runners),
         )
-        self._fleet = Fleet(self._scheduler, parts.runners, self, model.worker_cpus)
+        always_home = bool(self._config.pin_workers)
+        self._fleet = Fleet(self._scheduler, parts.runners, self, model.worker_cpus, always_home)
         self._fleet.start()
         try:
             await self._warm_up(parts)

@@ -55,24 +55,34 @@ class Fleet:
     """`idle` workers have nothing to do, `held` are the batches of each that has, in the order of their results.
 
     One watchdog a worker watches over the first of them.
+
+    From when all have work until none has, each is sent home to its own CPUs. Else the system, which takes a core with the
+    event loop on it for taken, puts two of them on another for milliseconds.
     """
 
     def __init__(
-        self, scheduler: Scheduler, runners: Seq[Runner], owner: Owner, cpus: Seq[Seq[int]] = ()
+        self,
+        scheduler: Scheduler,
+        runners: Seq[Runner],
+        owner: Owner,
+        homes: Seq[Seq[int]] = (),
+        always_home: bool = False,
     ) -> None:
-        """`cpus`: those that each worker is bound to, none to let them float."""
+        """`homes`: the CPUs of each worker, none to let them float always; `always_home`: also while some are idle."""
         loop = asyncio.get_running_loop()
         self._scheduler = scheduler
         self._owner = owner
         self._due = False  # a dispatch at the end of this turn of the loop
         self._over = False  # no more batches are given to any
+        self._always_home = always_home
+        self._at_home = always_home
         self.workers = [
             Worker(
                 runner,
                 done=partial(_call_on, loop, self._safely, self._done),
                 died=partial(_call_on, loop, self._died),
                 name=f"carpool-worker-{i}",
-                cpus=cpus[i] if cpus else (),
+                home=homes[i] if homes else (),
             )
             for i, runner in enumerate(runners)
         ]
@@ -134,7 +144,9 @@ class Fleet:
                 self.idle.remove(worker)
                 self.held[worker] = deque((batch,))
                 self._watch(worker)
-            worker.submit(batch)
+                if not self.idle:
+                    self._at_home = True
+            worker.submit(batch, self._at_home)
 
     def _taker(self, full: bool) -> Worker | None:
         """Who takes the next batch; None if it had better wait. `full` is whether nothing could join it any more.
@@ -159,6 +171,8 @@ class Fleet:
         else:
             del self.held[worker]
             self.idle.append(worker)
+            if not self.held:
+                self._at_home = self._always_home
         self._report(batch, rows)
         self._dispatch()  # first, so that the worker is busy while results are handed out
         self._owner.landed(batch, rows, seconds, began)

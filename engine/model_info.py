@@ -45,7 +45,8 @@ class ModelInfo:
     dtype: str
     device: str
     workers: int
-    worker_cpus: tuple[tuple[int, ...], ...] = ()  # those that each is bound to; none: they float
+    # Those that each is bound to while all have work; none: they float.
+    worker_cpus: tuple[tuple[int, ...], ...] = ()
     parameters: int
     max_num_batched_tokens: int
     batch_tokens: int | None = None  # batches are filled up to so many, where that is less

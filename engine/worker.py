@@ -47,7 +47,8 @@ class Worker:
 
     Both are called in the worker's thread: `done` in the order of submission, `died` at most once and last. `seconds`
     is how long the batch had the device to itself. The owner submits no more than `places` batches that are not done.
-    The thread is bound to the `cpus`, if there are any.
+    With a batch that is to be run at `home` the thread binds itself to those CPUs, if there are any, and with the next
+    one that is not it floats again.
     """
 
     def __init__(
@@ -56,13 +57,14 @@ class Worker:
         done: Callable[[Worker, Batch, list[Row], float], object],
         died: Callable[[Worker, BaseException], object],
         name: str,
-        cpus: Collection[int] = (),
+        home: Collection[int] = (),
     ) -> None:
         self._runner = runner
         self._done = done
         self._died = died
-        self._cpus = cpus
-        self._inbox: SimpleQueue[Batch | None] = SimpleQueue()
+        self._home = home
+        self._abroad: Collection[int] = ()  # where it may run when it floats; none while it does
+        self._inbox: SimpleQueue[tuple[Batch, bool] | None] = SimpleQueue()
         # A daemon, since a thread that hangs inside a kernel must not keep the process from exiting.
         self._thread = Thread(target=self._main, name=name, daemon=True)
 
@@ -79,8 +81,8 @@ class Worker:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, batch: Batch) -> None:
-        self._inbox.put(batch)
+    def submit(self, batch: Batch, at_home: bool = False) -> None:
+        self._inbox.put((batch, at_home))
 
     def stop(self) -> None:
         """End the thread after what was submitted; does not wait."""
@@ -91,20 +93,26 @@ class Worker:
 
     def _main(self) -> None:
         try:
-            self._pin()
             self._runner.bind()
             self._serve()
         except BaseException as error:  # whatever it was, someone waits for this thread
             self._died(self, error)
 
-    def _pin(self) -> None:
-        """Onto its own CPUs: the thread, and nothing else of the process."""
-        if not self._cpus:
+    def _move(self, home: bool) -> None:
+        """To its own CPUs, or to all that it came from: the thread, and nothing else of the process."""
+        if not self._home or home == bool(self._abroad):
             return
         try:
-            os.sched_setaffinity(0, self._cpus)
-        except OSError as error:  # taken from the process since it was asked what it has
-            _log.warning("%s is not bound to CPUs %s: %s", self._thread.name, list(self._cpus), error)
+            if home:
+                everywhere = os.sched_getaffinity(0)
+                os.sched_setaffinity(0, self._home)
+                self._abroad = everywhere
+            else:
+                os.sched_setaffinity(0, self._abroad)
+                self._abroad = ()
+        except OSError as error:  # they were taken from the process since it was asked what it has
+            _log.warning("%s is not bound to CPUs %s: %s", self._thread.name, list(self._home), error)
+            self._home = ()
 
     def _serve(self) -> None:
         """Launch what there is up to the runner's depth; else land the oldest; with nothing under way, wait."""
@@ -115,10 +123,12 @@ class Worker:
         while under_way or not stopping:
             # `empty` can be trusted: nobody else takes anything out.
             if not stopping and (not under_way or (len(under_way) < depth and not self._inbox.empty())):
-                batch = self._inbox.get()
-                if batch is None:
+                submitted = self._inbox.get()
+                if submitted is None:
                     stopping = True
                 else:
+                    batch, at_home = submitted
+                    self._move(at_home)
                     start = time.perf_counter()
                     under_way.append((batch, self._runner.launch(batch), start))
                 continue

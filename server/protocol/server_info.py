@@ -57,7 +57,7 @@ class InfoResponse(Struct, kw_only=True, gc=False):
     dtype: str
     device: str
     workers: int
-    worker_cpus: list[list[int]]  # the CPUs that each is bound to; empty: they float
+    worker_cpus: list[list[int]]  # the CPUs that each is bound to while all have work; empty: they float
     packing: str  # "packed", or "padded" for a model that cannot be
     attention: str
     prefix_caching: bool  # prompts that begin alike are computed from where they differ

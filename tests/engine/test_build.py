@@ -173,15 +173,19 @@ def test_batches_are_filled_to_what_was_measured_unless_told_otherwise(
     assert (model.batch_tokens, model.max_num_batched_tokens, asked) == (None, 700, [3])
 
 
-def test_workers_are_bound_to_cores_where_each_has_its_own(
+def test_workers_have_cores_of_their_own_where_there_are_as_many_or_it_is_asked_for(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Cores, "here", lambda: Cores(((0, 2), (1, 3))))
     folder = checkpoint("bert")
-    both = made(folder, cpu_workers=None, pin_workers=True).model
+    both = made(folder, cpu_workers=None).model
     assert (both.workers, both.worker_cpus, both.notices) == (2, ((0, 2), (1, 3)), ())
-    assert made(folder, cpu_workers=2).model.worker_cpus == (), "unless asked to"
+    assert made(folder, cpu_workers=2, pin_workers=True).model.worker_cpus == ((0, 2), (1, 3))
+    assert made(folder, cpu_workers=2, pin_workers=False).model.worker_cpus == ()
+    assert made(folder, cpu_workers=1).model.worker_cpus == (), "which core is free, the system knows"
     assert made(folder, cpu_workers=1, pin_workers=True).model.worker_cpus == ((0, 2),)
+    silent = made(folder, cpu_workers=3).model
+    assert (silent.worker_cpus, silent.notices) == ((), ())
     crowd = made(folder, cpu_workers=3, pin_workers=True).model
     assert crowd.worker_cpus == ()
     assert "--pin-workers: there are fewer cores than workers" in crowd.notices[0]

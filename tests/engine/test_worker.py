@@ -120,27 +120,46 @@ def test_a_result_that_is_not_one_a_sequence_is_its_death() -> None:
     assert (what, str(error)) == ("died", "0 results for 1 sequences")
 
 
-def test_it_is_bound_to_its_cpus_and_nobody_else_is() -> None:
+def test_it_is_bound_to_its_cpus_for_batches_at_home_and_nobody_else_is() -> None:
     allowed = os.sched_getaffinity(0)
     cpu = max(allowed)
-    seen: SimpleQueue[set[int]] = SimpleQueue()
+    seen: list[set[int]] = []
     recorder = Recorder()
-    recorder.bind = lambda: seen.put(os.sched_getaffinity(0))  # type: ignore[method-assign]
-    for cpus in ((cpu,), ()):
-        worker = Worker(recorder, recorder.done, recorder.died, "under-test", cpus)
-        worker.start()
-        worker.stop()
-        assert seen.get(timeout=5) == ({cpu} if cpus else allowed)
+
+    def launch(batch: Batch) -> Landing:
+        seen.append(os.sched_getaffinity(0))
+        return Recorder.launch(recorder, batch)
+
+    recorder.launch = launch  # type: ignore[method-assign]
+    recorder.worker = Worker(recorder, recorder.done, recorder.died, "under-test", (cpu,))
+    recorder.worker.start()
+    for at_home in (False, True, True, False, True):
+        recorder.worker.submit(BATCH, at_home)
+        assert recorder.told.get(timeout=5)[0] == "done"
+    recorder.worker.stop()
+    assert seen == [allowed, {cpu}, {cpu}, allowed, {cpu}]
     assert os.sched_getaffinity(0) == allowed
 
 
-def test_it_floats_and_says_so_where_its_cpus_are_gone(caplog: pytest.LogCaptureFixture) -> None:
+def test_it_floats_where_it_has_no_home() -> None:
+    recorder = Recorder()
+    recorder.worker.start()
+    recorder.worker.submit(BATCH, at_home=True)
+    assert recorder.told.get(timeout=5)[0] == "done"
+    native = recorder.worker._thread.native_id
+    assert native is not None
+    assert os.sched_getaffinity(native) == os.sched_getaffinity(0)
+    recorder.worker.stop()
+
+
+def test_it_floats_and_says_so_once_where_its_cpus_are_gone(caplog: pytest.LogCaptureFixture) -> None:
     recorder = Recorder()
     recorder.worker = Worker(recorder, recorder.done, recorder.died, "under-test", (1000,))
     recorder.worker.start()
-    recorder.worker.submit(BATCH)
-    assert recorder.told.get(timeout=5)[0] == "done"
-    assert "under-test is not bound to CPUs [1000]" in caplog.text
+    for _ in range(2):
+        recorder.worker.submit(BATCH, at_home=True)
+        assert recorder.told.get(timeout=5)[0] == "done"
+    assert caplog.text.count("under-test is not bound to CPUs [1000]") == 1
     recorder.worker.stop()
 
 
