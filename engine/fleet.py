@@ -56,8 +56,8 @@ class Fleet:
 
     One watchdog a worker watches over the first of them.
 
-    From when all have work until none has, each is sent home to its own CPUs. Else the system, which takes a core with the
-    event loop on it for taken, puts two of them on another for milliseconds.
+    From when all have work until none has, each is sent home to its own CPUs. Else the system, in whose eyes a core with
+    the event loop on it is taken, puts two of them on another for milliseconds.
     """
 
     def __init__(
