@@ -56,7 +56,7 @@ class Fleet:
 
     One watchdog a worker watches over the first of them.
 
-    From when all have work until none has, each is sent home to its own CPUs. Else the system, in whose eyes a core with
+    From when all have work until none has, each is sent home to its own CPUs. Else the system, for which a core with
     the event loop on it is taken, puts two of them on another for milliseconds.
     """
 
