@@ -54,14 +54,11 @@ class Blueprint:
         That of a GPU waits most of the time. Where they are fewer than cores they float unless it is asked for: which
         core has nothing else to do, the system knows.
         """
-        pinned, cores = self.config.pin_workers, Cores.here()
-        if (
-            self.device.type != "cpu"
-            or pinned is False
-            or (pinned is None and self.workers < len(cores.cpus))
-        ):
+        pinned = self.config.pin_workers
+        if self.device.type != "cpu" or pinned is False:
             return ()
-        return cores.each(self.workers)
+        cores = Cores.here()
+        return cores.each(self.workers) if pinned or self.workers == len(cores.cpus) else ()
 
     @classmethod
     def of(cls, config: EngineConfig, folder: Path) -> Blueprint:

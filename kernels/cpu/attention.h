@@ -17,8 +17,11 @@ struct Shape {
     int causal, window;                              // window 0: none; a token sees those less than `window` away
     Bias bias;
 
+    // What a product, capped or not, is to be multiplied with before a bias is added: a cap comes with the scale.
+    float scale_before_bias() const { return softcap != 0 ? 1.0f : scale; }
+
     // What a score is still to be multiplied with once it is capped and biased.
-    float left_to_scale() const { return softcap != 0 || bias.table ? 1.0f : scale; }
+    float left_to_scale() const { return bias.table ? 1.0f : scale_before_bias(); }
 
     // The same for heads from the n-th on.
     Shape from_head(int n) const {

@@ -25,7 +25,7 @@ INLINE float softmax_row(const Shape& s, float* row, int place, Range keys, int 
     if (s.softcap != 0)
         for (int j = keys.begin; j < keys.end; j++) row[j] = s.softcap * std::tanh(row[j] * s.scale / s.softcap);
     if (s.bias.table) {
-        const float *bias = s.bias.table + s.bias.middle - place, scale = s.softcap != 0 ? 1.0f : s.scale;
+        const float *bias = s.bias.table + s.bias.middle - place, scale = s.scale_before_bias();
         for (int j = keys.begin; j < keys.end; j++) row[j] = row[j] * scale + bias[j];
     }
     const float factor = s.left_to_scale();

@@ -45,7 +45,7 @@ FOR_BF16 inline __m512 biased(const Shape& s, __m512 x, int j, int place, int co
     const __mmask16 there = 0xffff << (LANES - std::min(count, LANES));
     const __m512i turned = _mm512_set_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512 bias = _mm512_maskz_loadu_ps(there, s.bias.table + s.bias.middle + j - place - (LANES - 1));
-    const __m512 scale = _mm512_set1_ps(s.softcap != 0 ? 1.0f : s.scale);
+    const __m512 scale = _mm512_set1_ps(s.scale_before_bias());
     return _mm512_fmadd_ps(x, scale, _mm512_permutexvar_ps(turned, bias));
 }
 
