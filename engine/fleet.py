@@ -162,8 +162,7 @@ class Fleet:
         with_room = [worker for worker, held in self.held.items() if len(held) < worker.places]
         return min(with_room, key=lambda worker: len(self.held[worker]), default=None)
 
-    def _done(self, worker: Worker, batch: Batch, rows: list[Row], seconds: float) -> None:
-        began = time.monotonic() - seconds  # until then it waited, here or behind another on the device
+    def _done(self, worker: Worker, batch: Batch, rows: list[Row], seconds: float, began: float) -> None:
         self.watchdogs.pop(worker).cancel()
         self.held[worker].popleft()
         if self.held[worker]:

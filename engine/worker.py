@@ -43,18 +43,18 @@ class Runner(Protocol):
 
 
 class Worker:
-    """Hands each result to `done(worker, batch, rows, seconds)`, and its death to `died(worker, error)`.
+    """Hands each result to `done(worker, batch, rows, seconds, began)`, and its death to `died(worker, error)`.
 
     Both are called in the worker's thread: `done` in the order of submission, `died` at most once and last. `seconds`
-    is how long the batch had the device to itself. The owner submits no more than `places` batches that are not done.
-    With a batch that is to be run at `home` the thread binds itself to those CPUs, if there are any, and with the next
-    one that is not it floats again.
+    is how long the batch had the device to itself, from `began` on time.monotonic()'s clock on. The owner submits no
+    more than `places` batches that are not done. With a batch that is to be run at `home` the thread binds itself to
+    those CPUs, if there are any, and with the next one that is not it floats again.
     """
 
     def __init__(
         self,
         runner: Runner,
-        done: Callable[[Worker, Batch, list[Row], float], object],
+        done: Callable[[Worker, Batch, list[Row], float, float], object],
         died: Callable[[Worker, BaseException], object],
         name: str,
         home: Collection[int] = (),
@@ -129,7 +129,7 @@ class Worker:
                 else:
                     batch, at_home = submitted
                     self._move(at_home)
-                    start = time.perf_counter()
+                    start = time.monotonic()
                     under_way.append((batch, self._runner.launch(batch), start))
                 continue
             landed_at = self._land(*under_way.popleft(), landed_at)
@@ -138,8 +138,9 @@ class Worker:
     def _land(self, batch: Batch, landing: Landing, launched_at: float, before: float) -> float:
         """When it landed. The device was its own since it was launched, or since the one `before` it landed."""
         rows = landing()
-        now = time.perf_counter()
+        now = time.monotonic()
         if len(rows) != len(batch.sequences):
             raise AssertionError(f"{len(rows)} results for {len(batch.sequences)} sequences")
-        self._done(self, batch, rows, now - max(launched_at, before))
+        began = max(launched_at, before)
+        self._done(self, batch, rows, now - began, began)
         return now

@@ -73,9 +73,10 @@ def test_everything_happens_in_the_workers_own_thread() -> None:
     recorder = Recorder()
     recorder.worker.start()
     recorder.worker.submit(BATCH)
-    what, thread, worker, batch, rows, seconds = recorder.told.get(timeout=5)
+    what, thread, worker, batch, rows, seconds, began = recorder.told.get(timeout=5)
     assert (what, worker, batch, len(rows)) == ("done", recorder.worker, BATCH, 1)
     assert seconds >= 0
+    assert 0 <= time.monotonic() - began - seconds < 5
     assert thread.name == "under-test"
     assert {caller for _, caller in recorder.calls} == {thread}
     assert recorder.names == ["bind", "launch", "land"]
@@ -277,7 +278,7 @@ def test_each_batch_has_one_result_in_order_whatever_comes_when(
         over.set()
         free.release(len(stories))
 
-    def done(_: Worker, batch: Batch, rows: list[Row], seconds: float) -> None:
+    def done(_: Worker, batch: Batch, rows: list[Row], seconds: float, _began: float) -> None:
         assert seconds >= 0
         told.append((batch, rows[0]))
         free.release()
