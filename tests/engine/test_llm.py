@@ -399,9 +399,11 @@ ENDINGS = {
     # Its own thread is told by an exception, which Python may print or not; the script must end all the same. The call
     # must not be over by then: a daemon thread that is left alone with tensors while Python ends aborts any program.
     "a call is under way": "from carpool.engine.runner import ModelRunner\nlaunch = ModelRunner.launch\n"
-    "ModelRunner.launch = lambda self, batch: (time.sleep(0.5), launch(self, batch))[1]\n"
-    "threading.Thread(target=llm.embed, args=(['a ' * 60] * 3000,), daemon=True).start()\n"
-    "while llm._engine.waiting_sequences in (0, 3000): time.sleep(0.001)",
+    "begun = threading.Event()\n"
+    "ModelRunner.launch = lambda self, batch: (begun.set(), time.sleep(0.5), launch(self, batch))[2]\n"
+    "texts = [f'{i} ' + 'a ' * 60 for i in range(3000)]\n"
+    "threading.Thread(target=llm.embed, args=(texts,), daemon=True).start()\n"
+    "assert begun.wait(50)\n",
 }
 
 
