@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.helpers import rfc822_formatted_time
+from aiohttp.http import HttpVersion11
 
 from carpool.server.slices import GAP
 
@@ -22,8 +25,43 @@ PIECE = 1 << 20  # bytes that are made ahead of the client
 encode = msgspec.json.Encoder().encode
 
 
+class Whole(web.Response):
+    """JSON that is there at once, with status 200.
+
+    aiohttp asks of every answer whether it has cookies, is compressed, comes in chunks or from a file, ends its
+    connection, and who wants to hear of it: a dozen functions between the model and the client. Here the answer to all
+    is no, for a request of HTTP/1.1 on a connection that stays; any other takes aiohttp's way.
+    """
+
+    _writer: AbstractStreamWriter | None = None  # the request's, if it is of that kind
+
+    def __init__(self, body: bytes) -> None:
+        super().__init__(body=body, content_type="application/json")
+        self._bytes = body
+
+    @property
+    def keep_alive(self) -> bool | None:
+        return super().keep_alive if self._writer is None else True
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        stays = request.keep_alive and super().keep_alive is None  # False once it was forced to close
+        if not stays or request.version != HttpVersion11 or request.method == "HEAD":
+            return await super().prepare(request)
+        self._writer = request.writer
+        self.headers["Content-Length"] = str(len(self._bytes))
+        self.headers["Date"] = rfc822_formatted_time()
+        await self._writer.write_headers("HTTP/1.1 200 OK", self.headers)
+        return self._writer
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        if self._writer is None:
+            await super().write_eof(data)
+        else:
+            await self._writer.write_eof(self._bytes)
+
+
 def json_answer(body: Body) -> web.Response:
-    return web.Response(body=encode(body), content_type="application/json")
+    return Whole(encode(body))
 
 
 async def json_around(body: Body, *arrays: Array | Text) -> web.StreamResponse:
@@ -34,7 +72,7 @@ async def json_around(body: Body, *arrays: Array | Text) -> web.StreamResponse:
         if array.large:
             return await sliced(_slices(frame, arrays), "application/json")
         parts += array.whole(), part
-    return web.Response(body=b"".join(parts), content_type="application/json")
+    return Whole(b"".join(parts))
 
 
 def _slices(frame: Sequence[bytes], arrays: Sequence[Array | Text]) -> Iterator[bytes]:

@@ -151,10 +151,11 @@ class Connection(RequestHandler):
         """
         if isinstance(resp, web.HTTPException):
             resp = refuse_malformed(self._app, resp)
-        packed = request.headers.get("Content-Encoding", "identity").strip().lower() != "identity"
-        if packed and not request.content.is_eof():
-            resp.force_close()
-            self.close()  # from here on nothing is parsed
+        if not request.content.is_eof():
+            encoding = request.headers.get("Content-Encoding", "identity")
+            if encoding.strip().lower() != "identity":
+                resp.force_close()
+                self.close()  # from here on nothing is parsed
         return super().finish_response(request, resp, start_time)
 
 

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import numpy as np
@@ -223,6 +225,76 @@ async def test_what_no_answer_can_hold_is_refused_before_its_first_byte(
     for form in ("base64", "bytes_only"):
         found = await served.embed(input=["a"] * 100, encoding_format=form, embed_dtype="fp8_e4m3")
         assert_error(found, 400, "BadRequestError", "embed_dtype")
+
+
+def asking(path: str, method: bytes = b"POST", version: bytes = b"1.1", more: bytes = b"") -> bytes:
+    body = b'{"input": "ab", "encoding_format": "base64"}' if method == b"POST" else b""
+    lines = b"%b %b HTTP/%b\r\nHost: a\r\nX-Request-Id: one\r\n%bContent-Length: %d\r\n\r\n"
+    return lines % (method, path.encode(), version, more, len(body)) + body
+
+
+def parted(packet: bytes) -> tuple[bytes, dict[str, str], bytes]:
+    """Status line, headers by lower-case names, and body. A header that stands there twice is an error."""
+    top, _, body = packet.partition(b"\r\n\r\n")
+    status, *lines = top.split(b"\r\n")
+    pairs = [tuple(line.decode().split(": ", 1)) for line in lines]
+    headers = {name.lower(): value for name, value in pairs}
+    assert len(headers) == len(pairs)
+    return status, headers, body
+
+
+@pytest.mark.parametrize(
+    ("kind", "connection"),
+    [
+        ({}, None),
+        ({"more": b"Connection: keep-alive\r\n"}, None),
+        ({"more": b"Connection: close\r\n"}, "close"),
+        ({"version": b"1.0"}, None),
+        ({"version": b"1.0", "more": b"Connection: keep-alive\r\n"}, "keep-alive"),
+    ],
+)
+async def test_an_answer_says_the_same_to_every_kind_of_client(
+    kind: dict[str, bytes], connection: str | None, served: Served
+) -> None:
+    """By the short way, or by aiohttp's: the head is what web.Response would have said."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+    writer.write(asking(EMBEDDINGS, **kind))
+    async with asyncio.timeout(10):
+        top = await reader.readuntil(b"\r\n\r\n")
+        body = await reader.readexactly(int(parted(top)[1]["content-length"]))
+        stays = kind.get("version") != b"1.0" if connection is None else connection == "keep-alive"
+        if stays:  # for the next one
+            writer.write(asking(EMBEDDINGS, **kind))
+            assert (await reader.readline()).endswith(b" 200 OK\r\n")
+        else:
+            assert await reader.read() == b""
+    writer.close()
+    status, headers, _ = parted(top)
+    assert status == b"HTTP/%b 200 OK" % kind.get("version", b"1.1")
+    assert json.loads(body)["data"][0]["index"] == 0
+    sent = parsedate_to_datetime(headers.pop("date"))
+    assert abs((datetime.now(UTC) - sent).total_seconds()) < 5
+    assert headers.pop("connection", None) == connection
+    assert headers.pop("server-timing").startswith("tokenize;dur=")
+    assert headers == {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "server": "carpool",
+        "x-request-id": "one",
+    }
+
+
+async def test_to_head_it_says_how_long_it_would_be_and_no_more(served: Served) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+    writer.write(asking("/v1/models", b"HEAD") + asking("/v1/models", b"GET"))
+    async with asyncio.timeout(10):
+        told = parted(await reader.readuntil(b"\r\n\r\n"))[1]
+        top = parted(await reader.readuntil(b"\r\n\r\n"))  # no body between the two
+        body = await reader.readexactly(int(top[1]["content-length"]))
+    writer.close()
+    assert top[0] == b"HTTP/1.1 200 OK"
+    assert told["content-length"] == str(len(body))
+    assert json.loads(body)["data"]
 
 
 async def test_one_long_row_is_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
