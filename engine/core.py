@@ -89,6 +89,7 @@ class Core:
             batch_tokens=model.batch_tokens,
             # A device that has batches ahead wants full ones, and is not waited for.
             workers=sum(runner.depth == 1 for runner in parts.runners) or 1,
+            by_length=model.by_length,
             paging=parts.cache.paging if parts.cache else None,
         )
         self._admission = Admission(

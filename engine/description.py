@@ -70,6 +70,7 @@ def model_info(
         max_num_seqs=config.max_num_seqs,
         packing=model.backbone.packing,
         attention=_attention_in_words(attention),
+        by_length=model.backbone.packing == "padded" or not all(choice.mixes_lengths for choice in attention),
         prefix_caching=bool(kept.cache and kept.cache.finds_prefixes),
         chunked_prefill=kept.chunks,
         kv_cache_tokens=kept.cache.num_tokens if kept.cache else 0,

@@ -53,6 +53,7 @@ class ModelInfo:
     max_num_seqs: int
     packing: Literal["packed", "padded"] = "packed"  # padded: a model that cannot be packed, slower
     attention: str  # which implementation runs
+    by_length: bool = True  # a batch of similar lengths is cheaper
     prefix_caching: bool = False  # what prompts begin with is not run again for those that begin alike
     chunked_prefill: bool = False  # long prompts are run in parts
     kv_cache_tokens: int = 0  # keys and values of so many are kept

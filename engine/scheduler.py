@@ -3,8 +3,8 @@
 * Work-conserving: whenever something waits, `schedule` deals a batch. There is no timer.
 * Fair (`fair_queue.py`): priority first; then the client that was served the fewest tokens; then that client's request
   that was served the fewest; then order of arrival. A request of 2,048 texts cannot starve a request of one.
-* Length-aware: of the next few in fair order, those near the first one's length ride along with it, but none is
-  overtaken for longer than `max_overtaken_s`.
+* Length-aware, where that makes a batch cheaper: of the next few in fair order, those near the first one's length ride
+  along with it, but none is overtaken for longer than `max_overtaken_s`.
 * Of a prompt that has a cache to help it a batch may run a part only (`cache/paging.py`); then it waits again, before
   the rest of its request. Each is charged for the tokens that are run of it.
 * Of sequences that are twins the first in fair order is dealt, and charged; the others rest meanwhile (`twins.py`).
@@ -22,6 +22,7 @@ from carpool.engine.sequence import Sequence
 from carpool.engine.twins import Twins
 
 _MAX_CANDIDATES = 256  # waiting sequences that one deal looks at (or max_num_seqs): bounds what a deal costs
+_FILLERS = 8  # sequences behind a full batch's worth that one looks at for some that fit what is left of it
 _LEAST_PART = 4  # a batch is not cut below this part of a full one for workers that are busy yet
 
 
@@ -33,8 +34,9 @@ class Scheduler:
 
     Batches are filled up to `batch_tokens` (default: the most); only a prompt that is longer goes beyond, by itself.
     `window_tokens` is how far ahead in fair order a deal looks for sequences of similar length (default: four
-    batches). When several workers are idle a short queue is dealt in equal shares, none below `min_share_tokens`; and a
-    part of it is left for those of the `workers` that are busy yet, so that the last of a backlog keeps all busy.
+    batches); with `by_length` false it does not look for them. When several workers are idle a short queue is dealt in
+    equal shares, none below `min_share_tokens`; and a part of it is left for those of the `workers` that are busy yet,
+    so that the last of a backlog keeps all busy.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Scheduler:
         *,
         batch_tokens: int | None = None,
         workers: int = 1,
+        by_length: bool = True,
         max_overtaken_s: float = 0.25,
         window_tokens: int | None = None,
         min_share_tokens: int = 128,
@@ -56,8 +59,10 @@ class Scheduler:
         self._batch_tokens = min(batch_tokens or max_num_batched_tokens, max_num_batched_tokens)
         self._max_seqs = max_num_seqs
         self._workers = workers
+        self._by_length = by_length
         self._max_overtaken_s = max_overtaken_s
-        self._window_tokens = 4 * self._batch_tokens if window_tokens is None else window_tokens
+        window = 4 * self._batch_tokens if window_tokens is None else window_tokens
+        self._window_tokens, self._fillers = (window, 0) if by_length else (0, _FILLERS)
         self._min_share_tokens = min_share_tokens
         self._max_candidates = max(_MAX_CANDIDATES, max_num_seqs)
         self._twins = Twins()
@@ -212,7 +217,8 @@ class Scheduler:
         )
 
     def _choose(self, candidates: list[Sequence], budget: int, now: float) -> dict[Sequence, int]:
-        """The first in fair order; then, priority by priority, the overdue and those nearest to it in length.
+        """The first in fair order; then, priority by priority, the overdue and those nearest to it in length, or, where
+        lengths do not matter, the next.
 
         Each with the tokens that are run of it. Nobody is chosen only if all would have to wait for the cache.
         """
@@ -238,8 +244,8 @@ class Scheduler:
         aboard = {id(first.token_ids)}
         keys = {first.key}
         # Stable: those of equal rank stay in fair order.
-        others = [] if first.alone else sorted(behind, key=rank)
-        for seq in others:
+        others = sorted(behind, key=rank) if self._by_length else behind
+        for seq in () if first.alone else others:
             if len(chosen) == self._max_seqs:
                 break
             if seq.alone or (seq.key and seq.key in keys):
@@ -270,11 +276,15 @@ class Scheduler:
                     seq.overtaken_at = now
 
     def _pick(self, tokens: int, now: float) -> list[Sequence]:
-        """Take sequences in fair order until `tokens` are passed; the expired are set aside."""
+        """Take sequences in fair order until `tokens` are passed, and the fillers; the expired are set aside."""
         picked: list[Sequence] = []
-        total = 0
+        total, fillers = 0, self._fillers
         queue = self._queue
-        while queue.num_sequences and total < tokens and len(picked) < self._max_candidates:
+        while queue.num_sequences and len(picked) < self._max_candidates:
+            if total >= tokens:
+                if not fillers:
+                    break
+                fillers -= 1
             seq = queue.first()
             self._begun.pop(seq, None)
             if seq.deadline is not None and seq.deadline <= now:

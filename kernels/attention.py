@@ -68,6 +68,11 @@ class Choice:
     def __str__(self) -> str:
         return f"{self.by}: {self.why}" if self.why else self.by
 
+    @property
+    def mixes_lengths(self) -> bool:
+        """Whether a call costs the same whichever lengths are in it."""
+        return self.by in ("native", "varlen_attn", "cupy")
+
 
 # DeBERTa's scores, of contents with positions, are torch's on every device.
 DISENTANGLED = Choice("torch", "disentangled")

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny_today
 from building import built, planned
 from carpool.engine.config import EngineConfig
 from carpool.engine.description import _device_notices
-from carpool.kernels import launch
+from carpool.kernels import launch, native
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
@@ -29,6 +30,15 @@ def test_options_for_the_other_kind_of_device_are_noticed(
     assert list(_device_notices(planned(EngineConfig(pin_workers=True), GPU))) == [
         "--pin-workers has no meaning on a GPU."
     ]
+
+
+def test_lengths_are_sorted_where_attention_takes_equal_ones_at_a_time(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    tiny_today.make("qwen3", tmp_path)
+    heads_of_32, heads_of_8 = built(tmp_path).model, built(checkpoint("bert")).model
+    assert heads_of_32.by_length is (native.library is None)
+    assert heads_of_8.by_length, "the twin attends"
 
 
 def test_what_is_missing_beside_a_gpu_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

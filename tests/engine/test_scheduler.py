@@ -65,6 +65,7 @@ class AnyHistory(RuleBasedStateMachine):
 
     MAX_TOKENS, MAX_SEQS, MIN_SHARE = 40, 5, 8
     BATCH_TOKENS, WORKERS = 30, 1
+    BY_LENGTH = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,6 +74,7 @@ class AnyHistory(RuleBasedStateMachine):
             self.MAX_SEQS,
             batch_tokens=self.BATCH_TOKENS,
             workers=self.WORKERS,
+            by_length=self.BY_LENGTH,
             min_share_tokens=self.MIN_SHARE,
         )
         self.waiting: dict[Sequence, None] = {}  # in order of arrival
@@ -160,10 +162,18 @@ class AnyHistoryOfThree(AnyHistory):
     BATCH_TOKENS, WORKERS = 40, 3
 
 
+class AnyHistoryInFairOrder(AnyHistory):
+    """Of batches whose price does not depend on which lengths are in them."""
+
+    BY_LENGTH = False
+
+
 TestAnyHistory = AnyHistory.TestCase
 TestAnyHistory.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestAnyHistoryOfThree = AnyHistoryOfThree.TestCase
 TestAnyHistoryOfThree.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+TestAnyHistoryInFairOrder = AnyHistoryInFairOrder.TestCase
+TestAnyHistoryInFairOrder.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 
 
 def assert_forgotten(scheduler: Scheduler) -> None:
@@ -310,6 +320,20 @@ def test_similar_lengths_ride_together() -> None:
     first, second = next(deals(scheduler)), next(deals(scheduler))
     assert {seq.num_tokens for seq in first.sequences[:20]} == {10}
     assert {seq.num_tokens for seq in second.sequences} == {90}
+
+
+def test_where_lengths_do_not_matter_all_ride_in_fair_order() -> None:
+    scheduler = Scheduler(1000, 64, by_length=False)
+    sequences = add(scheduler, *[10, 90] * 20)
+    dealt = [seq for batch in deals(scheduler) for seq in sorted(batch.sequences, key=lambda seq: seq.index)]
+    assert dealt == sequences
+    assert all(seq.overtaken_at is None for seq in sequences)
+
+
+def test_where_lengths_do_not_matter_only_who_does_not_fit_is_passed_and_is_next() -> None:
+    scheduler = Scheduler(100, 64, by_length=False, min_share_tokens=1)
+    first, long, short, last = add(scheduler, 60, 70, 40, 5)
+    assert [set(batch.sequences) for batch in deals(scheduler)] == [{first, short}, {long, last}]
 
 
 def test_nobody_is_overtaken_for_longer_than_allowed() -> None:

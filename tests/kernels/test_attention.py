@@ -99,6 +99,13 @@ def test_whatever_is_as_it_should_be_is_not(place: Place) -> None:
     assert choose(place, ask()).notice is None
 
 
+@pytest.mark.parametrize(
+    ("place", "mixes"), [(CPU, True), (HOPPER, True), (CPU._replace(native=None), False)]
+)
+def test_a_twin_minds_which_lengths_are_in_a_call(place: Place, mixes: bool) -> None:
+    assert choose(place, ask()).mixes_lengths is mixes
+
+
 def test_a_choice_reads_like_a_sentence() -> None:
     assert str(Choice("varlen_attn")) == "varlen_attn"
     assert str(Choice("cupy", "bias")) == "cupy: bias"

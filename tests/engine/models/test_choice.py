@@ -183,6 +183,7 @@ def test_the_parts_say_that_a_model_is_padded_and_serve_it(
     monkeypatch.setattr(patches, "PATCHES", {})
     parts: Parts = build(EngineConfig(model=str(checkpoint("mpnet")), cpu_workers=2, dtype="float32"))
     assert (parts.model.packing, parts.model.attention) == ("padded", "transformers")
+    assert parts.model.by_length, "padding is what differing lengths cost"
     assert [n for n in parts.model.notices if n.startswith("MPNetModel cannot be packed")]
     oracle = Oracle(checkpoint("mpnet"), ["cls"])
     batch = parts.tokenizer.encode([text for text in tiny.TEXTS if text])
