@@ -19,8 +19,8 @@ _MEMORY_S = 10.0  # a worker's seconds by which what was measured before has los
 
 
 def admit(state: State) -> None:
-    """Raise unless an engine in this state takes requests."""
-    if state == "ready":
+    """Raise unless an engine in this state runs requests. While it drains it does: those were let in before."""
+    if state in ("ready", "draining"):
         return
     if state == "starting":
         raise NotReady("The model is still loading.", retry_after=5)

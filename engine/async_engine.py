@@ -76,7 +76,7 @@ class AsyncEngine:
         await self.core.start()
 
     def drain(self) -> None:
-        """Refuse new work with Draining; accepted work goes on."""
+        """Let `state` say that no more are to be let in. What comes all the same is run until `stop`."""
         self.core.drain()
 
     async def stop(self, timeout: float) -> bool:

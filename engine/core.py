@@ -124,7 +124,7 @@ class Core:
             self._admission.tokens_per_second = known or count * length / (time.perf_counter() - start)
 
     def drain(self) -> None:
-        """Refuse new work with Draining; accepted work goes on."""
+        """Let `state` say that no more are to be let in. What comes all the same is run until `stop`."""
         if self.state in ("starting", "ready"):
             self.state = "draining"
 
@@ -132,10 +132,15 @@ class Core:
         """Drain, wait up to `timeout` s for accepted work, then end the workers. True if all of it was answered."""
         self.drain()
         try:
-            await asyncio.wait_for(self._pending.all_answered.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                while not self._pending.all_answered.is_set():
+                    await self._pending.all_answered.wait()
             finished = True
         except TimeoutError:
             finished = False
+        if self.state != "dead":
+            self.state = "stopped"  # before the workers are: nothing comes in behind the last answer
+        if not finished:
             self._pending.reject_all(
                 lambda: Draining("The server stopped before this request could be finished.")
             )
@@ -143,8 +148,6 @@ class Core:
             await self._fleet.end()
         if self._roster is not None:
             self._roster.close()
-        if self.state != "dead":
-            self.state = "stopped"
         return finished
 
     async def died(self) -> None:

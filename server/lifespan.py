@@ -17,11 +17,15 @@ from carpool.server.app import make_app
 from carpool.server.config import ServerConfig
 from carpool.server.doors import opened, serving, url
 from carpool.server.fronts import Fronts, fronts
+from carpool.server.keys import METRICS
 
 if TYPE_CHECKING:
     from carpool.engine.async_engine import AsyncEngine
+    from carpool.server.metrics import Metrics
 
 log = structlog.get_logger()
+
+LOOK_SECONDS = 0.05  # between two looks at whether all are answered
 
 
 async def serve(config: ServerConfig, engine: AsyncEngine) -> bool:
@@ -50,9 +54,22 @@ async def serve(config: ServerConfig, engine: AsyncEngine) -> bool:
             return False
         death.cancel()
         log.info("draining", signal=stop.result().name, waiting_sequences=engine.waiting_sequences)
-        if not await engine.stop(config.shutdown_timeout):
+        if not await _finished(front, engine, config.shutdown_timeout):
             log.warning("stopped with work unfinished", shutdown_timeout=config.shutdown_timeout)
         return True
+
+
+async def _finished(front: _Single | Fronts, engine: AsyncEngine, timeout: float) -> bool:
+    """Let nobody in any more, and wait for all who are: from a body on its way to an answer that its client still takes.
+
+    True if that took no longer than `timeout` seconds.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + timeout
+    engine.drain()
+    while (running := await front.running()) and (left := end - loop.time()) > 0:
+        await asyncio.sleep(min(LOOK_SECONDS, left))
+    return await engine.stop(max(0.0, end - loop.time())) and not running
 
 
 def _stop_signal() -> asyncio.Future[signal.Signals]:
@@ -80,11 +97,16 @@ def _stop_signal() -> asyncio.Future[signal.Signals]:
 class _Single:
     """This process is its own front."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, metrics: Metrics) -> None:
         self.url = url
+        self._metrics = metrics
 
     async def ready(self) -> None:
         """It is, once the engine has loaded."""
+
+    async def running(self) -> int:
+        """Requests to the model that are being answered."""
+        return self._metrics.running
 
 
 @asynccontextmanager
@@ -93,8 +115,9 @@ async def _front(config: ServerConfig, engine: AsyncEngine) -> AsyncIterator[_Si
     sockets = await opened(config)
     try:
         if config.api_workers == 1:
-            async with serving(config, make_app(config, engine), sockets):
-                yield _Single(url(config, sockets))
+            app = make_app(config, engine)
+            async with serving(config, app, sockets):
+                yield _Single(url(config, sockets), app[METRICS])
         else:
             async with fronts(config, engine, sockets) as several:
                 yield several

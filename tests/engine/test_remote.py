@@ -326,18 +326,21 @@ async def test_a_lost_worker_is_the_end_for_fronts_too() -> None:
         assert s.fronts[0].state == "dead"
 
 
-async def test_draining_is_heard_of_and_what_was_accepted_is_answered() -> None:
+async def test_draining_is_heard_of_and_all_that_was_let_in_is_answered() -> None:
     async with scene() as s:
         with s.busy():
             accepted = s.ask([1])
             await until(lambda: s.pending == 1)
             s.local.drain()
-            with pytest.raises(Draining):
-                await s.ask([3])  # the front has not heard of it yet
+            late = s.ask([3])  # the front has not heard of it yet
             await until(lambda: s.fronts[0].state == "draining")
-            with pytest.raises(Draining):
-                await s.ask([2])
-        assert (await accepted).rows[0].tolist() == [1, 1]
+            later = s.ask([2])  # its body was on its way
+            await until(lambda: s.pending == 3)
+        assert [(await one).rows[0].tolist() for one in (accepted, late, later)] == [[1, 1], [1, 3], [1, 2]]
+        assert await s.local.stop(5) is True
+        await until(lambda: s.fronts[0].state == "stopped")
+        with pytest.raises(Draining):
+            await s.ask([4])
 
 
 async def test_a_front_is_not_ready_before_the_engine_is() -> None:

@@ -14,6 +14,7 @@ from carpool.engine import parcel
 from carpool.engine.errors import EngineDead
 from carpool.server import fronts, lifespan
 from carpool.server.config import ServerConfig
+from carpool.server.counts import Counts
 from fakes import FakeEngine
 
 
@@ -25,6 +26,7 @@ class FakeGate:
 
     def __init__(self, *_: Any) -> None:
         self.given = b""
+        self.told = 0
 
     async def open(self, connection: Any) -> None:
         connection.close()
@@ -36,12 +38,17 @@ class FakeGate:
 
     def leave(self) -> None: ...
 
+    def tell(self) -> None:
+        self.told += 1
+
     def close(self) -> None: ...
 
     async def ask(self, question: str) -> bytes:
-        assert question == "ready"
         if self.answer:
             raise self.answer
+        if question == "counts":
+            return Counts(running=3 if self.told else 0).encode()
+        assert question == "ready"
         return b""
 
 
@@ -139,6 +146,14 @@ async def test_it_is_not_ready_before_one_of_them_serves(
     monkeypatch.setattr(FakeGate, "answer", None)
     await two._greet(FakeGate(), b"parcel")  # type: ignore[arg-type]
     assert await passes_in(5, ready)
+
+
+async def test_what_is_running_is_what_they_count_once_they_know_how_the_engine_is(
+    two: fronts.Fronts,
+) -> None:
+    two.start()
+    assert await passes_in(5, two.ready())
+    assert await two.running() == 6
 
 
 async def test_a_signal_is_heard_while_no_front_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:

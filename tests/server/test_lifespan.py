@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import select
 import signal
@@ -20,7 +21,7 @@ from aiohttp import ClientError, ClientSession, UnixConnector
 from structlog.testing import capture_logs
 
 from carpool.engine.errors import ConfigError
-from carpool.server import doors, lifespan, tls
+from carpool.server import doors, http, lifespan, tls
 from carpool.server.config import ServerConfig
 from certificates import make_certificate, needs_openssl, trusting
 from fakes import FakeEngine
@@ -144,6 +145,79 @@ async def test_work_that_takes_too_long_is_left_and_said_so() -> None:
             assert await life is True
         assert "stopped with work unfinished" in [line["event"] for line in lines]
         await stuck
+
+
+@asynccontextmanager
+async def asking(
+    served: Served, body: bytes
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """The head of a request with this body is sent, and nobody reads much of the answer ahead."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.port, limit=1 << 14)
+    head = f"POST {EMBEDDINGS} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+    writer.write(head.encode())
+    yield reader, writer
+    writer.close()
+
+
+async def loaded(served: Served) -> int:
+    count: int = (await served.get("/load")).json["server_load"]
+    return count
+
+
+async def test_a_request_whose_body_is_on_its_way_is_answered() -> None:
+    engine, body = FakeEngine(), b'{"input": "a"}'
+    async with alive(local(), engine) as (served, life):
+        await until(lambda: engine.state == "ready")
+        async with asking(served, body) as (reader, writer):
+            writer.write(body[:5])
+            while await loaded(served) != 1:
+                await asyncio.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+            await until(lambda: engine.state == "draining")
+            await asyncio.sleep(3 * lifespan.LOOK_SECONDS)
+            writer.write(body[5:])
+            assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+        assert await life is True
+
+
+async def test_a_large_answer_is_sent_for_as_long_as_its_client_takes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http, "FLUSH_SECONDS", 0.05)
+    engine, body = FakeEngine(), json.dumps({"input": ["a"] * 50_000}).encode()
+    async with alive(local(), engine) as (served, life):
+        await until(lambda: engine.state == "ready")
+        async with asking(served, body) as (reader, writer):
+            writer.write(body)
+            last = await reader.readline()
+            os.kill(os.getpid(), signal.SIGTERM)
+            await until(lambda: engine.state == "draining")
+            await asyncio.sleep(0.3)
+            assert not life.done()
+            async with asyncio.timeout(20):
+                while piece := await reader.read(1 << 16):
+                    last = (last + piece)[-5:]
+                    if last == b"0\r\n\r\n":
+                        break
+            assert last == b"0\r\n\r\n", "its end"
+        assert await life is True
+
+
+async def test_who_takes_nothing_of_an_answer_is_waited_for_no_longer_than_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http, "FLUSH_SECONDS", 0.05)
+    engine, body = FakeEngine(), json.dumps({"input": ["a"] * 50_000}).encode()
+    async with alive(local(shutdown_timeout=0.2), engine) as (served, life):
+        await until(lambda: engine.state == "ready")
+        async with asking(served, body) as (reader, writer):
+            writer.write(body)
+            await reader.readline()
+            with capture_logs() as lines:
+                os.kill(os.getpid(), signal.SIGTERM)
+                async with asyncio.timeout(5):
+                    assert await life is True
+        assert "stopped with work unfinished" in [line["event"] for line in lines]
 
 
 async def test_the_death_of_the_engine_ends_the_server() -> None:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from carpool.engine.changes import Change
 from carpool.engine.errors import (
-    Draining,
     EmptyInput,
     EngineError,
     InputTooLong,
@@ -191,8 +190,6 @@ class FakeEngine:
         *,
         task: Task | tuple[Task, ...] = "embed",
     ) -> PoolingResult:
-        if self.state == "draining":
-            raise Draining("The engine is shutting down.")
         tasks = task if isinstance(task, tuple) else (task,)
         assert self.model.tasks.issuperset(tasks)
         self.calls.append(
