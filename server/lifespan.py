@@ -60,14 +60,14 @@ async def serve(config: ServerConfig, engine: AsyncEngine) -> bool:
 
 
 async def _finished(front: _Single | Fronts, engine: AsyncEngine, timeout: float) -> bool:
-    """Let nobody in any more, and wait for all who are: from a body on its way to an answer that its client still takes.
+    """Let nobody in any more, and wait for all who are, from a body on its way to an answer that is still taken.
 
     True if that took no longer than `timeout` seconds.
     """
     loop = asyncio.get_running_loop()
     end = loop.time() + timeout
     engine.drain()
-    while (running := await front.running()) and (left := end - loop.time()) > 0:
+    while (running := await front.running()) and (left := end - loop.time()) > 0:  # noqa: ASYNC110  # other processes count, too
         await asyncio.sleep(min(LOOK_SECONDS, left))
     return await engine.stop(max(0.0, end - loop.time())) and not running
 

@@ -1085,7 +1085,7 @@ async def test_a_model_that_cannot_run_a_single_batch_is_refused_at_start(how: s
 
 
 async def test_a_stop_finishes_what_was_let_in_and_then_takes_no_more() -> None:
-    """Who lets requests in sees from the state when to let in no more: not all that were have come to the engine yet."""
+    """Who lets requests in sees from the state when to stop that; not all that are in have come to the engine yet."""
     async with scene() as s:
         first = await s.occupy()
         waiting = s.ask(*[[i] * 30 for i in range(5)])
