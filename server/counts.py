@@ -34,13 +34,15 @@ class Counts(Struct, frozen=True):
     """Of one process, or the sum over several."""
 
     running: int = 0  # requests to the model under way
+    inside: int = 0  # requests of every kind
     samples: list[Sample] = []
 
     @classmethod
-    def of(cls, running: int, families: Iterable[Metric]) -> Counts:
+    def of(cls, running: int, inside: int, families: Iterable[Metric]) -> Counts:
         """Those of `families` whose sum over processes says something: one gauge, and nothing of the process itself."""
         return cls(
             running,
+            inside,
             [
                 Sample(family.name, sample.name, sample.labels, sample.value)
                 for family in families
@@ -52,7 +54,7 @@ class Counts(Struct, frozen=True):
 
     def ended(self) -> Counts:
         """What is left of those of a process that has gone: nothing is under way there."""
-        return Counts(0, [sample for sample in self.samples if sample.family != RUNNING])
+        return Counts(samples=[sample for sample in self.samples if sample.family != RUNNING])
 
     def encode(self) -> bytes:
         return msgpack.encode(self)
@@ -69,7 +71,11 @@ class Counts(Struct, frozen=True):
             for sample in counts.samples:
                 before = sums[sample.series].value if sample.series in sums else 0.0
                 sums[sample.series] = Sample(sample.family, sample.name, sample.labels, before + sample.value)
-        return Counts(sum(counts.running for counts in everyone), list(sums.values()))
+        running, inside = (
+            sum(counts.running for counts in everyone),
+            sum(counts.inside for counts in everyone),
+        )
+        return Counts(running, inside, list(sums.values()))
 
 
 class Whole(Collector):
@@ -82,7 +88,7 @@ class Whole(Collector):
     def collect(self) -> Iterable[Metric]:
         families = list(self._registry.collect())
         summed: dict[str, list[LibrarySample]] = {}
-        for sample in Counts.of(0, families).plus(self._others).samples:
+        for sample in Counts.of(0, 0, families).plus(self._others).samples:
             samples = summed.setdefault(sample.family, [])
             samples.append(LibrarySample(sample.name, sample.labels, sample.value))
         for family in families:

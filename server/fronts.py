@@ -78,11 +78,11 @@ class Fronts:
         await asyncio.gather(*(self._greet(gate, self._parcel) for gate in self._gates))
         await self._serving.wait()
 
-    async def running(self) -> int:
-        """Requests to the model that they are answering. All know by then how the engine is."""
+    async def inside(self) -> int:
+        """Requests that are under way in any of them. All know by then how the engine is."""
         for gate in self._gates:
             gate.tell()
-        return sum(counts.running for counts in await self._counts())
+        return sum(counts.inside for counts in await self._counts())
 
     async def stop(self) -> None:
         """Have them send what is left to send, and end; those that do not are killed."""
@@ -174,7 +174,7 @@ class Fronts:
             case "metrics":
                 return self._metrics.text(await self._counts())
             case "load":
-                return str(await self.running()).encode()
+                return str(sum(counts.running for counts in await self._counts())).encode()
         await self._change(changes.read(question))
         return b""
 

@@ -119,7 +119,7 @@ class Connection(RequestHandler):
                     payload.set_exception(web.RequestPayloadError("broken framing"))
 
     def resume_reading(self, resume_parser: bool = True) -> None:
-        """aiohttp says so after every read, and feeds its parser nothing; only what was paused has anything left."""
+        """aiohttp says so after every read, and feeds its parser nothing: `finish_response` does where it matters."""
         if self._reading_paused:
             super().resume_reading(resume_parser)
 
@@ -149,6 +149,10 @@ class Connection(RequestHandler):
         What nobody has read of a body it reads away, for a sender that is to see its answer. Of a compressed one that
         would be unpacked, for seconds without a pause: kilobytes can stand for gigabytes. It is dropped as it comes.
         """
+        if self._messages and not self._reading_paused:
+            # More was sent at once, and the parser may hold some of it back: it miscounts those that it is ahead once
+            # a body has come after its request was taken.
+            self.data_received(b"")
         if isinstance(resp, web.HTTPException):
             resp = refuse_malformed(self._app, resp)
         if not request.content.is_eof():
@@ -169,6 +173,7 @@ class Server(web.Server):
         handle: Any = self._take
         super().__init__(handle, request_factory=app._make_request, **options)
         self.app = app
+        self._metrics = app[METRICS]
         self._found: dict[tuple[str, str], web.UrlMappingMatchInfo] = {}
         for route in app[ROUTE_TAKEN]:
             if isinstance(route.resource, web.PlainResource):
@@ -179,11 +184,24 @@ class Server(web.Server):
         return Connection(self, loop=self._loop, **self._kwargs)
 
     async def _take(self, request: web.Request) -> web.StreamResponse:
-        found = self._found.get((request.method, request.raw_path))
-        if found is None or "Expect" in request.headers:
-            return await self.app._handle(request)
-        request._match_info = found
-        return await front_door(request, found.handler)
+        self._metrics.inside += 1
+        try:
+            found = self._found.get((request.method, request.raw_path))
+            if found is None or "Expect" in request.headers:
+                return await self.app._handle(request)
+            request._match_info = found
+            return await front_door(request, found.handler)
+        finally:
+            self._metrics.inside -= 1
+
+    async def shutdown(self, timeout: float | None = None) -> None:
+        """Closing a transport begins to send what is left in it. That, too, is to reach its client."""
+        transports = list(self._connections.values())
+        await super().shutdown(timeout)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + FLUSH_SECONDS
+        while any(left.get_write_buffer_size() for left in transports) and loop.time() < end:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 def _found(app: web.Application, route: web.AbstractRoute) -> web.UrlMappingMatchInfo:

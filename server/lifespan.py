@@ -67,9 +67,9 @@ async def _finished(front: _Single | Fronts, engine: AsyncEngine, timeout: float
     loop = asyncio.get_running_loop()
     end = loop.time() + timeout
     engine.drain()
-    while (running := await front.running()) and (left := end - loop.time()) > 0:  # noqa: ASYNC110  # other processes count, too
+    while (inside := await front.inside()) and (left := end - loop.time()) > 0:  # noqa: ASYNC110  # other processes count, too
         await asyncio.sleep(min(LOOK_SECONDS, left))
-    return await engine.stop(max(0.0, end - loop.time())) and not running
+    return await engine.stop(max(0.0, end - loop.time())) and not inside
 
 
 def _stop_signal() -> asyncio.Future[signal.Signals]:
@@ -104,9 +104,9 @@ class _Single:
     async def ready(self) -> None:
         """It is, once the engine has loaded."""
 
-    async def running(self) -> int:
-        """Requests to the model that are being answered."""
-        return self._metrics.running
+    async def inside(self) -> int:
+        """Requests that are under way."""
+        return self._metrics.inside
 
 
 @asynccontextmanager

@@ -150,6 +150,7 @@ class Metrics:
     ) -> None:
         """`ask` the engine's process, if this is another: it has the counts of all."""
         self.running = 0  # requests to the model that are under way; /load tells
+        self.inside = 0  # requests of every kind that are under way
         self._ask = ask
         self._model = model_name
         self._registry = registry = CollectorRegistry()
@@ -242,4 +243,4 @@ class Metrics:
 
     def counts(self) -> Counts:
         """What this process has counted."""
-        return Counts.of(self.running, self._registry.collect())
+        return Counts.of(self.running, self.inside, self._registry.collect())

@@ -47,7 +47,7 @@ class FakeGate:
         if self.answer:
             raise self.answer
         if question == "counts":
-            return Counts(running=3 if self.told else 0).encode()
+            return Counts(inside=3 if self.told else 0).encode()
         assert question == "ready"
         return b""
 
@@ -148,12 +148,12 @@ async def test_it_is_not_ready_before_one_of_them_serves(
     assert await passes_in(5, ready)
 
 
-async def test_what_is_running_is_what_they_count_once_they_know_how_the_engine_is(
+async def test_who_is_inside_is_what_they_count_once_they_know_how_the_engine_is(
     two: fronts.Fronts,
 ) -> None:
     two.start()
     assert await passes_in(5, two.ready())
-    assert await two.running() == 6
+    assert await two.inside() == 6
 
 
 async def test_a_signal_is_heard_while_no_front_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:

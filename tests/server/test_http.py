@@ -7,6 +7,9 @@ import gzip
 import re
 import socket
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from aiohttp.web_protocol import MAX_MSG_QUEUE_SIZE
@@ -159,6 +162,36 @@ async def test_more_pipelined_requests_than_are_read_ahead_are_all_answered(serv
     writer.close()
     assert answers.count(b"HTTP/1.1 200 OK") == many + 1
     assert re.findall(rb"X-Request-Id: no-(\d+)\r\n", answers) == [b"%d" % number for number in range(many)]
+
+
+async def test_pipelined_requests_are_all_answered_behind_one_whose_body_came_apart(served: Served) -> None:
+    """aiohttp's parser then takes one for read ahead that is not, and stops where it takes no notice of that."""
+    many = 2 * MAX_MSG_QUEUE_SIZE
+    head = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY)
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+    async with asyncio.timeout(20):
+        writer.write(head)
+        while (await served.get("/load")).json != {"server_load": 1}:
+            await asyncio.sleep(0.01)
+        writer.write(BODY)
+        await reader.readuntil(b"}")
+        writer.write((head + BODY) * many)
+        found = b""
+        while found.count(b"HTTP/1.1 200 OK") < many:
+            found += await reader.read(1 << 16)
+    writer.close()
+
+
+async def test_what_is_left_of_answers_leaves_before_the_server_is_down() -> None:
+    """A transport that is closed sends it later, and with the event loop's end nobody would."""
+    left = [3, 2, 1, 0]
+    transport: Any = SimpleNamespace(get_write_buffer_size=lambda: left.pop(0) if len(left) > 1 else 0)
+    connection: Any = Mock(shutdown=AsyncMock())
+    app = make_app(ServerConfig(), FakeEngine())  # type: ignore[arg-type]  # the same face
+    server = http.Server(app)
+    server._connections[connection] = transport
+    await server.shutdown(0.1)
+    assert left == [0]
 
 
 # For an answer that fills every buffer on the way: a vector for each of 100,000 tokens, 9 MB.

@@ -180,6 +180,29 @@ async def test_a_request_whose_body_is_on_its_way_is_answered() -> None:
         assert await life is True
 
 
+async def test_a_request_that_does_not_need_the_model_is_answered_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http, "FLUSH_SECONDS", 0.05)
+    begun = asyncio.Event()
+    engine = FakeEngine()
+    tokenize = engine.tokenize
+
+    async def slow(*args: Any) -> list[list[int]]:
+        begun.set()
+        await asyncio.sleep(0.4)
+        return await tokenize(*args)
+
+    monkeypatch.setattr(engine, "tokenize", slow)
+    async with alive(local(), engine) as (served, life):
+        await until(lambda: engine.state == "ready")
+        asked = asyncio.create_task(served.post("/tokenize", {"prompt": "a"}))
+        await begun.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (await asked).status == 200
+        assert await life is True
+
+
 async def test_a_large_answer_is_sent_for_as_long_as_its_client_takes_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
