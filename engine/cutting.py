@@ -62,6 +62,14 @@ def cut_pair(first: list[int], second: list[int], room: int, side: Side) -> tupl
     return cut(first, keep_first, side), cut(second, keep_second, side)
 
 
+def halved_unevenly(first: list[int], second: list[int], room: int) -> bool:
+    """Whether `cut_pair` leaves each side half of the room, and an odd token to the longer one, both being beyond it.
+
+    How far beyond matters for nothing else.
+    """
+    return room % 2 == 1 and min(len(first), len(second)) > room
+
+
 def cut_second(first: list[int], second: list[int], room: int, side: Side) -> tuple[list[int], list[int]]:
     """The second side only, as the tokenizers library's only_second does.
 
@@ -70,8 +78,8 @@ def cut_second(first: list[int], second: list[int], room: int, side: Side) -> tu
     if len(first) + len(second) > room and len(first) >= room:
         raise InvalidParameter(
             f"truncate_prompt_tokens leaves room for {room} tokens of a query and a document, and where "
-            f"max_tokens_per_doc is set only the document is cut: the query alone has {len(first)}. Please set "
-            "max_tokens_per_query as well.",
+            f"max_tokens_per_doc is set only the document is cut: the query alone has at least {len(first)}. "
+            "Please set max_tokens_per_query as well.",
             "truncate_prompt_tokens",
         )
     return first, cut(second, room - len(first), side)
@@ -95,7 +103,7 @@ def give_way(
     if excess > 0:
         raise InvalidParameter(
             f"truncate_prompt_tokens {limit} leaves no room for a query and a document: the model's prompt around them "
-            f"alone has {limit + excess} tokens.",
+            f"alone has at least {limit + excess} tokens.",
             "truncate_prompt_tokens",
         )
     return parts

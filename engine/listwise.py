@@ -11,7 +11,7 @@ Prompt, limits and arithmetic are the published code's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from carpool.engine.bounds import check_text
 from carpool.engine.errors import InferenceFailed, InputTooLong, InvalidInput, InvalidParameter
 from carpool.engine.framed import Framed
 from carpool.engine.params import Task
@@ -147,14 +148,15 @@ class Listwise:
     def _cut(self, texts: list[str], limits: list[int], field: str) -> list[str]:
         """The texts, each with as many of its tokens as it may have."""
         try:
-            lengths = self._lengths(texts)
-        except InvalidInput as error:  # not text at all
+            check_text(texts)
+        except InvalidInput as error:
             error.param = (error.param or "").replace("input", field) or None
             raise
-        return [
-            text if length <= limit else self.tokenizer.shorten([text], limit)[0]
-            for text, length, limit in zip(texts, lengths, limits, strict=True)
-        ]
+        cut: dict[int, Iterator[str]] = {}
+        for limit in set(limits):
+            alike = [text for text, own in zip(texts, limits, strict=True) if own == limit]
+            cut[limit] = iter(self.tokenizer.shorten(alike, limit))
+        return [next(cut[limit]) for limit in limits]
 
     def _around(self, queries: list[str], instruction: str) -> tuple[list[int], int]:
         """Tokens of a prompt without a document, for each query; and those around a document."""

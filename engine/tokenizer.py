@@ -1,20 +1,21 @@
 """Tokenizer: text to ids and back. One object for all threads; it is never changed after load.
 
-Setting truncation on a shared `tokenizers.Tokenizer` for one request would race with the others, so text is
-tokenised whole and the ids are cut here, sparing the special tokens as the library itself would.
+Setting truncation on a shared `tokenizers.Tokenizer` for one request would race with the others, so the ids are cut
+here, sparing the special tokens as the library itself would. A text far longer than what is kept of it is read no
+further than that takes: see `_begun`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import tokenizers
 
 from carpool.engine.affixes import NONE, Affixes
 from carpool.engine.bounds import check_lengths, check_text, check_vocabulary
-from carpool.engine.cutting import cut, cut_length, cut_pair, cut_second, give_way, head
+from carpool.engine.cutting import cut, cut_length, cut_pair, cut_second, give_way, halved_unevenly, head
 from carpool.engine.errors import ConfigError, InvalidInput, InvalidParameter
 from carpool.engine.framed import Framed
 from carpool.engine.late_interaction import LateInteraction, Role, RoleText
@@ -27,6 +28,12 @@ from carpool.engine.words import Words
 
 if TYPE_CHECKING:
     from carpool.engine.preparation import Prompts
+
+Read = TypeVar("Read", bound=Sized)  # what is made of a text, of as many parts as it has tokens
+
+_FIRST_LOOK = 8  # characters a token that are read at first; some four are common
+_FURTHER = 8  # times as many, each time that too few tokens came of them
+_SEAM = 64  # tokens at the end of a text's beginning that may be others in the whole text
 
 
 class Tokenizer:
@@ -65,8 +72,9 @@ class Tokenizer:
         self._leaves_out_prompts = leaves_out_prompts
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self._words = Words(backend, vocabulary) if Words.fits(backend) else None
-        # No token stands for more characters than the longest entry does.
-        self._longest_token = max(map(len, vocabulary), default=1)
+        # An added token may hold blanks: where a beginning ends in one, that comes apart into its bytes at most.
+        added = backend.get_added_tokens_decoder().values()
+        self._seam = max([_SEAM, *(len(token.content.encode()) for token in added)])
         # Tokens may have been added after the model was made: text can then name rows that it does not have.
         self._exceeds_model = max(vocabulary.values(), default=0) >= vocab_size
 
@@ -148,17 +156,50 @@ class Tokenizer:
         return whole
 
     def shorten(self, texts: list[str], limit: int) -> list[str]:
-        """Each text cut, between characters, so that it has at most `limit` tokens (special ones not counted)."""
+        """Each text cut, between characters, so that it has at most `limit` tokens (special ones not counted).
+
+        What is cut comes in lower case, where the model wants that: it has its tokens of it.
+        """
         check_text(texts)
-        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+        own = [text.lower() for text in texts] if self._lowercase else texts
+        begun, encodings = self._begun(
+            own, limit, lambda heads: self._backend.encode_batch(heads, add_special_tokens=False)
+        )
         short = list(texts)
-        for i, encoding in enumerate(encodings):
+        for i, (beginning, encoding) in enumerate(zip(begun, encodings, strict=True)):
             # Cut in the middle of a word, or of a character of several tokens, the rest may be split anew.
-            while len(encoding.ids) > limit:
-                end = min(encoding.offsets[limit - 1][1], encoding.offsets[limit][0], len(short[i]) - 1)
-                short[i] = short[i][:end]
-                encoding = self._backend.encode(short[i], add_special_tokens=False)
+            while len(encoding) > limit:
+                end = min(encoding.offsets[limit - 1][1], encoding.offsets[limit][0], len(beginning) - 1)
+                short[i] = beginning = beginning[:end]
+                encoding = self._backend.encode(beginning, add_special_tokens=False)
         return short
+
+    def _begun(
+        self, texts: list[str], enough: int | None, read: Callable[[list[str]], Seq[Read]]
+    ) -> tuple[list[str], Seq[Read]]:
+        """A beginning of each text that has more than `enough` tokens, or the whole; and what `read` makes of it.
+
+        A text far beyond what is asked of it would cost seconds and gigabytes. It is read up to the end of a word,
+        and up to one far behind that where few tokens come of it (blanks, long words that become one unknown token).
+        All tokens of a beginning are the whole text's first, but for the last `_seam`. `enough` None: all is read.
+        """
+        if enough is None:
+            return texts, read(texts)
+        wanted = enough + 1 + self._seam
+        most = wanted * _FIRST_LOOK
+        if max(map(len, texts), default=0) <= most:
+            return texts, read(texts)
+        check_text(texts)  # in full: what is not text is refused, also where nobody would have looked
+        begun = [head(text, most) for text in texts]
+        found = list(read(begun))
+        while few := [
+            i for i, text in enumerate(texts) if len(found[i]) < wanted and len(begun[i]) < len(text)
+        ]:
+            most *= _FURTHER
+            further = [head(texts[i], most) for i in few]
+            for i, beginning, tokens in zip(few, further, read(further), strict=True):
+                begun[i], found[i] = beginning, tokens
+        return begun, found
 
     def ids_of(self, words: Seq[str]) -> list[int]:
         """The id of each word, which must be one token."""
@@ -182,9 +223,10 @@ class Tokenizer:
         if prompts and isinstance(prompts[0], RoleText):
             batch, unseen = self._encode_roles(cast("list[RoleText]", prompts), params, limit, longest)
         elif prompts and isinstance(prompts[0], tuple):
-            batch, type_starts = self._encode_pairs(cast("list[tuple[str, str]]", prompts), params, limit)
+            pairs = cast("list[tuple[str, str]]", prompts)
+            batch, type_starts = self._encode_pairs(pairs, params, limit, longest)
         elif prompts and isinstance(prompts[0], Framed):
-            batch = self._encode_framed(prompts, params, limit)
+            batch = self._encode_framed(prompts, params, limit, longest)
         elif prompts and isinstance(prompts[0], str):
             batch = self._encode_enough(prompts, params, limit, longest)
             if limit is not None:
@@ -206,28 +248,16 @@ class Tokenizer:
     def _encode_enough(
         self, texts: list[str], params: TokenizationParams, limit: int | None, longest: int | None
     ) -> list[list[int]]:
-        """Ids of each text; of a hopelessly long one only as many as decide what happens to it.
+        """Ids of each text; of a hopelessly long one only as many as decide what happens to it."""
+        enough = self._enough(params, limit, longest)
+        _, batch = self._begun(texts, enough, lambda begun: self.encode(begun, params.add_special_tokens))
+        return list(batch)
 
-        A text far beyond what the model takes would cost seconds. Its beginning decides: more tokens there than
-        the limit are too many, or, cut on the right, all that is kept. Only when the beginning holds few tokens
-        (blanks, long words that become one unknown token) is the rest looked at.
-        """
-        if longest is None:
-            return self.encode(texts, params.add_special_tokens)
-        enough = (limit or longest) + 1
+    def _enough(self, params: TokenizationParams, limit: int | None, longest: int | None) -> int | None:
+        """How many tokens decide what happens to a text: where its beginning has more they are too many, or, cut on the
+        right, all that is kept. None: it has to be read to its end."""
         keeps_end = limit is not None and (params.truncation_side or self._side) == "left"
-        most = (enough + 64) * self._longest_token
-        if keeps_end or max(map(len, texts)) <= most:
-            return self.encode(texts, params.add_special_tokens)
-        check_text(texts)  # in full: what is not text is refused, also where nobody would have looked
-        heads = [head(text, most) for text in texts]
-        batch = self.encode(heads, params.add_special_tokens)
-        short = [i for i, ids in enumerate(batch) if len(ids) < enough and len(heads[i]) < len(texts[i])]
-        if short:
-            in_full = self.encode([texts[i] for i in short], params.add_special_tokens)
-            for i, ids in zip(short, in_full, strict=True):
-                batch[i] = ids
-        return batch
+        return None if keeps_end else limit or longest
 
     def _truncate_text(self, ids: list[int], limit: int, params: TokenizationParams) -> list[int]:
         """To `limit` ids: sparing the special tokens by default, blindly when the caller chose a side."""
@@ -253,7 +283,7 @@ class Tokenizer:
         return batch, unseen
 
     def _encode_pairs(
-        self, pairs: list[tuple[str, str]], params: TokenizationParams, limit: int | None
+        self, pairs: list[tuple[str, str]], params: TokenizationParams, limit: int | None, longest: int | None
     ) -> tuple[list[list[int]], list[int | None]]:
         """Each pair as one prompt with the tokenizer's own separators, and where its type 1 begins.
 
@@ -261,15 +291,20 @@ class Tokenizer:
         of their own, at the document.
         """
         shorter = cut_second if params.max_tokens_per_doc else cut_pair
-        ids = self._encode_distinct(text for pair in pairs for text in pair)
+        ids, begun = self._encode_distinct(
+            (text for pair in pairs for text in pair), self._enough(params, limit, longest)
+        )
         batch: list[list[int]] = []
         starts: list[int | None] = []
         for query, document in pairs:
-            first, second = ids[query], ids[document]
             # As transformers has it: no text, no pair.
             around = self._pair_affixes if document else self._affixes
+            first, second = ids[query], ids[document]
             if limit is not None and params.truncation_side is None and len(around) <= limit:
-                first, second = shorter(first, second, limit - len(around), self._side)
+                room = limit - len(around)
+                if shorter is cut_pair and halved_unevenly(first, second, room):
+                    first, second = self._compared(query, document, ids, begun)
+                first, second = shorter(first, second, room, self._side)
             whole = [*around.prefix, *first, *around.middle, *second, *around.suffix]
             start = len(whole)
             if self._type_offset is not None and document:
@@ -284,10 +319,11 @@ class Tokenizer:
         return batch, starts
 
     def _encode_framed(
-        self, prompts: list[Framed], params: TokenizationParams, limit: int | None
+        self, prompts: list[Framed], params: TokenizationParams, limit: int | None, longest: int | None
     ) -> list[list[int]]:
         """Each prompt, its parts tokenised one by one, joined, and cut where it may be."""
-        ids = self._encode_distinct(text for prompt in prompts for text in (*prompt.parts, prompt.tail))
+        texts = (text for prompt in prompts for text in (*prompt.parts, prompt.tail))
+        ids, _ = self._encode_distinct(texts, self._enough(params, limit, longest))
         batch = []
         for prompt in prompts:
             around = self._affixes if prompt.specials else NONE
@@ -298,10 +334,37 @@ class Tokenizer:
             batch.append(whole if limit is None else cut(whole, limit, "left"))
         return batch
 
-    def _encode_distinct(self, texts: Iterable[str]) -> dict[str, list[int]]:
-        """Ids of each text by itself, tokenised once however often it comes: a query meets many documents."""
+    def _encode_distinct(
+        self, texts: Iterable[str], enough: int | None
+    ) -> tuple[dict[str, list[int]], set[str]]:
+        """Ids of each text by itself, tokenised once however often it comes: a query meets many documents.
+
+        Of the texts in the set they are only the first, but more than `enough`.
+        """
         distinct = list(dict.fromkeys(texts))
-        return dict(zip(distinct, self.encode(distinct, add_special_tokens=False), strict=True))
+        beginnings, batch = self._begun(distinct, enough, lambda begun: self.encode(begun, False))
+        begun = {text for text, own in zip(distinct, beginnings, strict=True) if len(own) < len(text)}
+        ids = {
+            text: own[: -self._seam] if text in begun else own
+            for text, own in zip(distinct, batch, strict=True)
+        }
+        return ids, begun
+
+    def _compared(
+        self, first: str, second: str, ids: dict[str, list[int]], begun: set[str]
+    ) -> tuple[list[int], list[int]]:
+        """Ids of both, as many as tell which has more; `ids` and `begun`, from `_encode_distinct`, are kept up."""
+        if min(first, second, key=lambda text: len(ids[text])) in begun:
+            short, long = sorted((first, second), key=len)
+            if short in begun:
+                ids[short] = self.encode([short], False)[0]
+                begun.discard(short)
+            if long in begun and len(ids[long]) <= len(ids[short]):
+                further, still_begun = self._encode_distinct([long], len(ids[short]))
+                ids.update(further)
+                begun.discard(long)
+                begun |= still_begun
+        return ids[first], ids[second]
 
     def _prompt_tokens(self, params: TokenizationParams) -> int:
         """How many tokens at the beginning are not pooled: the prompt's and those that the tokenizer puts before it."""

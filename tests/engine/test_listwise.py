@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+import tiny
 import tiny_heads
 from carpool.engine.build import build
 from carpool.engine.config import EngineConfig
@@ -24,6 +25,7 @@ from carpool.engine.errors import ConfigError, InferenceFailed, InputTooLong, In
 from carpool.engine.framed import Framed
 from carpool.engine.listwise import ListPlan, Listwise, blocks, list_scores
 from carpool.engine.llm import LLM
+from carpool.engine.tokenizer import Tokenizer
 from zoo import rerankers as zoo
 
 Ids = list[int]
@@ -255,6 +257,32 @@ def test_a_document_alone_is_cut_to_the_prompt_that_it_has(jina: Served) -> None
     room = len(jina.published.prompt(QUERY, [""])) + 30
     (ids,), _ = found(jina.llm, QUERY, [LONG], truncate_prompt_tokens=room)
     assert room - 10 <= len(ids) <= room
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_long_texts_are_cut_as_if_they_had_been_read_to_the_end_and_are_not(
+    queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick, whole = (Tokenizer(tiny.byte_bpe(), max_model_len=2048, vocab_size=1000) for _ in range(2))
+    monkeypatch.setattr(whole, "_begun", lambda texts, _, read: (texts, read(texts)))
+    read: list[str] = []
+    encode = quick.encode
+
+    def noted(texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+        read.extend(texts)
+        return encode(texts, add_special_tokens)
+
+    monkeypatch.setattr(quick, "encode", noted)
+    asked = [LONG * (i + 40) for i in range(queries)]
+    documents = [LONG * 100, "the cat", "rain\n" * 9000]
+    plans = [
+        Listwise(tokenizer=tokenizer, longest=2048, max_query=9 + queries, max_document=200).plan(
+            asked, documents
+        )
+        for tokenizer in (quick, whole)
+    ]
+    assert plans[0] == plans[1]
+    assert max(map(len, read)) < 4000
 
 
 def test_no_room_for_a_document_is_refused(jina: Served) -> None:

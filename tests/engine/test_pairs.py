@@ -129,7 +129,7 @@ def test_where_documents_have_a_limit_only_they_are_cut_as_transformers_does(
         if reference[0]:
             assert prepared(ours, [(query, document)], **asked) == [reference]
     elif around <= limit:  # nothing would be left of the document
-        with pytest.raises(InvalidParameter, match=f"the query alone has {alone}"):
+        with pytest.raises(InvalidParameter, match=f"the query alone has at least {alone}\\."):
             prepared(ours, [(query, document)], **asked)
 
 
@@ -271,7 +271,7 @@ def test_a_limit_below_what_must_stay_is_refused(both: Callable[[str], tuple[Tok
     ours, _ = both("bert")
     prompt = Framed(("the", "cat", "sat on a mat"), (1,), specials=True)
     assert len(framed(ours, prompt, truncate_prompt_tokens=7)[0]) == 7
-    with pytest.raises(InvalidParameter, match=r"6 leaves no room .* alone has 7 tokens") as refused:
+    with pytest.raises(InvalidParameter, match=r"6 leaves no room .* alone has at least 7 tokens") as refused:
         framed(ours, prompt, truncate_prompt_tokens=6)
     assert refused.value.param == "truncate_prompt_tokens"
 

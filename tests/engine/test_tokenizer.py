@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tiny
@@ -22,6 +26,7 @@ from carpool.engine.errors import (
     TokenOutOfVocabulary,
 )
 from carpool.engine.fast_tokenizer import end_notice, load_fast
+from carpool.engine.framed import Framed
 from carpool.engine.params import Side, TokenizationParams
 from carpool.engine.tokenizer import Tokenizer
 
@@ -36,9 +41,11 @@ KINDS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
 AFFIXES = {"bert": ((2,), (3,)), "xlmr": ((0,), (2,)), "eos": ((), (1,)), "bos": ((1,), ()), "bare": ((), ())}
 
 
-def make(kind: str, max_model_len: int = 8, **options: object) -> Tokenizer:
+def make(kind: str, max_model_len: int = 8, added: Seq[str] = (), **options: object) -> Tokenizer:
     settings = {"vocab_size": VOCABULARY, "max_model_len": max_model_len, **options}
-    return Tokenizer(KINDS[kind](), **settings)  # type: ignore[arg-type]
+    backend = KINDS[kind]()
+    backend.add_tokens(list(added))
+    return Tokenizer(backend, **settings)  # type: ignore[arg-type]
 
 
 def cut(k: int | None = -1, side: Side | None = None, *, specials: bool = True) -> TokenizationParams:
@@ -222,53 +229,137 @@ def test_odd_text_is_still_text(kind: str, text: str) -> None:
 
 # ── the short cut for long texts ─────────────────────────────────────────────────────────────────────────────
 
+# Cut at one of its blanks, this is no token of its own, but a hundred bytes and more.
+_ADDED = "<the " + "☂ " * 40 + ">"
 _PIECES = st.sampled_from(
     ["the ", "cat ", "a", " ", "   ", "\n", "\n\n\n", "\t", "\u3000", "\xa0", "x" * 150 + " ", "é", "雨", ". ",
-     "\u0301", "[SEP]", "<s>", "night\n", " " * 97, "\n" * 97, "zq-" * 40]
+     "\u0301", "[SEP]", "<s>", "night\n", " " * 97, "\n" * 97, "zq-" * 40, _ADDED, "e \u0301\u0301", "İ", "ΑΣ ", "ΑΣ",
+     "\U0001f469\u200d\U0001f469 \ufe0f", "\U0001f1e9\U0001f1ea ", "\u1100\u1161 \u11a8", "The Rain "]
 )  # fmt: skip
+_LONG = st.lists(st.tuples(_PIECES, st.integers(1, 60)), min_size=1, max_size=14).map(
+    lambda pieces: "".join(piece * times for piece, times in pieces)
+)
 
 
-@settings(max_examples=250, deadline=None)
+def thorough(tokenizer: Tokenizer) -> Tokenizer:
+    """The same, to whom no text is long."""
+    tokenizer._begun = lambda texts, _, read: (texts, read(texts))  # type: ignore[method-assign, assignment]
+    return tokenizer
+
+
+def outcome(tokenizer: Tokenizer, prompts: Any, params: TokenizationParams) -> object:
+    """Ids and where type 1 begins, or what is wrong; "at least" so many tokens may be fewer."""
+    try:
+        prepared = tokenizer.prepare(prompts, params)
+    except InvalidInput as error:
+        return type(error), error.param
+    return prepared.token_ids, prepared.type_starts
+
+
+@settings(max_examples=150, deadline=None)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
-    pieces=st.lists(st.tuples(_PIECES, st.integers(1, 60)), min_size=1, max_size=14),
+    text=_LONG,
     limit=st.integers(1, 8) | st.just(-1),
     side=st.sampled_from([None, "left", "right"]),
     own_side=st.sampled_from(["left", "right"]),
     specials=st.booleans(),
     lowercase=st.booleans(),
 )
+@example("bare", _ADDED * 20, -1, None, "right", False, False)
 def test_a_long_text_is_cut_as_if_it_had_been_read_to_the_end(
+    kind: str, text: str, limit: int, side: Side | None, own_side: Side, specials: bool, lowercase: bool
+) -> None:
+    options: dict[str, Any] = {"added": [_ADDED], "truncation_side": own_side, "lowercase": lowercase}
+    params = cut(limit, side, specials=specials)
+    quick, whole = make(kind, **options), thorough(make(kind, **options))
+    assert outcome(quick, [text, "a"], params) == outcome(whole, [text, "a"], params)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    texts=st.lists(_LONG | st.sampled_from(["", "the cat"]), min_size=2, max_size=3),
+    limit=st.integers(0, 30) | st.sampled_from([-1, None]),
+    side=st.sampled_from([None, "left", "right"]),
+    own_side=st.sampled_from(["left", "right", "right"]),
+    lowercase=st.booleans(),
+    only_documents=st.booleans(),
+)
+def test_a_pair_of_long_texts_is_cut_as_if_both_had_been_read_to_the_end(
     kind: str,
-    pieces: list[tuple[str, int]],
-    limit: int,
+    texts: list[str],
+    limit: int | None,
     side: Side | None,
     own_side: Side,
-    specials: bool,
     lowercase: bool,
+    only_documents: bool,
 ) -> None:
-    text = "".join(piece * times for piece, times in pieces)
-    quick, thorough = (make(kind, truncation_side=own_side, lowercase=lowercase) for _ in range(2))
-    thorough._longest_token = 10**9  # no text is long in its eyes
-    params = cut(limit, side, specials=specials)
-    results: list[object] = []
-    for tokenizer in (quick, thorough):
-        try:
-            results.append(tokenizer.prepare([text, "a"], params).token_ids)
-        except EmptyInput as error:
-            results.append([[str(error)]])
-    assert results[0] == results[1]
+    options: dict[str, Any] = {"added": [_ADDED], "truncation_side": own_side, "lowercase": lowercase}
+    quick, whole = make(kind, 30, **options), thorough(make(kind, 30, **options))
+    params = replace(cut(limit, side), max_tokens_per_doc=int(only_documents))
+    pairs = [(query, document) for query in texts for document in texts]
+    for prompts in (pairs, *([pair] for pair in pairs)):
+        assert outcome(quick, prompts, params) == outcome(whole, prompts, params)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    query=_LONG | st.just("the cat"),
+    document=_LONG,
+    limit=st.integers(0, 30) | st.sampled_from([-1, None]),
+    side=st.sampled_from([None, "left", "right"]),
+    tail=_LONG | st.sampled_from(["", "? the end"]),
+    specials=st.booleans(),
+)
+def test_a_prompt_of_long_parts_is_cut_as_if_they_had_been_read_to_the_end(
+    kind: str, query: str, document: str, limit: int | None, side: Side | None, tail: str, specials: bool
+) -> None:
+    quick, whole = make(kind, 30, [_ADDED]), thorough(make(kind, 30, [_ADDED]))
+    for prompt in (
+        Framed(("a ", query, " is ", document, "?"), (3, 1), specials=specials),
+        Framed((f"a {query} is {document}{tail}",), (0,), tail, specials=specials),
+        Framed((query, document + tail), (1, 0), tail, specials=specials),
+        Framed((query, document), (0,), specials=specials),
+    ):
+        params = cut(limit, side)
+        assert outcome(quick, [prompt], params) == outcome(whole, [prompt], params)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    texts=st.lists(_LONG | st.just("the cat"), min_size=1, max_size=3),
+    limit=st.integers(1, 30),
+    lowercase=st.booleans(),
+)
+@example("bare", [_ADDED * 20], 8, False)
+def test_a_long_text_is_shortened_as_if_it_had_been_read_to_the_end(
+    kind: str, texts: list[str], limit: int, lowercase: bool
+) -> None:
+    quick, whole = (make(kind, added=[_ADDED], lowercase=lowercase) for _ in range(2))
+    assert quick.shorten(texts, limit) == thorough(whole).shorten(texts, limit)
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+@pytest.mark.parametrize(
+    ("query", "document"), [("a ", "the "), ("the ", "a "), ("cat ", "cat "), ("a ", "a")]
+)
+@pytest.mark.parametrize("limit", [24, 25])
+def test_of_two_long_sides_the_longer_keeps_the_odd_token_as_in_the_library(
+    query: str, document: str, more: int, limit: int
+) -> None:
+    """Also where the one of more tokens has fewer characters, or all that it has beyond the other stands at its end."""
+    library = KINDS["bert"]()
+    library.enable_truncation(limit, strategy="longest_first")
+    pair = (query * 400, document + " the" * (399 + more))
+    assert make("bert", 30).prepare([pair], cut(limit)).token_ids == [library.encode(*pair).ids]
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    kind=st.sampled_from(sorted(KINDS)),
-    pieces=st.lists(st.tuples(_PIECES, st.integers(1, 60)), min_size=1, max_size=14),
-)
-def test_a_long_text_is_refused_or_taken_as_if_it_had_been_read_to_the_end(
-    kind: str, pieces: list[tuple[str, int]]
-) -> None:
-    text = "".join(piece * times for piece, times in pieces)
+@given(kind=st.sampled_from(sorted(KINDS)), text=_LONG)
+def test_a_long_text_is_refused_or_taken_as_if_it_had_been_read_to_the_end(kind: str, text: str) -> None:
     tokenizer = make(kind)
     fits = len(tokenizer.encode([text])[0]) <= 8
     if fits and tokenizer.encode([text])[0]:
@@ -288,19 +379,94 @@ def test_a_long_text_is_never_cut_within_a_word(length: int) -> None:
         assert tokenizer.prepare([text], cut(limit)).token_ids == [[*full[: limit - 1], 3]]
 
 
-def test_a_hopelessly_long_text_is_not_read_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def reading(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tokenizer], list[str]]:
+    """Makes a tokenizer note all texts that it reads."""
+
+    class Backend:
+        def __init__(self, backend: tokenizers.Tokenizer, read: list[str]) -> None:
+            self._backend, self._read = backend, read
+
+        def __getattr__(self, name: str) -> Any:
+            method = getattr(self._backend, name)
+
+            def noted(texts: str | list[str], *args: object, **options: object) -> object:
+                self._read.extend([texts] if isinstance(texts, str) else texts)
+                return method(texts, *args, **options)
+
+            return noted if name.startswith("encode") else method
+
+    def noting(tokenizer: Tokenizer) -> list[str]:
+        read: list[str] = []
+        monkeypatch.setattr(tokenizer, "_words", None)
+        monkeypatch.setattr(tokenizer, "_backend", Backend(tokenizer._backend, read))
+        return read
+
+    return noting
+
+
+_HUGE = "the cat " * 100_000
+
+
+@pytest.mark.parametrize("limit", [None, -1, 5, 6, 7, 8])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        _HUGE,
+        ("a", _HUGE),
+        (_HUGE, "a"),
+        ("the cat sat on a mat", _HUGE),
+        ("mat " * 1000, _HUGE),
+        (_HUGE, "mat " * 1000),
+        Framed(("a", _HUGE, "?"), (1,), specials=True),
+        Framed((_HUGE, "a"), (0,), "?"),
+        "x" * 150 + " " + _HUGE,
+        " " * 1000 + _HUGE,
+    ],
+    ids=repeat(""),
+)
+def test_a_hopelessly_long_text_is_not_read_to_the_end(
+    prompt: Any, limit: int | None, reading: Callable[[Tokenizer], list[str]]
+) -> None:
     tokenizer = make("bert")
-    read = []
-    encode = tokenizer.encode
+    read = reading(tokenizer)
+    if limit is None:
+        with pytest.raises(InputTooLong):
+            tokenizer.prepare([prompt], cut(None))
+    else:
+        tokenizer.prepare([prompt], cut(limit))
+    assert sum(map(len, read)) < 20_000
 
-    def watched(texts: list[str], specials: bool = True) -> list[list[int]]:
-        read.extend(texts)
-        return encode(texts, specials)
 
-    monkeypatch.setattr(tokenizer, "encode", watched)
-    with pytest.raises(InputTooLong):
-        tokenizer.prepare(["the cat " * 100_000], cut(None))
+def test_a_long_query_is_compared_with_many_documents_at_the_cost_of_one(
+    reading: Callable[[Tokenizer], list[str]],
+) -> None:
+    tokenizer = make("bert")
+    read = reading(tokenizer)
+    query, documents = "mat " * 5000, ["the cat " * 10_000 + f"{i}" for i in range(50)]
+    tokenizer.prepare([(query, document) for document in documents], cut(8))
+    assert read.count(query) == 1
+    assert max(map(len, read)) < 60_000
+
+
+def test_a_hopelessly_long_text_is_shortened_by_its_beginning(
+    reading: Callable[[Tokenizer], list[str]],
+) -> None:
+    tokenizer = make("bert", lowercase=True)
+    read = reading(tokenizer)
+    assert tokenizer.shorten([_HUGE.upper()], 3) == ["the cat the"]
     assert sum(map(len, read)) < 5000
+
+
+def test_a_text_in_capitals_is_shortened_as_in_small_letters_where_the_model_lowers_it() -> None:
+    tokenizer = make("bare", 64, lowercase=True)
+    texts = ["THE CAT SAT ON A MAT IN SPAIN", "the cat sat on a mat in spain", "ΑΣΑΣ the İ cat is here"]
+    for limit in range(1, 14):
+        short = tokenizer.shorten(texts, limit)
+        big, small, other = tokenizer.encode(short, False)
+        assert big == small == tokenizer.encode(texts[:1], False)[0][:limit]
+        assert len(other) <= limit
+        assert all(text.lower().startswith(own.lower()) for text, own in zip(texts, short, strict=True))
 
 
 # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────
