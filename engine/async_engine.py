@@ -59,15 +59,12 @@ class AsyncEngine:
     def __init__(
         self,
         config: EngineConfig,
-        observer: Observer | None = None,
         build: Callable[[EngineConfig], Built] | None = None,
         core: Core | RemoteCore | None = None,
     ) -> None:
         """`core` runs what is made ready here; None is one of this process, over what `build` loads."""
         self.config = config
         self.core = core or (Core(config, build) if build else Core(config))
-        if observer is not None:
-            self.core.observer = observer
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────────────
 

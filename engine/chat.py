@@ -13,7 +13,7 @@ from carpool.engine.config import ContentFormat
 from carpool.engine.errors import ConfigError, InvalidInput, InvalidParameter
 from carpool.engine.fast_tokenizer import load_fast
 from carpool.engine.framed import Framed
-from carpool.engine.params import TEXT_PARTS
+from carpool.engine.params import text_of_part
 from carpool.engine.rerankers import instruction_of
 
 Message = Mapping[str, Any]  # {"role": …, "content": text or list of parts}
@@ -284,18 +284,8 @@ def _common_end(text: str, other: str) -> str:
 
 
 def text_of(part: Any, param: str) -> str:
-    """The text of one content part. Raises InvalidInput for every other kind."""
-    if isinstance(part, str):
-        return part
-    kind = part.get("type", "text") if isinstance(part, Mapping) else None
-    if isinstance(kind, str):
-        if kind not in TEXT_PARTS:
-            raise InvalidInput("This model accepts text only.", param)
-        text = part.get(TEXT_PARTS[kind])
-        if isinstance(text, str):
-            return text
-        raise InvalidInput(f"{param}.{TEXT_PARTS[kind]} must be a string.", param)
-    raise InvalidInput(f"{param} must be a text part.", param)
+    """The text of one content part, which may be a bare one. Raises InvalidInput for every other kind."""
+    return part if isinstance(part, str) else text_of_part(part, param)
 
 
 def _allowed(kwargs: Mapping[str, Any] | None) -> Mapping[str, Any]:

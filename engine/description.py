@@ -18,7 +18,14 @@ from carpool.engine.model_info import ModelInfo, PairShape
 from carpool.engine.models.model import Model
 from carpool.engine.params import Task
 from carpool.engine.poolers.pooler import Pool
-from carpool.engine.pools import default_task, has_linear_head, pooling_modes, pooling_name, similarity_of
+from carpool.engine.pools import (
+    default_dimensions,
+    default_task,
+    has_linear_head,
+    pooling_modes,
+    pooling_name,
+    similarity_of,
+)
 from carpool.engine.scoring import Framer
 from carpool.engine.side_files import named_prompts
 from carpool.kernels import launch, native
@@ -46,6 +53,7 @@ def model_info(
         max_embed_len=_max_embed_len(config, plan.max_model_len),
         vocab_size=checkpoint.vocab_size,
         embedding_size=vector_size,
+        default_dimensions=default_dimensions(checkpoint, config, architecture),
         linear_head=has_linear_head(checkpoint, model.loaded),
         matryoshka=replace(checkpoint.matryoshka, size=vector_size),
         labels=labels_of(checkpoint.config, num_labels),

@@ -1,7 +1,7 @@
 """Memory that batches leave behind: what is kept of it, and what goes back to the system.
 
 Batches differ in size, so their freed buffers leave holes that glibc keeps: under mixed traffic a server of MiniLM
-grows from 0.5 to over 1 GB within minutes, and to 0.85 GB with what this file does (docs/log.md).
+grows from 0.5 to over 1 GB within minutes without what this file does (docs/log.md; with it, docs/operations.md).
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ class ModelInfo:
     max_embed_len: int | None = -1  # longest text to embed: None is unbounded, -1 the same as max_model_len
     vocab_size: int
     embedding_size: int  # width after projection heads
+    default_dimensions: int | None = None  # what embeddings are cut to where a request does not say
     linear_head: bool = True  # a mean of vectors is the vector of the mean: no head bends them
     matryoshka: Matryoshka
     labels: tuple[str | None, ...] = ()  # one a class of a classifier
@@ -64,6 +65,11 @@ class ModelInfo:
         default_factory=dict
     )  # kind of fused module → how many were swapped in
     notices: tuple[str, ...] = ()  # fallbacks taken, one sentence each
+
+    @property
+    def default_width(self) -> int:
+        """Components of an embedding whose request names no width."""
+        return self.default_dimensions or self.embedding_size
 
     @property
     def longest_embedded(self) -> int | None:

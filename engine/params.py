@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from carpool.engine.errors import InvalidParameter
+from carpool.engine.errors import InvalidInput, InvalidParameter
 
 Task = Literal["embed", "token_embed", "sparse_embed", "classify", "token_classify"]
 Side = Literal["left", "right"]
@@ -27,6 +27,19 @@ TEXT_PARTS = {
     "refusal": "refusal",
     "thinking": "thinking",
 }
+TEXT_ONLY = "This model accepts text only."
+
+
+def text_of_part(part: Any, path: str) -> str:
+    """The text of `{"type": "text", "text": …}` and its kin. Raises InvalidInput for images and all else."""
+    kind = part.get("type", "text") if isinstance(part, Mapping) else None
+    if isinstance(kind, str):
+        if kind not in TEXT_PARTS:
+            raise InvalidInput(TEXT_ONLY, path)
+        text = part.get(TEXT_PARTS[kind])
+        if isinstance(text, str):
+            return text
+    raise InvalidInput(f"{path} must be a text part, with its text a string.", path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,13 +47,12 @@ def make_pools(
     device: torch.device,
 ) -> dict[Task, Pool]:
     """The first task is what the model does when it is not told. `width` is what the head gives."""
-    hidden_size = loaded.backbone.hidden_size
     match architecture.kind:
         case "embed":
-            return _embed_pools(checkpoint, config, modes, hidden_size, device)
+            return _embed_pools(checkpoint, config, modes, device)
         case "bge_m3":
-            own = _bge_m3_pools(checkpoint, hidden_size, marks, device)
-            return {**_embed_pools(checkpoint, config, modes, hidden_size, device), **own}
+            own = _bge_m3_pools(checkpoint, loaded.backbone.hidden_size, marks, device)
+            return {**_embed_pools(checkpoint, config, modes, device), **own}
         case "multi_vector":
             dense = [loaded.head] if loaded.head else [load_layer(spec, device) for spec in checkpoint.dense]
             return {
@@ -132,6 +131,14 @@ def has_linear_head(checkpoint: Checkpoint, loaded: Loaded) -> bool:
     )
 
 
+def default_dimensions(
+    checkpoint: Checkpoint, config: EngineConfig, architecture: Architecture
+) -> int | None:
+    """What embeddings are cut to where a request does not say; None where nothing cuts them."""
+    cuts = architecture.kind in ("embed", "bge_m3", "multi_vector")
+    return _cut(checkpoint, config) if cuts else None
+
+
 def head_width(loaded: Loaded) -> int:
     """Found by asking the head; 0 without one."""
     if loaded.head is None:
@@ -146,7 +153,6 @@ def _embed_pools(
     checkpoint: Checkpoint,
     config: EngineConfig,
     modes: tuple[PoolingMode, ...],
-    hidden_size: int,
     device: torch.device,
 ) -> dict[Task, Pool]:
     dense = [load_layer(spec, device) for spec in checkpoint.dense]

@@ -21,7 +21,3 @@ class Prepared:
     skip: int = 0  # tokens at the beginning of each that are not pooled
     prompts: Seq[Prompt | None] | None = None
     keys: Seq[bytes] = ()  # of the rows asked for, task by task of each prompt in turn; () to share none
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(len, self.token_ids))

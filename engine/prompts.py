@@ -8,6 +8,7 @@ from typing import Any
 
 from carpool.engine.chat import text_of
 from carpool.engine.errors import InvalidInput
+from carpool.engine.params import TEXT_ONLY
 
 Prompt = str | list[int] | Mapping[str, Any]
 ScoreInput = str | Mapping[str, Any]  # a text, or {"content": …} with a text or its parts
@@ -34,7 +35,7 @@ def read_prompt(prompt: Any) -> str | list[int]:
         return prompt if isinstance(prompt, str) else _ids(prompt)
     for name in prompt:
         if name in _OF_OTHER_SENSES and prompt[name]:
-            raise InvalidInput("This model accepts text only.", name)
+            raise InvalidInput(TEXT_ONLY, name)
         if name not in _FIELDS and name not in _OF_OTHER_SENSES:
             raise TypeError(f"a prompt in a dict has {', '.join(_FIELDS)}, and no {name!r}")
     if (ids := prompt.get("prompt_token_ids")) is not None:

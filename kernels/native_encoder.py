@@ -12,6 +12,7 @@ from torch import Tensor
 from carpool.kernels import native, native_linear, native_linear8, native_pages
 from carpool.kernels.layout import Kept
 from carpool.kernels.native import ACTIVATIONS, Batch, Shape, cu_seqlens_of, pointer
+from carpool.kernels.native_rows import DescribedNorm, described_norm
 from carpool.kernels.panels import Panels
 from carpool.kernels.panels8 import Panels8
 from carpool.kernels.reference import Activation
@@ -30,23 +31,12 @@ class _Product(ctypes.Structure):
     )
 
 
-class _Norm(ctypes.Structure):
-    """As rows.h has it."""
-
-    _fields_ = (
-        ("weight", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("eps", ctypes.c_float),
-        ("centred", ctypes.c_int),
-    )
-
-
 class _Layer(ctypes.Structure):
     """As encoder.cpp has it."""
 
     _fields_ = (
         *((name, _Product) for name in ("joint", "out", "up", "down")),
-        *((name, _Norm) for name in ("before", "query", "key", "attended", "between", "done")),
+        *((name, DescribedNorm) for name in ("before", "query", "key", "attended", "between", "done")),
         ("attention", Shape),
         *((name, ctypes.c_int) for name in ("biased", "angles", "gate", "activation", "added")),
     )
@@ -212,7 +202,7 @@ class Encoder:
             self._product(layer.out),
             self._product(layer.up, None if gated else layer.activation),
             self._product(layer.down),
-            *map(_norm, norms),
+            *map(described_norm, norms),
             Shape(heads, kv_heads, size, *strides, *kind),
             layer.biased,
             -1 if layer.angles is None else layer.angles,
@@ -227,13 +217,6 @@ class Encoder:
         self._held.append(described)
         activated = ACTIVATIONS[activation]
         return _Product(ctypes.addressof(described), laid, activated, layer.inputs, layer.outputs)
-
-
-def _norm(norm: Norm | None) -> _Norm:
-    if norm is None:
-        return _Norm()
-    bias = None if norm.bias is None else norm.bias.data_ptr()
-    return _Norm(norm.weight.data_ptr(), bias, norm.eps, norm.centred)
 
 
 def _size(layer: EncoderLayer) -> int:

@@ -17,8 +17,8 @@ from carpool.kernels.twins_cpu import Norm
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
-class _Norm(ctypes.Structure):
-    """As rows.h has it."""
+class DescribedNorm(ctypes.Structure):
+    """As rows.h has it; without a weight there is none."""
 
     _fields_ = (
         ("weight", ctypes.c_void_p),
@@ -32,6 +32,14 @@ class _Table(ctypes.Structure):
     """As rows.cpp has it."""
 
     _fields_ = (("rows", ctypes.c_void_p), ("ids", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
+def described_norm(norm: Norm | None) -> DescribedNorm:
+    """Its vectors have to outlive the call."""
+    if norm is None:
+        return DescribedNorm()
+    bias = None if norm.bias is None else norm.bias.data_ptr()
+    return DescribedNorm(norm.weight.data_ptr(), bias, norm.eps, norm.centred)
 
 
 def serves(x: Tensor, width: int | None = None) -> bool:
@@ -66,7 +74,7 @@ def norm_rows(
         _check(vector is None or _is_of(vector, x.shape[1:]), x)
     out = torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x) if keep_sum else out
-    norm = _Norm(weight.data_ptr(), None if bias is None else bias.data_ptr(), eps, centred)
+    norm = described_norm(Norm(weight, bias, eps, centred))
     _call(
         "norm_rows",
         x,
@@ -99,7 +107,7 @@ def embed_rows(tables: Sequence[Tensor], ids: Sequence[Tensor | None], norm: Nor
     wrong = _call(
         "embed_rows",
         first,
-        *(ctypes.byref(_Norm(norm.weight.data_ptr(), pointer(norm.bias), norm.eps, norm.centred)),),
+        ctypes.byref(described_norm(norm)),
         *((_Table * len(described))(*described), len(described), ctypes.c_int64(tokens), width),
         *(pointer(room), pointer(out)),
     )

@@ -88,7 +88,7 @@ class Call:
         """The request's texts or token ids; chats are rendered."""
         if asked.is_chat:
             return await self.render(asked.conversations(), asked.rendering(), asked.field)
-        return asked.prompts(self._app[CONFIG].engine.token_id_input)
+        return asked.prompts()
 
     async def render(
         self, conversations: Sequence[Conversation], options: Mapping[str, Any], field: str

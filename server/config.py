@@ -109,6 +109,12 @@ class ServerConfig:
             )
         if "" in self.served_model_name:
             raise ConfigError("--served-model-name must not be empty.")
+        for name in (*self.model_names, *(module.name for module in self.engine.lora_modules)):
+            if not _is_utf8(name):
+                raise ConfigError(
+                    f"The name {name!r} is not UTF-8, and answers carry it: give a model another by "
+                    "--served-model-name, an adapter by --lora-modules."
+                )
         for module in self.engine.lora_modules:
             if module.name in self.model_names:
                 raise ConfigError(f"--lora-modules names {module.name!r}, which is the model's own name.")
@@ -120,3 +126,12 @@ class ServerConfig:
     def model_names(self) -> tuple[str, ...]:
         """Every name the model answers to; the first is the one it reports."""
         return self.served_model_name or (self.engine.model or BUNDLED_MODEL_NAME,)
+
+
+def _is_utf8(word: str) -> bool:
+    """Words of a command line that are not come with surrogates in place of their bytes."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -115,7 +115,7 @@ def failure_of(error: BaseException) -> Failure:
         type=kind,
         message=_message(error, status),
         param=getattr(error, "param", None),
-        headers=_headers(error, status),
+        headers=_headers(error),
         close=isinstance(error, CLOSING),
     )
 
@@ -142,7 +142,7 @@ def _message(error: BaseException, status: int) -> str:
             return str(error)
 
 
-def _headers(error: BaseException, status: int) -> tuple[tuple[str, str], ...]:
+def _headers(error: BaseException) -> tuple[tuple[str, str], ...]:
     match error:
         case engine.Unavailable():
             return (("Retry-After", str(max(1, math.ceil(error.retry_after)))),)

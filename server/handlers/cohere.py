@@ -12,7 +12,6 @@ from carpool.server.body import read_request
 from carpool.server.call import Call
 from carpool.server.encoding import bare_array, base64_list, list_array, sign_items
 from carpool.server.errors import InvalidRequest
-from carpool.server.keys import CONFIG
 from carpool.server.protocol import (
     ApiVersion,
     CohereEmbedRequest,
@@ -46,8 +45,7 @@ async def embed(request: web.Request) -> web.StreamResponse:
     call = Call(request, asked)
     call.require("embed" in call.model.tasks, "Embeddings")
     call.model.matryoshka.check(asked.output_dimension, call.name, "output_dimension")
-    own = request.app[CONFIG].engine.pooler_config.dimensions or call.model.embedding_size
-    _check_width(asked.output_dimension or own, asked.types)
+    _check_width(asked.output_dimension or call.model.default_width, asked.types)
     result = await _run(call, asked)
     body = CohereEmbedResponse(
         id=f"embd-{call.id}",

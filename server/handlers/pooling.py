@@ -41,7 +41,7 @@ async def pool(request: web.Request, asked: PoolingRequest) -> web.StreamRespons
         raise InvalidRequest("Results of several tasks come as float or base64.", "encoding_format")
     prompts = prefixed(prompt, await call.prompts(asked), "task")
     whole = tasks[0] == "embed"
-    least = (asked.dimensions or call.model.embedding_size,) if whole else (1,)
+    least = (asked.dimensions or call.model.default_width,) if whole else (1,)
     refuse_long_metadata(call, asked, len(prompts), least)
     result = await call.pool(
         several or tasks[0],

@@ -22,7 +22,6 @@ from carpool.server.encoding import (
     sparse_items,
 )
 from carpool.server.errors import InvalidRequest
-from carpool.server.keys import CONFIG
 from carpool.server.protocol import (
     TeiEmbedRequest,
     TeiInputsRequest,
@@ -75,7 +74,7 @@ async def embed(request: web.Request, asked: TeiEmbedRequest) -> web.StreamRespo
     call = Call(request, asked)
     call.require("embed" in call.model.tasks, "Embeddings")
     call.model.matryoshka.check(asked.dimensions, call.name)
-    inputs, result = await _pool(request, call, asked, "embed")
+    inputs, result = await _pool(call, asked, "embed")
     return _finish(call, inputs, result, await json_around(HOLE, bare_array(result.rows)))
 
 
@@ -99,18 +98,16 @@ async def _rows(
     """The task's results of all inputs, as an `array` of them; `name` is what a model without it lacks."""
     call = Call(request, asked)
     call.require(task in call.model.tasks, name)
-    inputs, result = await _pool(request, call, asked, task)
+    inputs, result = await _pool(call, asked, task)
     return _finish(call, inputs, result, await json_around(HOLE, array(result.rows)))
 
 
-async def _pool(
-    request: web.Request, call: Call, asked: TeiInputsRequest, task: Task
-) -> tuple[Prompts, PoolingResult]:
+async def _pool(call: Call, asked: TeiInputsRequest, task: Task) -> tuple[Prompts, PoolingResult]:
     """The inputs as they were sent, and what became of them."""
     name = asked.prompt_name
     tasked = name in call.model.task_adapters
     prompt = call.take_task(name, "prompt_name") if tasked else prompt_of(name, call.model.prompts)
-    inputs = read_prompts(asked.inputs, "inputs", request.app[CONFIG].engine.token_id_input)
+    inputs = read_prompts(asked.inputs, "inputs")
     prompts = prefixed(prompt, inputs, "prompt_name")
     result = await call.pool(task, prompts, asked.pooling(), asked.tokenization(), "inputs", prompt)
     return inputs, result
@@ -121,7 +118,7 @@ async def similarity(request: web.Request, asked: TeiSimilarityRequest) -> web.S
     call = Call(request, asked)
     call.require("embed" in call.model.tasks, "Embeddings")
     try:
-        inputs, result = await _pool(request, call, asked.as_inputs(), "embed")
+        inputs, result = await _pool(call, asked.as_inputs(), "embed")
     except (InvalidInput, InvalidRequest) as error:
         error.param = _place(error.param)
         raise

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from carpool.engine.params import TEXT_PARTS
+from carpool.engine.params import TEXT_ONLY, text_of_part
 from carpool.server.errors import InvalidRequest
 from carpool.server.lax import Message, shown
 
 Messages = list[Message | list[Message]]  # one conversation, or a list of them
 Conversation = list[Message]
-
-TEXT_ONLY = "This model accepts text only."
 
 
 class ChatOptions(Protocol):
@@ -55,19 +53,6 @@ def _check_message(message: Any, path: str) -> None:
     for index, part in enumerate(content if isinstance(content, list) else ()):
         if not isinstance(part, str):
             text_of_part(part, f"{path}.content[{index}]")
-
-
-def text_of_part(part: Any, path: str) -> str:
-    """The text of `{"type": "text", "text": …}` and its kin; parts of other types are images and the like."""
-    if not isinstance(part, dict):
-        raise InvalidRequest(f"{path} must be a text part, got {shown(part)}.", path)
-    kind = part.get("type", "text")
-    if isinstance(kind, str) and kind not in TEXT_PARTS:
-        raise InvalidRequest(TEXT_ONLY, path)
-    text = part.get(TEXT_PARTS[kind]) if isinstance(kind, str) else None
-    if not isinstance(text, str):
-        raise InvalidRequest(f"{path} must be a text part, with its text a string.", path)
-    return text
 
 
 def rendering(asked: ChatOptions, add_generation_prompt: bool = False) -> Mapping[str, Any]:

@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-from carpool.engine.params import PoolingParams, TokenizationParams
+from carpool.engine.params import TEXT_ONLY, PoolingParams, TokenizationParams, text_of_part
 from carpool.server.decoding import RequestDecoder
 from carpool.server.errors import InvalidRequest
 from carpool.server.lax import read_text
-from carpool.server.protocol.chat import TEXT_ONLY, Conversation, text_of_part
+from carpool.server.protocol.chat import Conversation
 from carpool.server.protocol.model_request import CacheSalt, Priority, Truncation
 
 EmbeddingType = Literal["float", "binary", "ubinary", "base64"]

@@ -3,42 +3,57 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from msgspec import Struct
 
-from carpool.engine.params import PoolingParams, TokenizationParams
+from carpool.engine.params import TEXT_ONLY, PoolingParams, TokenizationParams
 from carpool.server.decoding import RequestDecoder
 from carpool.server.errors import InvalidRequest
-from carpool.server.protocol.chat import TEXT_ONLY
+from carpool.server.lax import lax_bool, read_struct
 from carpool.server.protocol.formats import FormattedRequest
 from carpool.server.protocol.usage import Usage
+
+
+class TextObject(Struct, gc=False):
+    text: str
 
 
 class EmbeddingRequest(FormattedRequest, kw_only=True, gc=False):
     """`output_dimension`, `truncation` and `truncate` are Voyage's, NVIDIA's and Jina's words for ours.
 
-    `modality` is Infinity's, whose clients write 0 for no `dimensions`.
+    `modality` is Infinity's, whose clients write 0 for no `dimensions`, and NVIDIA's.
     """
 
     task: str | None = None  # Jina's: which of the checkpoint's own adapters; ignored where there are none
     output_dimension: int | None = None
-    truncation: bool | None = None
-    truncate: Any = None  # true or "END", "START"; anything else is none of our business
-    modality: str | None = None
+    truncation: Any = None  # true; anything else is none of our business
+    truncate: Any = None  # true or "END", "START"; anything else, too
+    modality: Any = None  # "text", or NVIDIA's ["text"]
     late_chunking: bool | None = None  # Jina's, who takes the inputs for parts of one text then; refused
     # Voyage's, and Jina's and NVIDIA's: the numbers that their clients are about to read, whatever was answered.
     output_dtype: Literal["float"] | None = None
     embedding_type: Literal["float"] | None = None
 
+    def __post_init__(self) -> None:
+        """Jina's clients may write texts as objects with a `text`; what has neither role nor content is no chat."""
+        first = self.input[0] if isinstance(self.input, list) and self.input else None
+        if isinstance(first, dict) and not first.keys() & {"role", "content"}:
+            items = enumerate(cast("list[Any]", self.input))
+            self.input = [read_struct(TextObject, item, f"input[{index}]").text for index, item in items]
+
+    @property
+    def width_field(self) -> Literal["dimensions", "output_dimension"]:
+        """Which of the two counts."""
+        none = self.dimensions is None or (self.modality is not None and self.dimensions == 0)
+        return "output_dimension" if none else "dimensions"
+
     @property
     def width(self) -> int | None:
-        if self.modality is not None and self.dimensions == 0:
-            return self.output_dimension
-        return self.dimensions if self.dimensions is not None else self.output_dimension
+        return self.output_dimension if self.width_field == "output_dimension" else self.dimensions
 
     def pooling(self, dimensions: int | None = None) -> PoolingParams:
-        if self.modality not in (None, "text"):
+        if self.modality not in (None, "text", ["text"]):
             raise InvalidRequest(TEXT_ONLY, "modality")
         if self.late_chunking:
             raise InvalidRequest(
@@ -52,7 +67,7 @@ class EmbeddingRequest(FormattedRequest, kw_only=True, gc=False):
             return params
         if self.truncate == "START":
             return replace(params, truncate_prompt_tokens=-1, truncation_side="left")
-        if self.truncation or self.truncate in (True, "END"):
+        if lax_bool(self.truncation) is True or self.truncate in (True, "END"):
             return replace(params, truncate_prompt_tokens=-1)
         return params
 

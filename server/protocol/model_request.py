@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 from msgspec import Meta, Struct
 
 from carpool.engine.errors import InputTooLong
-from carpool.engine.params import Padding, PoolingParams, Side, TokenizationParams
+from carpool.engine.params import TEXT_ONLY, Padding, PoolingParams, Side, TokenizationParams
 from carpool.server.errors import InvalidRequest
 from carpool.server.lax import Input, read_input
-from carpool.server.protocol.chat import TEXT_ONLY, Conversation, Messages, read_conversations, rendering
+from carpool.server.protocol.chat import Conversation, Messages, read_conversations, rendering
 
 if TYPE_CHECKING:
     from carpool.engine.async_engine import Prompts
@@ -102,11 +102,11 @@ class TextRequest(ModelRequest, kw_only=True, gc=False):
     def is_chat(self) -> bool:
         return self.messages is not None or _holds_chats(self.input)
 
-    def prompts(self, token_ids_allowed: bool = True) -> Prompts:
+    def prompts(self) -> Prompts:
         """`input` as the list of prompts it stands for: texts, or lists of token ids."""
         if self.input is None:
             raise InvalidRequest("input is required.", "input")
-        return read_prompts(self.input, "input", token_ids_allowed)
+        return read_prompts(self.input, "input")
 
     def conversations(self) -> list[Conversation]:
         """`messages`, or chats in `input`, as conversations."""
@@ -127,7 +127,7 @@ class TextRequest(ModelRequest, kw_only=True, gc=False):
         )
 
 
-def read_prompts(value: Input, path: str, token_ids_allowed: bool = True) -> Prompts:
+def read_prompts(value: Input, path: str) -> Prompts:
     """A field of the type Input as the list of prompts it stands for: texts, or lists of token ids."""
     if isinstance(value, str):
         return [value]
@@ -141,8 +141,6 @@ def read_prompts(value: Input, path: str, token_ids_allowed: bool = True) -> Pro
         shape = _shape(value)
     if shape is None:
         raise InvalidRequest(f"{path} must be texts or token ids here, not chat messages.", path)
-    if shape is not str and not token_ids_allowed:
-        raise InvalidRequest("This server takes texts, not token ids (--no-token-id-input).", path)
     return cast("Prompts", [value] if shape is int else value)  # of one type, which no type checker can see
 
 

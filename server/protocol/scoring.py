@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from carpool.engine.params import TokenizationParams
+from carpool.engine.params import TokenizationParams, text_of_part
 from carpool.server.decoding import RequestDecoder
 from carpool.server.errors import InvalidRequest
 from carpool.server.lax import read_text
-from carpool.server.protocol.chat import text_of_part
 from carpool.server.protocol.model_request import ModelRequest
 from carpool.server.protocol.usage import Usage
 

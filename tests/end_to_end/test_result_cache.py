@@ -36,7 +36,9 @@ class Rode:
 @asynccontextmanager
 async def engine_of(folder: Path, rode: Rode | None = None, **options: Any) -> AsyncIterator[AsyncEngine]:
     tiny.bert(folder)
-    engine = AsyncEngine(EngineConfig(model=str(folder), dtype="float32", cpu_workers=1, **options), rode)
+    engine = AsyncEngine(EngineConfig(model=str(folder), dtype="float32", cpu_workers=1, **options))
+    if rode is not None:
+        engine.observer = rode
     await engine.start()
     yield engine
     await engine.stop(1.0)

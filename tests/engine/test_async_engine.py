@@ -231,7 +231,8 @@ async def scene(
 ) -> AsyncIterator[Scene]:
     built = BuiltStandIn([StandIn(depth) for _ in range(workers)], model, cache=cache, rack=rack)
     ledger = Ledger()
-    engine = AsyncEngine(config or EngineConfig(), ledger, build=lambda _: built)
+    engine = AsyncEngine(config or EngineConfig(), build=lambda _: built)
+    engine.observer = ledger
     await engine.start()
     for runner in built.runners:
         runner.batches.clear()  # warm-up is over
@@ -1532,7 +1533,8 @@ async def test_workers_side_by_side_and_batches_in_a_row_give_one_workers_result
     for workers, depth in ((1, 1), (2, 1), (1, 2)):
         monkeypatch.setattr(staging.Host, "depth", depth)
         ledger = Ledger()
-        engine = AsyncEngine(replace(config, cpu_workers=workers), ledger, build=build)
+        engine = AsyncEngine(replace(config, cpu_workers=workers), build=build)
+        engine.observer = ledger
         await engine.start()
         tasks: list[asyncio.Future[PoolingResult]] = []
         for i, prompts in enumerate(requests):

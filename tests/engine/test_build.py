@@ -489,9 +489,11 @@ def test_what_cannot_be_served_is_a_config_error(
 
 
 def test_the_default_dimensions_of_the_pooler_config_are_cut_to(checkpoint: Callable[[str], Path]) -> None:
-    whole = embed(made(checkpoint("qwen3")), "a cat")
-    cut = embed(made(checkpoint("qwen3"), pooler_config=PoolerConfig(dimensions=8)), "a cat")
+    native = made(checkpoint("qwen3"))
+    parts = made(checkpoint("qwen3"), pooler_config=PoolerConfig(dimensions=8))
+    whole, cut = embed(native, "a cat"), embed(parts, "a cat")
     np.testing.assert_allclose(cut, whole[:8] / np.linalg.norm(whole[:8]), rtol=0, atol=1e-6)
+    assert (native.model.default_width, parts.model.default_width) == (len(whole), 8)
 
 
 def test_what_sentence_transformers_does_unasked_is_done_or_said(
@@ -503,6 +505,7 @@ def test_what_sentence_transformers_does_unasked_is_done_or_said(
     parts = made(folder)
     whole, cut = embed(made(checkpoint("bert")), "a cat"), embed(parts, "a cat")
     np.testing.assert_allclose(cut, whole[:8] / np.linalg.norm(whole[:8]), rtol=0, atol=1e-6)
+    assert parts.model.default_width == len(cut)
     assert any("puts this model's prompt 'query' before every text" in said for said in parts.model.notices)
     assert not any("before every text" in said for said in made(checkpoint("bert")).model.notices)
 

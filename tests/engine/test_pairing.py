@@ -54,7 +54,15 @@ def close(ours: list[float], reference: list[float]) -> bool:
     return ours == pytest.approx(reference, rel=2e-5, abs=2e-5)
 
 
-@pytest.mark.parametrize("make", [zoo.qwen3_with_files, zoo.zerank_with_files])
+@pytest.mark.parametrize(
+    "make",
+    [
+        zoo.qwen3_with_files,
+        zoo.zerank_with_files,
+        zoo.judged("granite", "no", "yes", logits_scaling=8.0),
+        zoo.judged("gemma2", "yes", final_logit_softcapping=2.0, query_pre_attn_scalar=8),
+    ],
+)
 def test_pairs_are_scored_as_sentence_transformers_scores_them(
     make: Callable[[Path], Any], tmp_path: Path
 ) -> None:

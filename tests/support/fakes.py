@@ -101,6 +101,7 @@ class FakeEngine:
         self.result_stats: ResultStats | None = None
         self.cached = 0  # tokens of each prompt that the cache has
         self.error: BaseException | None = None  # raised by pool()
+        self.token_id_input = True
         self.gate = asyncio.Event()  # pool() answers once it is open
         self.gate.set()
         self.loaded = asyncio.Event()  # start() returns once it is set
@@ -203,6 +204,8 @@ class FakeEngine:
         )
         if self.error:
             raise self.error
+        if not self.token_id_input and isinstance(prompts[0], list):
+            raise InvalidInput("Token ids are not taken.", "input")
         each: Any = prompts  # a union of lists, of which a type checker makes a sequence of objects
         alone = len(prompts) == 1
         token_ids = [self._check(prompt, tokenization, None if alone else i) for i, prompt in enumerate(each)]

@@ -128,7 +128,7 @@ def main(path: str, fault: bool) -> None:
     library = native.library = ctypes.CDLL(path)
     if fault:
         x = torch.randn(1, 4096)
-        norm = native_rows._Norm(x.data_ptr(), None, 1e-6, 1)
+        norm = native_rows.DescribedNorm(x.data_ptr(), None, 1e-6, 1)
         row = ctypes.c_void_p(x.data_ptr())
         library.carpool_norm_rows_f32(ctypes.byref(norm), row, None, ctypes.c_int64(2), 4096, row, None, 1)
         return

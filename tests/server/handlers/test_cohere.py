@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from carpool.engine.config import EngineConfig, PoolerConfig
 from carpool.engine.params import Matryoshka
-from carpool.server.config import ServerConfig
 from fakes import FAKE_MODEL, WIDTH, FakeEngine
 from serving import Served, assert_error, serving
 
@@ -63,10 +61,9 @@ async def test_bits_fill_whole_bytes_only() -> None:
         assert_error(answer, 400, "BadRequestError", "output_dimension")
 
 
-async def test_bits_are_of_the_width_that_the_server_cuts_to() -> None:
-    config = ServerConfig(engine=EngineConfig(pooler_config=PoolerConfig(dimensions=7)))
-    engine = FakeEngine(replace(FAKE_MODEL, matryoshka=Matryoshka(WIDTH, flexible=True)))
-    async with serving(config, engine) as server:
+async def test_bits_are_of_the_width_that_the_model_is_cut_to() -> None:
+    model = replace(FAKE_MODEL, matryoshka=Matryoshka(WIDTH, flexible=True), default_dimensions=7)
+    async with serving(engine=FakeEngine(model)) as server:
         answer = await server.post(PATH, {"texts": ["a"], "embedding_types": ["ubinary"]})
         assert "but got 7" in assert_error(answer, 400, "BadRequestError", "embedding_types")
         assert await embed(server, output_dimension=WIDTH, embedding_types=["ubinary"])

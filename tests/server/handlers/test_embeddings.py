@@ -14,7 +14,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from carpool.engine.config import EngineConfig
 from carpool.engine.errors import DeadlineExceeded, Overloaded
 from carpool.engine.params import Matryoshka, PoolingParams, TokenizationParams
 from carpool.server.config import ServerConfig
@@ -123,6 +122,17 @@ async def test_a_map_no_client_could_read_is_refused(served: Served) -> None:
     assert (await served.embed(input=["a"] * 1000, encoding_format="bytes_only")).status == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/pooling"])
+async def test_how_long_a_map_must_be_is_told_by_the_width_that_the_model_is_cut_to(path: str) -> None:
+    """So many vectors of 100 numbers have a map too long for clients; of one number each they are run."""
+    asked = {"input": ["a"] * 650, "encoding_format": "bytes"}
+    for cut, status in ((None, 400), (1, 503)):
+        engine = FakeEngine(replace(FAKE_MODEL, embedding_size=100, default_dimensions=cut))
+        engine.error = Overloaded("Full.", retry_after=1)
+        async with serving(engine=engine) as server:
+            assert (await server.post(path, asked)).status == status
+
+
 async def test_null_encoding_format_is_float(served: Served) -> None:
     assert isinstance(
         (await served.embed(input="a", encoding_format=None)).json["data"][0]["embedding"], list
@@ -203,11 +213,12 @@ async def test_a_model_that_does_not_embed_says_so() -> None:
         assert message == "The model does not support Embeddings API"
 
 
-async def test_token_ids_can_be_turned_off() -> None:
-    config = ServerConfig(engine=EngineConfig(token_id_input=False))
-    async with serving(config) as server:
-        assert_error(await server.embed(input=[5]), 400, "BadRequestError", "input")
-        assert (await server.embed(input=["5"])).status == 200
+@pytest.mark.parametrize(("path", "field"), [("/v1/embeddings", "input"), ("/embed", "inputs")])
+async def test_token_ids_are_the_engines_to_turn_away(served: Served, path: str, field: str) -> None:
+    served.engine.token_id_input = False
+    for ids in ([5], [[5]], [5, "6"]):
+        assert_error(await served.post(path, {field: ids}), 400, "BadRequestError", field)
+    assert (await served.post(path, {field: ["5"]})).status == 200
 
 
 @pytest.mark.parametrize("token", [-1, 1000, 2**63, 2**64])
@@ -308,6 +319,11 @@ async def test_voyages_word_for_dimensions_counts() -> None:
     async with serving(engine=engine) as server:
         answer = await server.embed(input="a", output_dimension=4)
         assert len(answer.json["data"][0]["embedding"]) == 4
+        for asked in ({}, {"dimensions": 0, "modality": "text"}):
+            answer = await server.embed(input="a", output_dimension=-3, **asked)
+            assert_error(answer, 400, "BadRequestError", "output_dimension")
+        answer = await server.embed(input="a", dimensions=-3, output_dimension=4)
+        assert_error(answer, 400, "BadRequestError", "dimensions")
 
 
 @pytest.mark.parametrize("field", ["output_dtype", "embedding_type"])
@@ -339,8 +355,37 @@ async def test_infinitys_clients_write_0_for_no_dimensions_and_a_word_for_no_mod
     assert (await served.embed(input="ab", dimensions=0)).status == 400
 
 
-@pytest.mark.parametrize("modality", ["image", "audio", ""])
-async def test_what_is_no_text_is_not_embedded_as_if_it_were(served: Served, modality: str) -> None:
+async def test_nvidias_words_are_understood(served: Served) -> None:
+    plain = (await served.embed(input=["ab"])).json["data"]
+    asked = {"input": ["ab"], "input_type": "passage", "modality": ["text"], "truncate": "NONE"}
+    assert (await served.post(EMBEDDINGS, asked)).json["data"] == plain
+
+
+async def test_jinas_objects_are_their_texts(served: Served) -> None:
+    plain = (await served.embed(input=["ab", "c"])).json
+    asked = (await served.embed(input=[{"text": "ab"}, {"text": "c"}])).json
+    assert (asked["data"], asked["usage"]) == (plain["data"], plain["usage"])
+
+
+@pytest.mark.parametrize(
+    ("items", "param"),
+    [
+        ([{"image": "http://a/b.png"}], "input[0].text"),
+        ([{"text": "a"}, {"image": "http://a/b.png"}], "input[1].text"),
+        ([{"text": 5}], "input[0].text"),
+        ([{"text": "\ud800"}], "input[0].text"),
+        ([{"text": "a"}, "b"], "input[1]"),
+        ([{"text": "a"}, {"text": "b" * 500}], "input[1]"),
+        ([{"role": 5, "text": "a"}], "input[0].role"),
+        ([{"content": "a", "text": "a"}], "input[0].role"),
+    ],
+)
+async def test_objects_without_a_text_are_refused(served: Served, items: list[Any], param: str) -> None:
+    assert_error(await served.embed(input=items), 400, "BadRequestError", param)
+
+
+@pytest.mark.parametrize("modality", ["image", "audio", "", ["image"], ["text", "image"], 5])
+async def test_what_is_no_text_is_not_embedded_as_if_it_were(served: Served, modality: Any) -> None:
     answer = await served.post("/embeddings", {"input": "http://a/b.png", "modality": modality})
     assert assert_error(answer, 400, "BadRequestError", "modality") == "This model accepts text only."
     assert not served.engine.calls
