@@ -123,6 +123,8 @@ class Sliced(web.StreamResponse):
 
     async def send(self, request: web.Request) -> None:
         loop = asyncio.get_running_loop()
+        if request.version < HttpVersion11 and self.content_length is None:
+            self.force_close()  # nothing else says where it ends; aiohttp would keep the connection that was asked for
         await self.prepare(request)
         piece, self._first = self._first, b""
         while piece:

@@ -12,7 +12,7 @@ from carpool.server.errors import InvalidRequest
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 # What pages may send anyway, for all that a browser asks before it sends JSON.
 SAFE_HEADERS = ("Accept", "Accept-Language", "Content-Language", "Content-Type")
-EXPOSED = "X-Request-Id, Server-Timing, Retry-After, metadata"
+EXPOSED = "X-Request-Id, X-Error-Message, Server-Timing, Retry-After, metadata"
 CACHE_SECONDS = "600"
 
 

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from carpool.engine.errors import ConfigError
@@ -46,6 +47,8 @@ async def opened(config: ServerConfig) -> list[socket.socket]:
 
 def _refuse_to_supplant(path: str) -> None:
     """A socket's file is replaced, since a server leaves its own behind; not while another server listens there."""
+    if Path(path).exists() and not Path(path).is_socket():
+        raise ConfigError(f"Cannot listen on {path}: it exists, and is no socket.")
     with socket.socket(socket.AF_UNIX) as visitor:
         visitor.settimeout(1.0)
         try:

@@ -64,10 +64,19 @@ TOOL: Schema = {
 }
 PROMPTS = (TEXT, _list(TEXT), TOKENS, _list(TOKENS))
 SIDE = _either(TEXT, PARTS, _list({"anyOf": [TEXT, PARTS]}), says="A text, or a list of texts to pair up.")
-DOCUMENT: Schema = {
-    "anyOf": [TEXT, PARTS, {"type": "object", "properties": {"text": TEXT}, "required": ["text"]}]
-}
+TEXT_OBJECT: Schema = {"type": "object", "properties": {"text": TEXT}, "required": ["text"]}
+DOCUMENT: Schema = {"anyOf": [TEXT, PARTS, TEXT_OBJECT]}
+NO_MESSAGE: Schema = {"not": {"anyOf": [{"required": ["role"]}, {"required": ["content"]}]}}
+INPUT = (*PROMPTS, CHAT, _list(CHAT))
 PAIR = _list(TEXT, maxItems=2)
+TEXT_PAIR: Schema = {
+    "type": "object",
+    "properties": {"text": TEXT, "text_pair": {"type": ["string", "null"]}},
+    "required": ["text"],
+}
+LISTED = _list({"anyOf": [TEXT, PAIR, TEXT_PAIR]})
+# Without parameters: texts alone are a pair.
+JUDGED: Schema = {**LISTED, "contains": {"anyOf": [PAIR, TEXT_PAIR]}}
 INPUTS: Schema = {
     "anyOf": list(PROMPTS),
     "description": "A text, one prompt as token ids, or a list of either.",
@@ -106,11 +115,11 @@ FIELDS: dict[str, Schema] = {
     },
     "mm_processor_kwargs": _nothing("For models of images, which are not served here; must be empty."),
     # texts and chats
-    "input": _either(
-        *PROMPTS,
-        CHAT,
-        _list(CHAT),
-        says="A text, one prompt as token ids, one chat, or a list of any of these.",
+    "input": _either(*INPUT, says="A text, one prompt as token ids, one chat, or a list of any of these."),
+    "EmbeddingRequest.input": _either(
+        *INPUT,
+        _list(TEXT_OBJECT | NO_MESSAGE),
+        says="A text, one prompt as token ids, one chat, or a list of any of these, or of objects with a text.",
     ),
     "messages": _either(CHAT, _list(CHAT), says="A chat, or a list of chats, for the model's chat template."),
     "TokenizeRequest.messages": _either(CHAT, says="A chat, for the model's chat template."),
@@ -137,7 +146,7 @@ FIELDS: dict[str, Schema] = {
     "output_dtype": {"description": "Voyage's: of what numbers the vectors are."},
     "embedding_type": {"description": "Jina's and NVIDIA's word for output_dtype."},
     "endianness": {"description": "Byte order of base64 and bytes; by default the server's."},
-    "truncation": {"description": "Whether to cut what is too long."},
+    "truncation": {"description": "true: cut what is too long."},
     "RerankRequest.truncation": {
         "description": "Voyage's: whether to cut what is too long; where it is said, the results stand in `data`, too."
     },
@@ -186,13 +195,13 @@ FIELDS: dict[str, Schema] = {
     "text_1": SIDE,
     "text_2": SIDE,
     "documents": SIDE,
-    "query": _either(TEXT, PARTS, says="What the documents shall answer to."),
+    "query": _either(TEXT, PARTS, TEXT_OBJECT, says="What the documents shall answer to."),
     "RerankRequest.documents": _either(DOCUMENT, _list(DOCUMENT), says="The texts to sort."),
     "max_tokens_per_query": _at_least(0, "Cut each query to so many tokens; 0: not at all."),
     "max_tokens_per_doc": _at_least(0, "Cut each document to so many tokens; 0: not at all."),
     "instruction": {"description": "What is asked of the pair, where the model's prompt has a place for it."},
     "top_n": {"description": "How many results; 0: all."},
-    "top_k": {"description": "Another name of top_n."},
+    "top_k": {"description": "Voyage's name of top_n; where it is said, the results stand in `data`, too."},
     "return_documents": {
         "description": "Whether results repeat their texts; by default true, with raw_scores false."
     },
@@ -200,8 +209,9 @@ FIELDS: dict[str, Schema] = {
     "TeiEmbedRequest.inputs": INPUTS,
     "TeiInputsRequest.inputs": INPUTS,
     "TeiPredictRequest.inputs": {
-        "anyOf": [TEXT, PAIR, {**_list({"anyOf": [TEXT, PAIR]}), "contains": PAIR}],
-        "description": "A text, two texts that are a pair, or a list of lists of one text or two.",
+        "anyOf": [TEXT, TEXT_PAIR, LISTED],
+        "description": "A text, an object for a pair, or a list of these and of lists of one text or two. One or two "
+        "texts in a list are one input; with parameters, each text is.",
     },
     "TeiTokenizeRequest.inputs": {
         "anyOf": [TEXT, _list(TEXT)],
@@ -228,7 +238,8 @@ FIELDS: dict[str, Schema] = {
     },
     "TeiPredictRequest.parameters": {
         "description": "What pipelines of transformers take: top_k, how many classes; function_to_apply, none for the "
-        "model's own numbers. Even empty, it puts a list around the only answer.",
+        "model's own numbers. Even empty, it has each text of a list judged by itself, and puts a list around the only "
+        "answer.",
         "properties": {
             "top_k": {"type": ["integer", "null"], "minimum": 1},
             "function_to_apply": {"enum": ["none", "default", None]},
@@ -242,7 +253,10 @@ FIELDS: dict[str, Schema] = {
     "ClassificationRequest.raw_scores": INFINITYS,
     "RerankRequest.raw_scores": INFINITYS,
     "late_chunking": {"description": "Jina's; refused if true.", "enum": [False, None]},
-    "modality": {"description": "Infinity's: what the input is.", "enum": ["text", None]},
+    "modality": {
+        "description": "Infinity's and NVIDIA's: what the input is.",
+        "enum": ["text", ["text"], None],
+    },
     "return_text": {"description": "Whether results repeat their texts."},
 }
 
@@ -260,6 +274,13 @@ NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
     **dict.fromkeys(
         ("ClassificationRequest", "EmbeddingRequest", "PoolingRequest"), (("input",), ("messages",))
     ),
+}
+# Bodies of which one field's meaning depends on another: any one of these, beside what the fields say.
+FORMS: dict[str, tuple[Schema, ...]] = {
+    "TeiPredictRequest": (
+        {"required": ["inputs", "parameters"], "properties": {"parameters": {"not": NULL}}},
+        {"required": ["inputs"], "properties": {"inputs": {"anyOf": [TEXT, TEXT_PAIR, PAIR, JUDGED]}}},
+    )
 }
 # Groups that exclude each other.
 ALONE = {"CohereEmbedRequest"}

@@ -18,6 +18,7 @@ CONTENT_ENCODINGS = (
     *["br"] * HAS_BROTLI,
     *["zstd"] * HAS_ZSTD,
 )  # what aiohttp undoes
+UNKNOWN_ENCODING = f"Content-Encoding must be one of {', '.join(CONTENT_ENCODINGS)}."
 
 
 def label(value: str | None) -> str | None:
@@ -59,4 +60,4 @@ def require_known_encoding(request: web.Request) -> None:
     """aiohttp would hand over a body whose coding it does not know as if it were plain."""
     value = request.headers.get("Content-Encoding")
     if value and value.strip().lower() not in CONTENT_ENCODINGS:
-        raise UnreadableBody(f"Content-Encoding must be one of {', '.join(CONTENT_ENCODINGS)}.")
+        raise UnreadableBody(UNKNOWN_ENCODING)

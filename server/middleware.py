@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import ContentEncodingError
 from aiohttp.typedefs import Handler
 
 from carpool.engine.errors import DeadlineExceeded, Draining
 from carpool.server import cors
 from carpool.server.answer import Sliced
-from carpool.server.errors import Failure, Unauthorized, failure_of, render
-from carpool.server.headers import fresh_label, label, timeout_seconds
+from carpool.server.errors import Failure, Unauthorized, UnreadableBody, failure_of, render
+from carpool.server.headers import UNKNOWN_ENCODING, fresh_label, label, timeout_seconds
 from carpool.server.keys import (
     CLIENT,
     CONFIG,
@@ -140,6 +141,8 @@ def _key_holder(request: web.Request, digests: tuple[bytes, ...]) -> str:
 def refuse_malformed(app: web.Application, error: BaseException) -> web.Response:
     """The answer to what never became a request."""
     request_id = fresh_label()
+    if isinstance(error, ContentEncodingError):  # a coding that aiohttp knows, and has no package for
+        error = UnreadableBody(UNKNOWN_ENCODING)
     failure = failure_of(error)
     response = _refuse(app, error, failure, request_id)
     response.headers["X-Request-Id"] = request_id

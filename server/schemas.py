@@ -14,7 +14,7 @@ from typing import Any, Union, get_args, get_origin
 import msgspec
 from msgspec import Struct, UnsetType
 
-from carpool.server.fields import ALONE, EXAMPLES, FIELDS, HIDDEN, NEEDED, NULL, Schema
+from carpool.server.fields import ALONE, EXAMPLES, FIELDS, FORMS, HIDDEN, NEEDED, NULL, Schema
 
 TEMPLATE = "#/components/schemas/{name}"
 
@@ -81,8 +81,8 @@ def _request(name: str, schema: Schema) -> Schema:
         if f"{name}.{field}" not in HIDDEN
     }
     made = {**schema, "properties": fields}
-    if groups := NEEDED.get(name):
-        choices = [_choice(group, groups, alone=name in ALONE) for group in groups]
+    groups = NEEDED.get(name, ())
+    if choices := [*(_choice(group, groups, alone=name in ALONE) for group in groups), *FORMS.get(name, ())]:
         made["anyOf"] = choices
     return {**made, "examples": [EXAMPLES[name]]} if name in EXAMPLES else made
 

@@ -81,7 +81,8 @@ def _endpoint(document: Any, model: ModelInfo) -> Endpoint:
     if any(fields >= set(pair) for pair in NAMES):
         return SCORE
     if "inputs" in fields and model.default_task in TEI:
-        compares = isinstance(document["inputs"], Mapping)
+        inputs = document["inputs"]
+        compares = isinstance(inputs, Mapping) and "source_sentence" in inputs
         return TEI_SIMILARITY if compares else TEI[model.default_task]
     if "data" in fields:
         return POOLING

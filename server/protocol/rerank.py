@@ -20,9 +20,10 @@ Count = Annotated[int, Meta(ge=0, description="an integer of at least 0")]
 
 
 class RerankRequest(PairRequest, kw_only=True, gc=False):
-    """`top_k` and `truncation` are Voyage's words; documents may be objects with a `text`, as Jina has them.
+    """The query and documents may be objects with a `text`, as Jina has them.
 
-    Voyage's clients always say `truncation`, and no other client does: that tells them.
+    `top_k` and `truncation` are Voyage's words, and nobody else's: either tells that its client is about to read the
+    answer. Its Python client always says `truncation`, others at most `top_k`.
     """
 
     query: ScoreItem | None = None
@@ -44,7 +45,7 @@ class RerankRequest(PairRequest, kw_only=True, gc=False):
 
     @property
     def is_voyages(self) -> bool:
-        return self.truncation is not None
+        return self.truncation is not None or self.top_k is not None
 
     def pooling(self, dimensions: int | None = None) -> PoolingParams:
         params = super().pooling(dimensions)
@@ -58,14 +59,14 @@ class RerankRequest(PairRequest, kw_only=True, gc=False):
     def query_text(self) -> str:
         if self.query is None:
             raise InvalidRequest("query is required.", "query")
-        return read_item(self.query, "query")
+        return _text(self.query, "query")
 
     def document_texts(self) -> list[str]:
         if self.documents is None:
             raise InvalidRequest("documents is required.", "documents")
         if isinstance(self.documents, list):
-            return [_document(item, f"documents[{index}]") for index, item in enumerate(self.documents)]
-        return [_document(self.documents, "documents")]
+            return [_text(item, f"documents[{index}]") for index, item in enumerate(self.documents)]
+        return [_text(self.documents, "documents")]
 
     def tokenization(self) -> TokenizationParams:
         params = super().tokenization()
@@ -74,7 +75,7 @@ class RerankRequest(PairRequest, kw_only=True, gc=False):
         return params
 
 
-def _document(item: ScoreItem, path: str) -> str:
+def _text(item: ScoreItem, path: str) -> str:
     if isinstance(item, dict) and isinstance(item.get("text"), str):
         return read_text(item["text"], path)
     return read_item(item, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -106,31 +106,37 @@ class TeiPredictParameters(Struct, gc=False):
     candidate_labels: Any = None
 
 
-class TeiPredictRequest(TeiRequest, kw_only=True, gc=False):
-    """`inputs`: a text; two texts, which are a pair; or a list of [text] and [text, text].
+class TextPair(Struct, gc=False):
+    """A pair as pipelines of transformers take it."""
 
-    `parameters`, even if empty, makes it a request to a pipeline of transformers, which answers a text with a list of
-    one list of classes.
+    text: str
+    text_pair: str | None = None
+
+
+class TeiPredictRequest(TeiRequest, kw_only=True, gc=False):
+    """`inputs`: a text; two texts, which are a pair; or a list of [text], [text, text] and objects for a TextPair.
+
+    `parameters`, even if empty, makes it a request to a pipeline of transformers, to which texts in a list are so many
+    inputs, and which answers a text with a list of one list of classes.
     """
 
-    inputs: str | list[str | list[str]]
+    inputs: str | dict[str, Any] | list[str | list[str] | dict[str, Any]]
     raw_scores: bool | None = None
     parameters: dict[str, Any] | None = None
 
     @property
     def is_batch(self) -> bool:
-        return isinstance(self.inputs, list) and any(isinstance(item, list) for item in self.inputs)
+        if not isinstance(self.inputs, list):
+            return False
+        return self.parameters is not None or not all(isinstance(item, str) for item in self.inputs)
 
     def pairs(self) -> list[tuple[str, str]]:
         """Each input as a pair; the second text is empty where there is only one."""
-        if isinstance(self.inputs, str):
-            return [(self.inputs, "")]
+        if self.inputs == []:
+            raise InvalidRequest("You must pass at least one prompt", "inputs")
         if not self.is_batch:
             return [_pair(self.inputs, "inputs")]
-        return [
-            _pair(item if isinstance(item, list) else [item], f"inputs[{index}]")
-            for index, item in enumerate(self.inputs)
-        ]
+        return [_pair(item, f"inputs[{index}]") for index, item in enumerate(self.inputs)]
 
     @property
     def is_bare(self) -> bool:
@@ -156,12 +162,15 @@ class TeiPredictRequest(TeiRequest, kw_only=True, gc=False):
         return PoolingParams(use_activation=False if raw else None)
 
 
-def _pair(texts: Sequence[str | list[str]], path: str) -> tuple[str, str]:
-    match texts:
-        case [str(text)]:
+def _pair(item: Any, path: str) -> tuple[str, str]:
+    match item:
+        case str(text) | [str(text)]:
             return text, ""
         case [str(first), str(second)]:
             return first, second
+        case dict():
+            pair = read_struct(TextPair, item, path)
+            return pair.text, pair.text_pair or ""
     raise InvalidRequest(f"{path} must hold one text, or two to be judged together.", path)
 
 

@@ -108,10 +108,10 @@ def large() -> bytes:
     return json.dumps({"input": ["a"] * 50_000}).encode()
 
 
-def head(body: bytes, version: bytes = b"1.1") -> bytes:
+def head(body: bytes, version: bytes = b"1.1", more: bytes = b"") -> bytes:
     return (
-        b"POST /v1/embeddings HTTP/%b\r\nHost: a\r\nX-Request-Id: large\r\nContent-Length: %d\r\n\r\n"
-        % (version, len(body))
+        b"POST /v1/embeddings HTTP/%b\r\nHost: a\r\nX-Request-Id: large\r\n%bContent-Length: %d\r\n\r\n"
+        % (version, more, len(body))
     ) + body
 
 
@@ -181,14 +181,16 @@ async def test_a_client_that_leaves_in_the_middle_ends_the_making(served: Served
     assert (await served.get("/load")).json == {"server_load": 0}
 
 
-async def test_an_old_client_gets_it_to_the_end_of_the_connection(served: Served) -> None:
+@pytest.mark.parametrize("more", [b"", b"Connection: keep-alive\r\n"])
+async def test_an_old_client_gets_it_to_the_end_of_the_connection(served: Served, more: bytes) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
-    writer.write(head(large(), b"1.0"))
+    writer.write(head(large(), b"1.0", more))
     async with asyncio.timeout(20):
         found = await reader.read()
     writer.close()
     headers, _, body = found.partition(b"\r\n\r\n")
     assert b"Transfer-Encoding" not in headers
+    assert b"Connection" not in headers
     assert len(json.loads(body)["data"]) == 50_000
 
 

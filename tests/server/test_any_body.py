@@ -47,8 +47,9 @@ EMBEDDINGS: list[Any] = [
     {"input": [5, 6], "encoding_format": "bytes"},
     {"messages": CHAT, **CHATTY},
     {"input": [CHAT, CHAT], **CHATTY},
+    {"input": [{"text": "a"}, {"text": "b"}], "modality": ["text"]},
 ]
-POOLING = [{**body, "task": "encode"} for body in EMBEDDINGS] + [
+POOLING = [{**body, "task": "encode"} for body in EMBEDDINGS[:5]] + [
     {"input": "a", "task": "embed&sparse_embed"},
     {"data": {"a": 1}},
 ]
@@ -78,6 +79,8 @@ PREDICT: list[Any] = [
     {"inputs": [["a", "b"], ["c"]], "raw_scores": True, **TEI},
     {"inputs": ["a", "b"]},
     {"inputs": "a", "parameters": {"top_k": 2, "function_to_apply": "none"}},
+    {"inputs": ["a", "b", "c"], "parameters": {}},
+    {"inputs": [{"text": "a", "text_pair": "b"}, "c", ["d"]]},
 ]
 SIMILARITY: list[Any] = [
     {
@@ -216,20 +219,20 @@ async def test_good_bodies_are_good_for_the_models_that_can(kind: str) -> None:
     assert all(statuses[path] == [200] * len(GOOD[path]) for path in ("/tokenize", "/detokenize", "/decode"))
     able = {
         "embedder": {
-            "/v1/embeddings": 5,
+            "/v1/embeddings": 6,
             "/pooling": 5,
             "/v2/embed": 2,
             "/score": 3,
             "/rerank": 4,
             "/similarity": 1,
-            "/": 3,
+            "/": 4,
             "/embed": 2,
             "/embed_all": 2,
             "/embed_sparse": 0,
         },
         "m3": {"/pooling": 6, "/embed_all": 2, "/embed_sparse": 2},
-        "classifier": {"/classify": 3, "/predict": 3, "/": 3},
-        "cross-encoder": {"/classify": 3, "/predict": 3, "/score": 3, "/rerank": 4},
+        "classifier": {"/classify": 3, "/predict": 5, "/": 5},
+        "cross-encoder": {"/classify": 3, "/predict": 5, "/score": 3, "/rerank": 4},
         "tagger": {"/pooling": 4},
     }[kind]
     assert {path: statuses[path].count(200) for path in able} == able

@@ -27,6 +27,8 @@ async def test_an_allowed_page_may_call_and_read(allowed: tuple[str, ...]) -> No
             assert answer.headers["Access-Control-Allow-Origin"] in (PAGE, "*")
             assert answer.headers["Vary"] == "Origin"
         assert called.status == 401  # which the page may read too
+        exposed = called.headers["Access-Control-Expose-Headers"].split(", ")
+        assert all(name in exposed and name in called.headers for name in ("X-Request-Id", "X-Error-Message"))
 
 
 async def test_it_may_do_what_is_allowed_and_no_more() -> None:

@@ -98,11 +98,25 @@ async def test_a_timeout_of_the_engines_own_is_not_the_clients(served: Served) -
     assert_error(answer, 500, "InternalServerError")
 
 
-async def test_the_codings_that_are_named_are_those_that_pass(served: Served) -> None:
-    answer = await served.raw(
-        b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Encoding: rot13\r\nContent-Length: 15\r\n\r\n"
-        b'{"input": "hi"}'
+def coded(coding: str) -> bytes:
+    return (
+        b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Encoding: %b\r\nContent-Length: 15\r\n\r\n"
+        b'{"input": "hi"}' % coding.encode()
     )
+
+
+@pytest.mark.parametrize("coding", ["br", "zstd"])
+async def test_a_coding_without_its_package_is_one_we_do_not_know(
+    served: Served, coding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aiohttp.http_parser.HAS_BROTLI", False)
+    monkeypatch.setattr("aiohttp.http_parser.HAS_ZSTD", False)
+    message = assert_error(await served.raw(coded(coding)), 400, "BadRequestError")
+    assert message == assert_error(await served.raw(coded("rot13")), 400, "BadRequestError")
+
+
+async def test_the_codings_that_are_named_are_those_that_pass(served: Served) -> None:
+    answer = await served.raw(coded("rot13"))
     named = assert_error(answer, 400, "BadRequestError").partition("one of ")[2].rstrip(".").split(", ")
     assert {"identity", "gzip", "deflate"} <= set(named)
     compress: dict[str, Any] = {"identity": bytes, "gzip": gzip.compress, "deflate": zlib.compress}

@@ -380,6 +380,15 @@ async def test_a_unix_socket_serves_too(tmp_path: Path) -> None:
         own.close()
 
 
+async def test_what_is_no_socket_is_not_taken_for_another_server(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for path in (tmp_path, file):
+        with pytest.raises(ConfigError, match=rf"^Cannot listen on {path}: it exists, and is no socket\.$"):
+            await doors.opened(ServerConfig(uds=str(path)))
+    assert file.read_text() == "kept"
+
+
 async def test_ready_is_one_line_with_the_facts() -> None:
     engine = FakeEngine()
     config = local()

@@ -14,7 +14,7 @@ import schemathesis
 from carpool.server.app import ROUTES, Route
 from carpool.server.config import ServerConfig
 from carpool.server.errors import STATUS
-from carpool.server.fields import ALONE, EXAMPLES, FIELDS, HIDDEN, NEEDED
+from carpool.server.fields import ALONE, EXAMPLES, FIELDS, FORMS, HIDDEN, NEEDED
 from carpool.server.openapi import describe
 from carpool.server.schemas import structs
 from fakes import FAKE_CROSS_ENCODER, FAKE_M3, FakeEngine
@@ -127,6 +127,7 @@ def test_nothing_by_hand_is_about_what_is_no_more() -> None:
     assert not [path for path in HIDDEN if path.partition(".")[0] not in REQUESTS]
     assert set(EXAMPLES) == REQUESTS
     assert ALONE <= NEEDED.keys() <= REQUESTS
+    assert FORMS.keys() <= REQUESTS
     assert not [
         f"{name}.{field}"
         for name, groups in NEEDED.items()
@@ -163,6 +164,7 @@ CHAT = [{"role": "user", "content": "hello"}]
                 {"input": [[1], [2, 3]]},
                 {"input": CHAT},
                 {"input": [CHAT, CHAT]},
+                {"input": [{"text": "a"}, {"text": "b"}], "modality": ["text"], "truncation": "END"},
                 {"messages": CHAT},
                 {"messages": CHAT, "input": None},
                 {"input": "a", "dimensions": 8, "model": None, "unknown": {}},
@@ -175,6 +177,8 @@ CHAT = [{"role": "user", "content": "hello"}]
                 {"input": ["a", 1]},
                 {"input": ["a", None]},
                 {"input": {}},
+                {"input": [{"image": "a"}]},
+                {"input": "a", "modality": ["image"]},
                 {"input": "a", "dimensions": 0},
                 {"input": "a", "dimensions": 1.5},
                 {"input": "a", "encoding_format": "hex"},
@@ -195,8 +199,22 @@ CHAT = [{"role": "user", "content": "hello"}]
         ),
         (
             "TeiPredictRequest",
-            [{"inputs": "a"}, {"inputs": ["a", "b"]}, {"inputs": [["a"], "b", ["c", "d"]]}],
-            [{"inputs": ["a", "b", "c"]}, {"inputs": [["a", "b", "c"]]}, {"inputs": []}],
+            [
+                {"inputs": "a"},
+                {"inputs": ["a", "b"]},
+                {"inputs": [["a"], "b", ["c", "d"]]},
+                {"inputs": ["a", "b", "c"], "parameters": {}},
+                {"inputs": {"text": "a", "text_pair": "b"}},
+                {"inputs": [{"text": "a"}, "b"]},
+            ],
+            [
+                {"inputs": ["a", "b", "c"]},
+                {"inputs": ["a", "b", "c"], "parameters": None},
+                {"inputs": [["a", "b", "c"]]},
+                {"inputs": []},
+                {"inputs": {"text_pair": "b"}},
+                {"parameters": {}},
+            ],
         ),
     ],
 )

@@ -71,6 +71,8 @@ async def test_teis_rerank_is_known_too() -> None:
         ("classifier", {"inputs": "a"}, "/predict"),
         ("classifier", {"inputs": "a", "parameters": {"top_k": 1}}, "/predict"),
         ("cross-encoder", {"inputs": ["a", "b"]}, "/predict"),
+        ("cross-encoder", {"inputs": {"text": "a", "text_pair": "b"}}, "/predict"),
+        ("classifier", {"inputs": ["a", "b", "c"], "parameters": {}}, "/predict"),
         ("cross-encoder", {"query": "a", "texts": ["b"]}, "/rerank"),
         ("embedder", {"inputs": {"source_sentence": "a", "sentences": ["b"]}}, "/similarity"),
     ],

@@ -67,6 +67,12 @@ async def test_documents_come_in_several_shapes(scorer: Served) -> None:
         assert (await rerank(scorer, documents=documents))["results"][0]["document"] == {"text": "d"}
 
 
+async def test_so_does_the_query(scorer: Served) -> None:
+    wanted = (await rerank(scorer, query="abc"))["results"]
+    for query in ({"text": "abc"}, {"content": [{"type": "text", "text": "abc"}]}):
+        assert (await rerank(scorer, query=query))["results"] == wanted
+
+
 async def test_voyages_truncation_is_ours(scorer: Served) -> None:
     await rerank(scorer, documents=["d" * 1000], truncation=True)
     assert scorer.engine.calls[0]["tokenization"].truncate_prompt_tokens == -1  # type: ignore[attr-defined]
@@ -78,6 +84,8 @@ async def test_voyages_truncation_is_ours(scorer: Served) -> None:
         ({"query": None}, "query"),
         ({"query": ["q"]}, "query"),
         ({"query": 5}, "query"),
+        ({"query": {"text": 5}}, "query"),
+        ({"query": {"text": "\ud800"}}, "query"),
         ({"documents": None}, "documents"),
         ({"documents": []}, "documents"),
         ({"documents": ["a", 5]}, "documents[1]"),
@@ -98,8 +106,7 @@ async def test_what_cannot_be_ranked_is_refused(scorer: Served, fields: dict[str
 
 
 async def test_voyages_clients_find_the_results_where_they_look(scorer: Served) -> None:
-    assert "data" not in await rerank(scorer)
-    for truncation in (True, False):
+    for truncation in (True, False, None):
         body = await rerank(scorer, truncation=truncation, top_k=2)
         assert body["data"] == [
             {"index": 1, "relevance_score": 3.5},
@@ -108,6 +115,20 @@ async def test_voyages_clients_find_the_results_where_they_look(scorer: Served) 
         assert [result["document"]["text"] for result in body["results"]] == ["aaaa", "bb"]
     body = await rerank(scorer, truncation=True, top_k=1, return_documents=True)
     assert body["data"] == [{"index": 1, "relevance_score": 3.5, "document": "aaaa"}]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"top_n": 2, "return_documents": True, "truncation": None, "return_embeddings": False},  # Jina
+        {"top_n": 2, "max_tokens_per_doc": 4096, "max_chunks_per_doc": 10, "rank_fields": None},  # Cohere
+        {"top_n": 0, "truncate_prompt_tokens": -1, "truncation_side": "left", "priority": 0},  # vLLM
+        {"top_n": 2, "top_k": None, "truncate": True, "truncation_direction": "Right", "raw_scores": False},
+    ],
+)
+async def test_nobody_elses_body_is_taken_for_voyages(scorer: Served, fields: dict[str, Any]) -> None:
+    assert "data" not in await rerank(scorer, **fields)
 
 
 async def test_texts_are_answered_as_tei_does(scorer: Served) -> None:

@@ -114,6 +114,8 @@ async def test_pairs_are_put_together_as_the_model_wants_them() -> None:
         ([], "inputs"),
         ([[]], "inputs[0]"),
         (["a", "b", "c"], "inputs"),
+        ({"text_pair": "b"}, "inputs.text"),
+        ([{"text": "a"}, {"text": "b", "text_pair": 5}], "inputs[1].text_pair"),
         ([["a", 5]], "inputs[0][1]"),
         (5, "inputs"),
     ],
@@ -233,6 +235,27 @@ async def test_a_pipelines_only_answer_has_a_list_around_it(classifier: Served) 
     [logits] = (await classifier.post("/predict", asked)).json
     raw = (await classifier.post("/predict", {"inputs": "ab", "raw_scores": True})).json
     assert logits == raw[:2]
+
+
+async def test_texts_are_a_pair_to_tei_and_two_inputs_to_a_pipeline(classifier: Served) -> None:
+    pair = (await classifier.post("/predict", {"inputs": ["a", "bc"]})).json
+    each = [(await classifier.post("/predict", {"inputs": text})).json for text in ("a", "bc")]
+    assert pair not in each
+    assert (await classifier.post("/predict", {"inputs": ["a", "bc"], "parameters": None})).json == pair
+    assert (await classifier.post("/predict", {"inputs": ["a", "bc"], "parameters": {}})).json == each
+    assert (await classifier.post("/predict", {"inputs": ["a"], "parameters": {}})).json == each[:1]
+    nothing = await classifier.post("/predict", {"inputs": [], "parameters": {}})
+    assert assert_error(nothing, 400, "BadRequestError", "inputs") == "You must pass at least one prompt"
+
+
+async def test_a_pipelines_pair_is_a_pair(classifier: Served) -> None:
+    pair = (await classifier.post("/predict", {"inputs": ["a", "bc"]})).json
+    alone = (await classifier.post("/predict", {"inputs": "a"})).json
+    asked: dict[str, Any] = {"text": "a", "text_pair": "bc"}
+    for path in ("/predict", "/", "/invocations"):
+        assert (await classifier.post(path, {"inputs": asked})).json == pair
+        assert (await classifier.post(path, {"inputs": asked, "parameters": {}})).json == [pair]
+        assert (await classifier.post(path, {"inputs": [asked, {"text": "a"}]})).json == [pair, alone]
 
 
 @pytest.mark.parametrize(
