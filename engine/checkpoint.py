@@ -32,7 +32,7 @@ _LENGTH_KEYS = (
     "max_seq_length",
     "seq_len",
 )
-# RoPE types whose factor is already part of max_position_embeddings.
+# RoPE types whose factor is already part of max_position_embeddings; YaRN's may be, or not.
 _ROPE_WITHOUT_FACTOR = {"su", "longrope", "llama3", "yarn", "deepseek_yarn", "default"}
 # These count positions from behind their pad id: a table of 514 rows serves 512 tokens.
 _BEHIND_PAD = {
@@ -267,10 +267,12 @@ def _lengths(path: Path, config: Mapping[str, Any], asked: int | None) -> tuple[
     derived = int(text["model_max_length"]) if text.get("model_max_length") else min(lengths, default=0)
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    factor, original = float(rope.get("factor") or 1), int(rope.get("original_max_position_embeddings") or 0)
     gemma3 = str(text.get("model_type", "")).startswith("gemma3")  # its length has the factor in it as well
-    stretched = gemma3 or "original_max_position_embeddings" in rope
-    if derived and kind not in _ROPE_WITHOUT_FACTOR and "factor" in rope and not stretched:
-        derived = int(derived * float(rope["factor"]))
+    if derived and kind == "yarn" and not gemma3:
+        derived = max(derived, int(original * factor))
+    elif derived and kind not in _ROPE_WITHOUT_FACTOR and not original and not gemma3:
+        derived = int(derived * factor)
     if not derived:
         return asked or _UNKNOWN_LENGTH, max(asked or 0, _UNKNOWN_LENGTH)
     family, meant, table = text.get("model_type"), derived, False
@@ -289,7 +291,8 @@ def _lengths(path: Path, config: Mapping[str, Any], asked: int | None) -> tuple[
 
 def _hidden_size(config: Mapping[str, Any]) -> int:
     text = _text_config(config)
-    for key in ("hidden_size", "d_model", "n_embd", "emb_dim", "dim"):
+    projected = ("word_embed_proj_dim",) if text.get("model_type") == "opt" else ()
+    for key in (*projected, "hidden_size", "d_model", "n_embd", "emb_dim", "dim"):
         if text.get(key):
             return int(text[key])
     raise ConfigError("config.json names no hidden size, so this does not look like a text model.")
@@ -303,7 +306,25 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` wins; nested objects are merged key by key."""
     merged = dict(base)
-    for key, value in over.items():
+    for key, value in _respelled(base, over).items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def _respelled(base: Mapping[str, Any], over: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`over` with rotary positions in the words of `base`. transformers 5 writes `rope_theta` and `rope_scaling` as
+    one, `rope_parameters`, and where it finds both ways it forgets the base of the one or all of the other.
+    """
+    own, scaling = base.get("rope_parameters"), over.get("rope_scaling")
+    if isinstance(own, Mapping) and "rope_theta" in own and (scaling or over.get("rope_theta")):
+        rope = dict(scaling or {})
+        if "type" in rope:
+            rope.setdefault("rope_type", rope.pop("type"))
+        if over.get("rope_theta"):
+            rope["rope_theta"] = over["rope_theta"]
+        others = {key: value for key, value in over.items() if key not in ("rope_scaling", "rope_theta")}
+        return {**others, "rope_parameters": {**rope, **(over.get("rope_parameters") or {})}}
+    if over.get("rope_parameters") and base.get("rope_scaling"):
+        return {"rope_scaling": None, **over}
+    return over

@@ -114,7 +114,8 @@ class Core:
         model, known = parts.model, parts.tokens_per_second
         length = min(model.max_model_len, model.max_num_batched_tokens, 128)
         count = max(1, _WARM_UP_TOKENS // length) * len(parts.runners)
-        prompts = [[i % model.vocab_size] * length for i in range(count)]
+        # Of several words each: mBART reads its last word that is no pad.
+        prompts = [[(i + j) % model.vocab_size for j in range(length)] for i in range(count)]
         request = Request(PoolingParams(), (model.default_task,))
         for _ in range(1 if known else 2):
             if self.state != "starting":

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig
 
 from carpool.engine.models.attention import layout
 from carpool.engine.models.lora import base_layer, riding
@@ -69,8 +69,7 @@ class Backbone:
     @property
     def hidden_size(self) -> int:
         """H: the width of what `forward` returns."""
-        text = self.module.config.get_text_config()  # type: ignore[union-attr,operator]
-        return int(text.hidden_size)
+        return hidden_size(self.module.config)
 
     @property
     def is_causal(self) -> bool:
@@ -92,6 +91,13 @@ class Backbone:
             if isinstance(table, nn.Embedding):
                 return table.num_embeddings - (0 if self._pad_id is None else self._pad_id + 1)
         return None
+
+
+def hidden_size(config: PreTrainedConfig) -> int:
+    """H of a model of this configuration."""
+    text = config.get_text_config()
+    # OPT's last layer may be followed by a projection to the width of its word vectors.
+    return int(text.word_embed_proj_dim if text.model_type == "opt" else text.hidden_size)
 
 
 def _position_pad_id(module: nn.Module) -> int | None:

@@ -44,13 +44,14 @@ from carpool.engine.checkpoint import Checkpoint
 from carpool.engine.errors import ConfigError, first_line
 from carpool.engine.models.account import Account
 from carpool.engine.models.attention import NAME
-from carpool.engine.models.backbone import Backbone
+from carpool.engine.models.backbone import Backbone, hidden_size
 from carpool.engine.models.patches import patch
 from carpool.engine.models.renames import RENAMES
 from carpool.engine.models.tower import text_tower
 from carpool.engine.models.weights import stored, unwrapped
 from carpool.engine.poolers.classifier import (
     ReplayedHead,
+    WordScore,
     head_from_tokens,
     head_from_weights,
     keep_words,
@@ -131,8 +132,15 @@ class Loader:
                 return Loaded(self._backbone(full.base_model), _replayed(full, per_token=True))
             case "classify" if scorer is not None:
                 full = self._language_model(checkpoint, config)
-                rows = full.get_output_embeddings().weight[list(token_ids)].float()
-                return Loaded(self._backbone(full.base_model), head_from_tokens(rows, scorer.method), "last")
+                if scorer.words:
+                    # As the reference reads them: bare weights, whatever the class does behind them.
+                    rows = full.get_output_embeddings().weight[list(token_ids)].float()
+                    return Loaded(
+                        self._backbone(full.base_model), head_from_tokens(rows, scorer.method), "last"
+                    )
+                keep_words(full, token_ids)
+                backbone = self._backbone(full.base_model)
+                return Loaded(backbone, WordScore(_replayed(full, per_token=True)), "last")
             case "classify" if checkpoint.files == "classify":
                 model = self._model(AutoModel, checkpoint, config, **_without_pooler(config))
                 layers = [load_layer(spec, self.device) for spec in checkpoint.dense]
@@ -347,7 +355,7 @@ def _classifier(full: PreTrainedModel) -> nn.Module:
 
 def _replayed(full: PreTrainedModel, *, per_token: bool) -> ReplayedHead:
     """The head of `full`, which has been tried on one row."""
-    name, width = type(full).__name__, int(full.config.get_text_config().hidden_size)
+    name, width = type(full).__name__, hidden_size(full.config)
     head = ReplayedHead(full, per_token=per_token)
     try:
         with torch.inference_mode():

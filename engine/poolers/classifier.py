@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -49,11 +50,27 @@ def _untie(head: nn.Module, backbone: nn.Module) -> None:
                 module._parameters[name] = nn.Parameter(weight.detach().float(), requires_grad=False)
 
 
+class WordScore(nn.Module):
+    """float32 [R, H] → [R, 1]: the logit of one word as the language model's own head has it, whatever that does behind
+    its weights (a scale, a cap, a bias); of two words, the second's minus the first's."""
+
+    def __init__(self, logits: ReplayedHead) -> None:
+        super().__init__()
+        self._logits = logits
+
+    def forward(self, rows: Tensor) -> Tensor:
+        logits: Tensor = self._logits(rows)
+        return logits[:, 1:] - logits[:, :1] if logits.shape[1] == 2 else logits
+
+
 class _Stub(nn.Module):
     """Stands in for a backbone: hands its `inputs_embeds` through as the last hidden state."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
+        for name, number in vars(backbone).items():
+            if isinstance(number, int | float):  # some heads read one there: Falcon-H1's lm_head_multiplier
+                setattr(self, name, number)
         self.pooler = getattr(backbone, "pooler", None)  # under its own name, which adapters know it by
         self._activation = getattr(backbone, "pooler_activation", nn.Tanh())
         if isinstance(self.pooler, nn.Linear):
@@ -64,9 +81,12 @@ class _Stub(nn.Module):
     def forward(
         self, input_ids: Tensor | None = None, *args: object, inputs_embeds: Tensor, **others: object
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        return BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=inputs_embeds, pooler_output=self._pooled(inputs_embeds)
-        )
+        return _Hidden(last_hidden_state=inputs_embeds, pooler_output=self._pooled(inputs_embeds))
+
+    @property
+    def decoder(self) -> _Stub:
+        """OPT's head calls that of its backbone."""
+        return self
 
     def _pooled(self, hidden: Tensor) -> Tensor | None:
         """[R, L, H] → [R, H]"""
@@ -74,6 +94,19 @@ class _Stub(nn.Module):
             pooled: Tensor = self._activation(self.pooler(hidden[:, 0]))
             return pooled
         return None if self.pooler is None else self.pooler(hidden)
+
+
+@dataclass
+class _Hidden(BaseModelOutputWithPoolingAndCrossAttentions):  # type: ignore[misc]
+    """With what language models hand on beside their logits and never read."""
+
+    router_logits: None = None
+    cache_params: None = None
+    shared_kv_states: None = None
+    rope_deltas: None = None
+    image_hidden_states: None = None
+    video_hidden_states: None = None
+    audio_hidden_states: None = None
 
 
 class _Nothing(nn.Module):

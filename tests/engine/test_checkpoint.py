@@ -243,6 +243,41 @@ def test_overrides_are_merged_to_the_bottom(tmp_path: Path) -> None:
     assert checkpoint.vocab_size == 5
 
 
+@pytest.mark.parametrize(
+    ("config", "over", "expected"),
+    [
+        (
+            {"rope_theta": 1.0, "rope_scaling": {"type": "linear"}},
+            {"rope_scaling": {"factor": 2}},
+            {"rope_theta": 1.0, "rope_scaling": {"type": "linear", "factor": 2}},
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1.0, "rope_type": "default"}},
+            {"rope_scaling": {"type": "yarn"}, "rope_theta": 2.0},
+            {"rope_parameters": {"rope_theta": 2.0, "rope_type": "yarn"}},
+        ),
+        (
+            {"rope_theta": 1.0, "rope_scaling": {"rope_type": "linear"}},
+            {"rope_parameters": {"rope_type": "yarn"}},
+            {"rope_theta": 1.0, "rope_scaling": None, "rope_parameters": {"rope_type": "yarn"}},
+        ),
+        (  # a base a kind of layer
+            {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
+            {"rope_theta": 2.0},
+            {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}, "rope_theta": 2.0},
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("tower", [False, True])
+def test_rotary_positions_are_overridden_in_the_words_that_the_config_has_for_them(
+    config: dict[str, Any], over: dict[str, Any], expected: dict[str, Any], tower: bool, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 48, "vocab_size": 7}
+    path = folder(tmp_path, **({"text_config": {**sizes, **config}} if tower else config))
+    found = read(path, {"text_config": over} if tower else over).text_config
+    assert {key: value for key, value in found.items() if key.startswith("rope")} == expected
+
+
 # ── length ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 ROPE = {"rope_theta": 10000.0}
@@ -277,6 +312,18 @@ ROPE = {"rope_theta": 10000.0}
         ({**ROPE, "max_trained_positions": 300}, 300),
         ({**ROPE, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, 2048),
         ({**ROPE, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 512),
+        (
+            {**ROPE, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}},
+            2048,
+        ),
+        (  # the length that is named has the factor in it, and more
+            {"rope_parameters": {"rope_type": "yarn", "factor": 1.5, "original_max_position_embeddings": 256}},
+            512,
+        ),
+        (
+            {"rope_parameters": {"rope_type": "deepseek_yarn", "factor": 4.0, "original_max_position_embeddings": 512}},
+            512,
+        ),
         ({**ROPE, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 512),
         ({**ROPE, "rope_scaling": {"type": "su", "factor": 8.0}}, 512),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1.0}}, 1024),
@@ -386,6 +433,12 @@ def test_the_native_width_is_that_behind_the_last_dense_layer(tmp_path: Path) ->
 
 
 # ── damage ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("kind", "width"), [("opt", 16), ("bert", 32)])
+def test_opt_may_project_to_the_width_of_its_word_vectors(kind: str, width: int, tmp_path: Path) -> None:
+    path = folder(tmp_path, model_type=kind, word_embed_proj_dim=16)
+    assert read(path).matryoshka.size == width
 
 
 def test_a_folder_without_config_json_is_no_model(tmp_path: Path) -> None:

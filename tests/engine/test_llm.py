@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import carpool
+import tiny
 from carpool.engine.errors import ConfigError, InputTooLong, InvalidInput, InvalidParameter, UnsupportedTask
 from carpool.engine.llm import LLM
 from carpool.engine.params import PoolingParams
@@ -63,6 +65,34 @@ def test_matryoshka_as_the_reference_prints_it(checkpoint: Callable[[str], Path]
     llm = LLM(model=str(checkpoint("qwen3")), runner="pooling", trust_remote_code=True)
     outputs = llm.embed(["Follow the white rabbit."], pooling_params=PoolingParams(dimensions=8))
     assert repr(outputs[0].outputs) == "EmbeddingOutput(hidden_size=8)"
+    llm.close()
+
+
+def test_a_model_that_looks_for_its_last_word_that_is_no_pad_starts(tmp_path: Path) -> None:
+    """mBART's does, of the prompts of a warm-up as well."""
+    config = transformers.MBartConfig(
+        vocab_size=400, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=256,
+        pad_token_id=1, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.MBartModel(config).eval()
+    tiny.inflate(model)
+    model.save_pretrained(tmp_path)
+    tiny.save_tokenizer(
+        tiny.byte_bpe(),
+        tmp_path,
+        pad="<|endoftext|>",
+        tokenizer_class="PreTrainedTokenizerFast",
+        model_max_length=256,
+    )
+    llm = LLM(str(tmp_path), dtype="float32", cpu_workers=1)
+    ids = [5, 6, 7, 8, 2]
+    (answer,) = llm.encode(
+        [ids], pooling_task="token_embed", pooling_params=PoolingParams(use_activation=False)
+    )
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).last_hidden_state[0]
+    torch.testing.assert_close(answer.outputs.data, expected, rtol=1e-5, atol=1e-5)
     llm.close()
 
 

@@ -92,6 +92,16 @@ def test_a_decoder_that_was_told_to_look_both_ways_is_one_still(kind: str, told:
     assert Backbone(model).is_causal
 
 
+@pytest.mark.parametrize("width", [16, 32])
+def test_opts_width_is_what_its_last_projection_gives(width: int) -> None:
+    config = transformers.OPTConfig(
+        vocab_size=60, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=64, word_embed_proj_dim=width,
+    )  # fmt: skip
+    model = transformers.OPTModel(config).eval()
+    assert model(torch.tensor([[5, 6]])).last_hidden_state.shape[-1] == Backbone(model).hidden_size == width
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_layers_attention_is_ours(family: str, backbone: Callable[[str], Backbone]) -> None:
     """A layer that computes its own would see the whole row."""

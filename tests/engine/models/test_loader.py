@@ -195,6 +195,44 @@ def test_overrides_reach_the_model(checkpoint: Callable[[str], Path]) -> None:
         assert not torch.allclose(wide.forward(batch), narrow.forward(batch))
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+OLD = {"rope_parameters": ..., "rope_theta": 1e6, "rope_scaling": None}  # before transformers 5
+NEW = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+
+
+@pytest.mark.parametrize(
+    ("stored", "overrides"),
+    [
+        ({**OLD, "rope_scaling": YARN}, {}),
+        ({"rope_parameters": {**YARN, "rope_theta": 1e6}}, {}),
+        (OLD, {"rope_scaling": YARN}),
+        (OLD, {"rope_parameters": YARN}),
+        (NEW, {"rope_parameters": YARN}),
+        (NEW, {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}),
+        ({**OLD, "rope_theta": 1e4}, {"rope_scaling": YARN, "rope_theta": 1e6}),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, {"rope_scaling": YARN, "rope_theta": 1e6}),
+        ({**OLD, "rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": YARN}),
+    ],
+)  # fmt: skip
+def test_yarn_makes_room_for_longer_prompts_however_it_is_spelled(
+    stored: dict[str, Any], overrides: dict[str, Any], fresh: Callable[[str], Path]
+) -> None:
+    folder = fresh("qwen3")
+    tiny.edit_json(
+        folder / "config.json", rope_scaling=..., rope_theta=..., rope_parameters={**YARN, "rope_theta": 1e6}
+    )
+    stock = transformers.AutoModel.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    tiny.edit_json(folder / "config.json", **{"rope_parameters": ..., **stored})
+    assert Checkpoint.read(folder, overrides, PoolerConfig()).longest == 4 * 128
+    ids = torch.arange(300) % 90
+    with torch.inference_mode():
+        own = load(folder, max_model_len=512, **overrides).forward(pack_ids([ids.tolist()], CPU))
+        expected = stock(input_ids=ids[None]).last_hidden_state[0]
+    torch.testing.assert_close(own, expected, rtol=1e-5, atol=3e-5)
+
+
 @pytest.mark.parametrize("damage", ["cut off", "no file", "not weights"])
 def test_damaged_weights_are_refused(damage: str, fresh: Callable[[str], Path]) -> None:
     folder = fresh("bert")

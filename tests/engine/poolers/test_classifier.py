@@ -29,6 +29,7 @@ from carpool.engine.errors import ConfigError
 from carpool.engine.params import PoolingParams
 from carpool.engine.poolers.classifier import head_from_tokens, head_from_weights, keep_words
 from head_oracle import HeadOracle, answer, close
+from zoo import rerankers
 
 TEXTS = [text for text in tiny.TEXTS if text]
 LOGITS = PoolingParams(use_activation=False)
@@ -296,6 +297,36 @@ def test_two_words_make_one_logit_and_single_words_one_each() -> None:
     probability = torch.sigmoid(head_from_tokens(rows, "from_2_way_softmax")(x))[:, 0]
     assert close(probability, logits.softmax(-1)[:, 1])
     assert close(head_from_tokens(rows, "no_post_processing")(x), logits)
+
+
+@pytest.mark.parametrize("words", [("no", "yes"), ("yes",)], ids=len)
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("qwen3", {}),
+        ("qwen3", {"tie_word_embeddings": False}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("cohere2", {"logit_scale": 0.25}),
+        ("gemma2", {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}),
+        ("phi", {"tie_word_embeddings": False}),  # a bias
+        (  # its multiplier is the backbone's
+            "falcon_h1",
+            {"lm_head_multiplier": 0.25, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+             "mamba_d_state": 8, "mamba_chunk_size": 16},
+        ),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 16}),
+    ],
+)  # fmt: skip
+def test_a_score_of_words_is_of_the_logits_that_the_whole_model_gives(
+    model_type: str, config: dict[str, Any], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    reference = rerankers.judged(model_type, *words, **config)(tmp_path)
+    parts = made(tmp_path)
+    batch = parts.tokenizer.encode(TEXTS[:3])
+    for ids, ours in zip(batch, answer(parts, batch, params=LOGITS), strict=True):
+        *no, yes = reference("classify", ids)
+        assert close(ours, (yes - sum(no))[None])
 
 
 def test_a_language_model_narrowed_to_some_words_gives_their_logits(

@@ -204,6 +204,20 @@ def qwen3_with_files(folder: Path) -> Reference:
     return WordReference(folder, [no, yes], second_of_two)
 
 
+def judged(model_type: str, *words: str, **config: Any) -> Callable[[Path], WordReference]:
+    """Any language model with the files of sentence-transformers, asked for ("no", "yes") or for one word; its logits
+    as they are: [words]."""
+
+    def make(folder: Path) -> WordReference:
+        tokenizer = qwen_words()
+        save(folder, model_type, tokenizer, **config)
+        *no, yes = ids(tokenizer, *words)
+        cross_encoder_files(folder, yes, no[0] if no else None)
+        return WordReference(folder, [*no, yes], lambda logits: logits)
+
+    return make
+
+
 def qwen3_converted(folder: Path) -> Reference:
     tokenizer = qwen_words()
     save(folder, "qwen3", tokenizer, AutoModelForSequenceClassification, num_labels=1)
