@@ -66,8 +66,6 @@ PROMPTS = (TEXT, _list(TEXT), TOKENS, _list(TOKENS))
 SIDE = _either(TEXT, PARTS, _list({"anyOf": [TEXT, PARTS]}), says="A text, or a list of texts to pair up.")
 TEXT_OBJECT: Schema = {"type": "object", "properties": {"text": TEXT}, "required": ["text"]}
 DOCUMENT: Schema = {"anyOf": [TEXT, PARTS, TEXT_OBJECT]}
-NO_MESSAGE: Schema = {"not": {"anyOf": [{"required": ["role"]}, {"required": ["content"]}]}}
-INPUT = (*PROMPTS, CHAT, _list(CHAT))
 PAIR = _list(TEXT, maxItems=2)
 TEXT_PAIR: Schema = {
     "type": "object",
@@ -115,11 +113,11 @@ FIELDS: dict[str, Schema] = {
     },
     "mm_processor_kwargs": _nothing("For models of images, which are not served here; must be empty."),
     # texts and chats
-    "input": _either(*INPUT, says="A text, one prompt as token ids, one chat, or a list of any of these."),
-    "EmbeddingRequest.input": _either(
-        *INPUT,
-        _list(TEXT_OBJECT | NO_MESSAGE),
-        says="A text, one prompt as token ids, one chat, or a list of any of these, or of objects with a text.",
+    "input": _either(
+        *PROMPTS,
+        CHAT,
+        _list(CHAT),
+        says="A text, one prompt as token ids, one chat, or a list of any of these.",
     ),
     "messages": _either(CHAT, _list(CHAT), says="A chat, or a list of chats, for the model's chat template."),
     "TokenizeRequest.messages": _either(CHAT, says="A chat, for the model's chat template."),

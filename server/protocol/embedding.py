@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from msgspec import Struct
 
 from carpool.engine.params import TEXT_ONLY, PoolingParams, TokenizationParams
 from carpool.server.decoding import RequestDecoder
 from carpool.server.errors import InvalidRequest
-from carpool.server.lax import lax_bool, read_struct
+from carpool.server.lax import lax_bool
 from carpool.server.protocol.formats import FormattedRequest
 from carpool.server.protocol.usage import Usage
-
-
-class TextObject(Struct, gc=False):
-    text: str
 
 
 class EmbeddingRequest(FormattedRequest, kw_only=True, gc=False):
@@ -34,13 +30,6 @@ class EmbeddingRequest(FormattedRequest, kw_only=True, gc=False):
     # Voyage's, and Jina's and NVIDIA's: the numbers that their clients are about to read, whatever was answered.
     output_dtype: Literal["float"] | None = None
     embedding_type: Literal["float"] | None = None
-
-    def __post_init__(self) -> None:
-        """Jina's clients may write texts as objects with a `text`; what has neither role nor content is no chat."""
-        first = self.input[0] if isinstance(self.input, list) and self.input else None
-        if isinstance(first, dict) and not first.keys() & {"role", "content"}:
-            items = enumerate(cast("list[Any]", self.input))
-            self.input = [read_struct(TextObject, item, f"input[{index}]").text for index, item in items]
 
     @property
     def width_field(self) -> Literal["dimensions", "output_dimension"]:

@@ -47,7 +47,7 @@ EMBEDDINGS: list[Any] = [
     {"input": [5, 6], "encoding_format": "bytes"},
     {"messages": CHAT, **CHATTY},
     {"input": [CHAT, CHAT], **CHATTY},
-    {"input": [{"text": "a"}, {"text": "b"}], "modality": ["text"]},
+    {"input": ["a", "b"], "modality": ["text"]},
 ]
 POOLING = [{**body, "task": "encode"} for body in EMBEDDINGS[:5]] + [
     {"input": "a", "task": "embed&sparse_embed"},

@@ -164,7 +164,7 @@ CHAT = [{"role": "user", "content": "hello"}]
                 {"input": [[1], [2, 3]]},
                 {"input": CHAT},
                 {"input": [CHAT, CHAT]},
-                {"input": [{"text": "a"}, {"text": "b"}], "modality": ["text"], "truncation": "END"},
+                {"input": ["a", "b"], "modality": ["text"], "truncation": "END"},
                 {"messages": CHAT},
                 {"messages": CHAT, "input": None},
                 {"input": "a", "dimensions": 8, "model": None, "unknown": {}},

@@ -361,29 +361,6 @@ async def test_nvidias_words_are_understood(served: Served) -> None:
     assert (await served.post(EMBEDDINGS, asked)).json["data"] == plain
 
 
-async def test_jinas_objects_are_their_texts(served: Served) -> None:
-    plain = (await served.embed(input=["ab", "c"])).json
-    asked = (await served.embed(input=[{"text": "ab"}, {"text": "c"}])).json
-    assert (asked["data"], asked["usage"]) == (plain["data"], plain["usage"])
-
-
-@pytest.mark.parametrize(
-    ("items", "param"),
-    [
-        ([{"image": "http://a/b.png"}], "input[0].text"),
-        ([{"text": "a"}, {"image": "http://a/b.png"}], "input[1].text"),
-        ([{"text": 5}], "input[0].text"),
-        ([{"text": "\ud800"}], "input[0].text"),
-        ([{"text": "a"}, "b"], "input[1]"),
-        ([{"text": "a"}, {"text": "b" * 500}], "input[1]"),
-        ([{"role": 5, "text": "a"}], "input[0].role"),
-        ([{"content": "a", "text": "a"}], "input[0].role"),
-    ],
-)
-async def test_objects_without_a_text_are_refused(served: Served, items: list[Any], param: str) -> None:
-    assert_error(await served.embed(input=items), 400, "BadRequestError", param)
-
-
 @pytest.mark.parametrize("modality", ["image", "audio", "", ["image"], ["text", "image"], 5])
 async def test_what_is_no_text_is_not_embedded_as_if_it_were(served: Served, modality: Any) -> None:
     answer = await served.post("/embeddings", {"input": "http://a/b.png", "modality": modality})
