@@ -10,7 +10,9 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+
+from carpool.engine.control_groups import groups, read
 
 _SYSTEM = Path("/")
 Cpus = tuple[int, ...]
@@ -52,7 +54,7 @@ def siblings(cpus: Iterable[int], root: Path) -> dict[int, frozenset[int]]:
     """Of each CPU, all that are the same core. Without those of which the system below `root` says nothing."""
     found = {}
     for cpu in cpus:
-        told = _read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        told = read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         if told:
             found[cpu] = frozenset(_numbers(told))
     return found
@@ -60,29 +62,15 @@ def siblings(cpus: Iterable[int], root: Path) -> dict[int, frozenset[int]]:
 
 def quota(root: Path) -> float | None:
     """How many cores' time this process's control groups grant it, the least of them all; None if they do not say."""
-    granted = [own for folder in _groups(root) if (own := _granted(folder)) is not None]
+    granted = [own for folder in groups("cpu", root) if (own := _granted(folder)) is not None]
     return min(granted, default=None)
-
-
-def _groups(root: Path) -> Iterator[Path]:
-    """Folders of this process's group and of those around it, as far as they are to be seen from here."""
-    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        mounts = ("",) if not controllers else ("cpu", controllers)
-        group = PurePosixPath(path.lstrip("/"))
-        for mount in mounts:
-            # In a container a path may be that of the host: then it is not there, and the root is the container's.
-            for around in (group, *group.parents):
-                yield root / "sys/fs/cgroup" / mount / around
 
 
 def _granted(folder: Path) -> float | None:
     """Of one group, in version 2 of control groups or in version 1; None for all there is."""
-    told = _read(folder / "cpu.max")
+    told = read(folder / "cpu.max")
     if told is None:
-        told = f"{_read(folder / 'cpu.cfs_quota_us') or 'max'} {_read(folder / 'cpu.cfs_period_us') or ''}"
+        told = f"{read(folder / 'cpu.cfs_quota_us') or 'max'} {read(folder / 'cpu.cfs_period_us') or ''}"
     time, *period = told.split()
     if time in ("max", "-1") or not period:
         return None
@@ -94,10 +82,3 @@ def _numbers(told: str) -> Iterator[int]:
     for part in told.split(","):
         first, _, last = part.partition("-")
         yield from range(int(first), int(last or first) + 1)
-
-
-def _read(file: Path) -> str | None:
-    try:
-        return file.read_text().strip()
-    except OSError:
-        return None

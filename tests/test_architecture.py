@@ -1,6 +1,7 @@
 """The house rules, checked: who may import whom, and what may not exist."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,35 @@ def test_the_kernels_room_imports_nothing_at_its_door() -> None:
 
 def test_no_drawer_modules() -> None:
     assert not [path for path in MODULES if path.stem in {"utils", "helpers", "common", "misc"}]
+
+
+def files_listed() -> set[str]:
+    """What docs/architecture.md lists: files as `engine/scheduler`, and folders as `engine/dialects/`."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed, room = set(), ""
+    for line in text.split("## Files")[1].split("```")[1].strip().splitlines():
+        if not line.startswith(" "):
+            room, line = line.split(maxsplit=1)
+        files = re.split(r" {2,}", line.strip())[0]  # what they are for stands apart
+        for word in files.split():
+            before, _, names = word.rstrip("}").rpartition("{")
+            listed |= {room + before + name for name in names.split(",")}
+    return listed
+
+
+LISTED = files_listed()
+
+
+@each([path for path in MODULES if not path.stem.startswith("__")])
+def test_every_file_has_its_place_in_the_list(path: Path) -> None:
+    name = here(path).removesuffix(".py")
+    folders = [name[: slash.end()] for slash in re.finditer("/", name)]
+    assert LISTED.intersection([name, *folders]), "docs/architecture.md, Files"
+
+
+def test_the_list_names_nothing_that_is_gone() -> None:
+    files = {here(path).removesuffix(".py") for path in MODULES}
+    assert not [name for name in LISTED - files if not (name.endswith("/") and (ROOT / name).is_dir())]
 
 
 @pytest.mark.parametrize("room", ROOMS)

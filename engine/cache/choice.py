@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from carpool.engine.cache.paging import Paging
 from carpool.engine.cache.storage import KeptLayer, Storage
 from carpool.engine.config import EngineConfig
 from carpool.engine.errors import ConfigError
+from carpool.engine.free_memory import free_memory
 from carpool.engine.models.backbone import Backbone
 from carpool.engine.models.paged import CannotPage, pageable_layers, paged_attention_chosen
 from carpool.engine.params import Task
@@ -28,8 +28,8 @@ _CHUNK = 2048  # tokens
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """`storage` is the `cache`'s memory, and `attention` looks back at it. Without them, `notice` says why if it had
-    been asked for.
+    """`storage` is the `cache`'s memory, and `attention` looks back at it. `notice` says why there is none, if it had
+    been asked for or memory is short, or that it is small.
     """
 
     cache: Cache | None = None
@@ -76,8 +76,8 @@ def choose_cache(
     except CannotPage as fault:
         return _not_kept(str(fault), asked)
     blocks = _num_blocks(config, layers, device, max_model_len)
-    if blocks * config.block_size < 2 * config.block_size:
-        return _not_kept("there is no memory for it", asked)
+    if blocks < 2:
+        return _not_kept("there is no memory for it", True)  # nobody would have thought so
     most = config.max_num_batched_tokens or max_model_len
     chunk = min(config.long_prefill_token_threshold or batch_tokens or _CHUNK, max_model_len, most)
     # Without chunks, prompts are as long as a batch at most.
@@ -88,14 +88,23 @@ def choose_cache(
     if any(choice.by == "gather" for choice in attention):
         # Then the host waits in every layer, and keys are copied together: more is lost than spared.
         return _not_kept("there are no kernels of ours to look back with", asked)
-    return Keep(cache, storage, attention, chunks)
+    return Keep(cache, storage, attention, chunks, _small(cache, max_model_len))
 
 
 def _not_kept(why: str, asked: bool | None) -> Keep:
     if not asked:
         return Keep()
-    return Keep(
-        notice=f"Keys and values are not kept, for prefixes or chunks, though it was asked for: {why}."
+    return Keep(notice=f"Keys and values are not kept, for prefixes or chunks: {why}.")
+
+
+def _small(cache: Cache, max_model_len: int) -> str | None:
+    """A notice, if it is too small for the longest prompt."""
+    if cache.paging.holds(max_model_len):
+        return None
+    return (
+        f"The cache of keys and values has memory for {cache.num_tokens} tokens, less than a prompt may have "
+        f"({max_model_len}): longer ones are not kept, nor run in chunks. Give it more by --kv-cache-memory-bytes or "
+        "by a larger limit of memory, or lower --max-model-len."
     )
 
 
@@ -112,13 +121,9 @@ def _num_blocks(
             )
         return blocks
     if device.type == "cpu":
-        memory = min(_CPU_BYTES, _free_memory() // _CPU_SHARE)
+        free = free_memory()
+        memory = _CPU_BYTES if free is None else min(_CPU_BYTES, free // _CPU_SHARE)
     else:
         memory = torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE
     most = _MOST_PROMPTS * -(-max_model_len // config.block_size)
     return min(memory // per_block, most)
-
-
-def _free_memory() -> int:
-    """Bytes that nobody uses, of the machine."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -80,13 +80,30 @@ def test_memory_is_what_was_given(checkpoint: Checkpoint) -> None:
         built(folder, kv_cache_memory_bytes=100)
 
 
-def test_a_machine_without_memory_keeps_nothing(
+@pytest.mark.parametrize("asked", [{}, {"enable_prefix_caching": True}])
+def test_where_there_is_no_memory_nothing_is_kept_and_it_is_said(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(choice, "free_memory", lambda: 0)
+    parts = built(checkpoint("qwen3"), **asked)
+    assert parts.cache is None
+    assert [notice for notice in parts.model.notices if "no memory" in notice]
+
+
+def test_by_default_it_takes_a_part_of_what_is_free_and_says_if_that_is_little(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "_free_memory", lambda: 0)
-    assert built(checkpoint("qwen3")).cache is None
-    [notice] = built(checkpoint("qwen3"), enable_prefix_caching=True).model.notices
-    assert "no memory" in notice
+    def kept(free: int | None) -> tuple[int, bool]:
+        monkeypatch.setattr(choice, "free_memory", lambda: free)
+        model = built(checkpoint("qwen3")).model
+        return model.kv_cache_bytes, any("a prompt may have" in notice for notice in model.notices)
+
+    enough, told = kept(None)
+    assert not told
+    assert kept(4 * enough) == (enough, False)
+    little, told = kept(enough // 64)
+    assert 0 < little <= enough // 64 // 4
+    assert told
 
 
 @pytest.mark.parametrize(
