@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from math import isfinite
+from numbers import Integral, Real
+from typing import Any, Literal, get_args, get_type_hints
 
 from carpool.engine.errors import ConfigError
 from carpool.engine.params import Task
@@ -32,6 +34,37 @@ CONVERT_OF_TASK: Mapping[str, Convert] = {
     "score": "auto",
     "reward": "reward",
 }
+
+
+# What a field of a type must be, in words, and what passes for it: numpy's own numbers, say.
+_KINDS: Mapping[Any, tuple[str, type]] = {
+    bool: ("true or false", bool),
+    int: ("an integer", Integral),
+    float: ("a number", Real),
+}
+
+
+def check_kinds(config: type, given: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a value of `given`, by the configuration's fields, that is no such number or truth."""
+    for name, hint in get_type_hints(config).items():
+        kind = next((kind for kind in _KINDS if kind in (hint, *get_args(hint))), None)
+        value = given.get(name)
+        if kind is None or value is None:
+            continue
+        described, takes = _KINDS[kind]
+        # A bool is an integer to Python.
+        fits = isinstance(value, takes) and isinstance(value, bool) == (kind is bool)
+        if not fits:
+            raise ConfigError(f"{name} must be {described}, got {value!r}.")
+        if kind is float and not isinstance(value, Integral) and not isfinite(value):
+            raise ConfigError(f"{name} must be finite, got {value!r}.")
+
+
+def _token_ids(given: object) -> tuple[int, ...]:
+    ids = tuple(given) if isinstance(given, Iterable) else None
+    if ids is None or not all(isinstance(own, Integral) and not isinstance(own, bool) for own in ids):
+        raise ConfigError(f"returned_token_ids must be a list of integers, got {given!r}.")
+    return ids
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -78,6 +111,7 @@ class PoolerConfig:
     )
 
     def __post_init__(self) -> None:
+        check_kinds(type(self), {field.name: getattr(self, field.name) for field in fields(self)})
         for narrow in ("seq_pooling_type", "tok_pooling_type"):
             if self.pooling_type and getattr(self, narrow):
                 raise ConfigError(f"Cannot set both pooling_type and {narrow} in the pooler config.")
@@ -102,7 +136,7 @@ class PoolerConfig:
             object.__setattr__(self, "logit_sigma", 1.0 / self.logit_scale)
             object.__setattr__(self, "logit_scale", None)
         if self.returned_token_ids is not None:
-            object.__setattr__(self, "returned_token_ids", tuple(self.returned_token_ids))
+            object.__setattr__(self, "returned_token_ids", _token_ids(self.returned_token_ids))
 
     @property
     def pooling(self) -> SeqPoolingType | None:

@@ -7,22 +7,15 @@ import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
-from numbers import Integral, Real
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from carpool.engine.config import CONVERT_OF_TASK, EngineConfig, PoolerConfig
+from carpool.engine.config import CONVERT_OF_TASK, EngineConfig, PoolerConfig, check_kinds
 from carpool.engine.errors import ConfigError, first_line
 from carpool.engine.hub import locate
 from carpool.engine.reference_options import ONE_ONLY, REFUSED, WITHOUT_MEANING, refuse, require_one
-
-# What an option is called that is one, and what passes for it: numpy's own, say.
-_NUMBERS: Mapping[Any, tuple[str, type]] = {
-    int: ("an integer", Integral),
-    float: ("a number", Real),
-}
 
 
 def config_of(model: str, task: str | None, options: Mapping[str, Any]) -> EngineConfig:
@@ -55,21 +48,11 @@ def config_of(model: str, task: str | None, options: Mapping[str, Any]) -> Engin
     for field in fields(EngineConfig):
         if given.get(field.name) == "auto" and "auto" in field.metadata:
             given[field.name] = field.metadata["auto"]
-    _check_numbers(given)
+    check_kinds(EngineConfig, given)
     given.setdefault("max_queued_tokens", sys.maxsize)  # a script has nowhere else to go with what is refused
     overrides = given.pop("hf_overrides", {})
     config = EngineConfig(model=model, **given)
     return replace(config, hf_overrides=_overrides(overrides, config)) if overrides else config
-
-
-def _check_numbers(given: Mapping[str, Any]) -> None:
-    for name, hint in get_type_hints(EngineConfig).items():
-        kind = next((kind for kind in _NUMBERS if kind in (hint, *get_args(hint))), None)
-        if kind is None or name not in given:
-            continue
-        described, takes = _NUMBERS[kind]
-        if not isinstance(given[name], takes) or isinstance(given[name], bool):
-            raise ConfigError(f"{name} must be {described}, got {given[name]!r}.")
 
 
 def _overrides(given: object, config: EngineConfig) -> Mapping[str, Any]:

@@ -102,6 +102,7 @@ class Option:
         return int(value)
 
     def _read_float(self, raw: Any) -> float:
+        self._expect(not isinstance(raw, bool), raw, "a number")
         try:
             return float(raw)
         except (TypeError, ValueError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from carpool.engine.config import EngineConfig, LoraModule, PoolerConfig
@@ -103,6 +104,30 @@ def test_the_newer_name_of_the_activation_wins() -> None:
     assert PoolerConfig(use_activation=False, normalize=True).activates is False
     assert PoolerConfig(normalize=True).activates is True
     assert PoolerConfig().activates is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("use_activation", "no", "must be true or false, got 'no'"),
+        ("enable_chunked_processing", 1, "must be true or false, got 1"),
+        ("logit_sigma", "2", "must be a number, got '2'"),
+        ("logit_mean", float("inf"), "must be finite, got inf"),
+        ("logit_mean", float("nan"), "must be finite, got nan"),
+        ("max_embed_len", "5", "must be an integer, got '5'"),
+        ("step_tag_id", True, "must be an integer, got True"),
+        ("returned_token_ids", "12", "must be a list of integers, got '12'"),
+        ("returned_token_ids", 5, "must be a list of integers, got 5"),
+    ],
+)
+def test_what_is_not_of_an_overrides_kind_is_refused_by_name(name: str, value: object, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} {sentence}"):
+        PoolerConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    pooler = PoolerConfig(logit_mean=np.float32(2.0), max_embed_len=np.int64(5))  # type: ignore[arg-type]
+    assert (pooler.logit_mean, pooler.max_embed_len) == (2.0, 5)
 
 
 def test_configurations_do_not_change_and_share_nothing() -> None:
