@@ -12,16 +12,11 @@ from pathlib import Path
 from carpool.engine.control_groups import groups, read
 
 _SYSTEM = Path("/")
-_LIMITS = (
-    "memory.max",
-    "memory.high",
-    "memory.limit_in_bytes",
-)  # beyond the second, all that it does is slowed down
-_USED = ("memory.current", "memory.usage_in_bytes")
-_GIVEN_UP = (
-    "inactive_file",
-    "total_inactive_file",
-)  # the second in version 1, whose first leaves out groups within
+# Beyond `high` all that a group does is slowed down.
+_LIMITS = "memory.max", "memory.high", "memory.limit_in_bytes"
+_USED = "memory.current", "memory.usage_in_bytes"
+# The second is of version 1, whose first leaves out groups within.
+_GIVEN_UP = "inactive_file", "total_inactive_file"
 
 
 def free_memory(root: Path = _SYSTEM) -> int | None:

@@ -118,6 +118,7 @@ def test_each_kind_reads_its_values(name: str, raw: Any, value: Any) -> None:
         ("dtype", "", "--dtype must be one of auto, float32, float, bfloat16, float16, half, got ''."),
         ("port", 1.5, "--port must be an integer, got 1.5."),
         ("max_body_size", "64 stones", "--max-body-size must be a size such as 64MiB, got 64 stones."),
+        ("shutdown_timeout", True, "--shutdown-timeout must be a number, got True."),
         ("shutdown_timeout", "soon", "--shutdown-timeout must be a number, got soon."),
         ("max_model_len", "25.6", "--max-model-len must be an integer, got 25.6."),
         ("max_model_len", "25.6K", "--max-model-len must be an integer, got 25.6K."),
