@@ -18,10 +18,11 @@ async def create_embeddings(request: web.Request) -> web.StreamResponse:
 async def embed(request: web.Request, asked: EmbeddingRequest) -> web.StreamResponse:
     call = Call(request, asked)
     call.require("embed" in call.model.tasks, "Embeddings")
-    call.model.matryoshka.check(asked.width, call.name, asked.width_field)
+    width = asked.width
+    call.model.matryoshka.check(width, call.name, asked.width_field)
     prompt = call.take_task(asked.task, "task")
     prompts = prefixed(prompt, await call.prompts(asked), "task")
-    refuse_long_metadata(call, asked, len(prompts), (asked.width or call.model.default_width,))
-    params, tokenization = asked.pooling(asked.width), asked.tokenization()
+    refuse_long_metadata(call, asked, len(prompts), (width or call.model.default_width,))
+    params, tokenization = asked.pooling(width), asked.tokenization()
     result = await call.pool("embed", prompts, params, tokenization, asked.field, prompt)
     return await answer_vectors(call, asked, result, "embd", EmbeddingResponse, EMBEDDING)

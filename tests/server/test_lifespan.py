@@ -147,6 +147,9 @@ async def test_work_that_takes_too_long_is_left_and_said_so() -> None:
         await stuck
 
 
+LARGE = json.dumps({"input": ["a"] * 50_000}).encode()  # its answer fills every buffer on the way
+
+
 @asynccontextmanager
 async def asking(
     served: Served, body: bytes
@@ -207,11 +210,11 @@ async def test_a_large_answer_is_sent_for_as_long_as_its_client_takes_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(http, "FLUSH_SECONDS", 0.05)
-    engine, body = FakeEngine(), json.dumps({"input": ["a"] * 50_000}).encode()
+    engine = FakeEngine()
     async with alive(local(), engine) as (served, life):
         await until(lambda: engine.state == "ready")
-        async with asking(served, body) as (reader, writer):
-            writer.write(body)
+        async with asking(served, LARGE) as (reader, writer):
+            writer.write(LARGE)
             last = await reader.readline()
             os.kill(os.getpid(), signal.SIGTERM)
             await until(lambda: engine.state == "draining")
@@ -230,11 +233,11 @@ async def test_who_takes_nothing_of_an_answer_is_waited_for_no_longer_than_other
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(http, "FLUSH_SECONDS", 0.05)
-    engine, body = FakeEngine(), json.dumps({"input": ["a"] * 50_000}).encode()
+    engine = FakeEngine()
     async with alive(local(shutdown_timeout=0.2), engine) as (served, life):
         await until(lambda: engine.state == "ready")
-        async with asking(served, body) as (reader, writer):
-            writer.write(body)
+        async with asking(served, LARGE) as (reader, writer):
+            writer.write(LARGE)
             await reader.readline()
             with capture_logs() as lines:
                 os.kill(os.getpid(), signal.SIGTERM)
